@@ -1,0 +1,1 @@
+"""Raw data -> prepared set: packed, labelled rows on disk. Knows nothing of the trainer."""

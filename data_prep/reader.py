@@ -1,0 +1,107 @@
+"""Opens a prepared set for training, and only the one that the recipe and the tokenizer ask for."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.config import DataConfig
+from data_prep.errors import UserError
+from data_prep.fingerprint import config_as_compared, file_state, tokenizer_hashes
+from data_prep.manifest import SPLITS, read_manifest
+from data_prep.storage import ITEMS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_REPAIR = "run `teamlora prepare RECIPE`"
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """A prepared set on disk.
+
+    `train` and `held_out` are memory-mapped datasets of packed rows, in numpy format: row i is a dictionary of
+    arrays input_ids, labels, position_ids, task_ids, each [tokens of the row], at most seq_len. `items` are the
+    held-out documents to generate answers for: {"task", "messages" up to the answer, "answer"}.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    train: "Dataset"
+    held_out: "Dataset"
+    items: list[dict[str, Any]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task names; a task id is the index into them."""
+        return self.manifest["tasks"]
+
+
+def open_prepared(config: DataConfig, tokenizer: Any) -> PreparedSet:
+    """The set in prepared_dir.
+
+    Raises UserError where there is none, where it was made with another tokenizer, chat template or data section, from
+    sources that have changed since (sources no longer there are not asked about), or where it is damaged.
+    """
+    directory = config.prepared_dir
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise UserError(f"data.prepared_dir: no prepared set in {directory}; {_REPAIR}")
+    _check_config(config, manifest, directory)
+    _check_tokenizer(tokenizer, manifest, directory)
+    _check_sources(manifest)
+    try:
+        train, held_out = (_open_split(directory, split, manifest) for split in SPLITS)
+        lines = (directory / ITEMS).read_text(encoding="utf-8").splitlines()
+        return PreparedSet(directory, manifest, train, held_out, [json.loads(line) for line in lines])
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())
+        raise UserError(f"data.prepared_dir: {directory} is damaged ({cause}); remove it and {_REPAIR}") from error
+
+
+def _check_config(config: DataConfig, manifest: dict[str, Any], directory: Path) -> None:
+    made_with = {key: value for key, value in manifest["config"].items() if key != "prepared_dir"}
+    for key, wanted, found in _differences(config_as_compared(config), made_with, "data"):
+        raise UserError(f"{key}: the recipe says {wanted!r}, but {directory} was prepared with {found!r}; {_REPAIR}")
+
+
+def _differences(wanted: Any, found: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys at which two nested JSON values differ, with both values (None where absent)."""
+    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        wanted, found = dict(enumerate(wanted)), dict(enumerate(found))
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for name in {**wanted, **found}:
+            yield from _differences(wanted.get(name), found.get(name), f"{key}.{name}")
+    elif wanted != found:
+        yield key, wanted, found
+
+
+def _check_tokenizer(tokenizer: Any, manifest: dict[str, Any], directory: Path) -> None:
+    made_with = manifest["tokenizer"]
+    for name, found in tokenizer_hashes(tokenizer).items():
+        if found != made_with[name]:
+            what = "chat template" if name.startswith("chat_template") else "tokenizer"
+            raise UserError(
+                f"data.prepared_dir: {directory} was prepared with another {what} (sha256 {made_with[name][:12]}...) "
+                f"than that of base.model ({found[:12]}...); {_REPAIR}"
+            )
+
+
+def _check_sources(manifest: dict[str, Any]) -> None:
+    for key, made_from in manifest["sources"].items():
+        path = Path(made_from["path"])
+        if os.access(path, os.R_OK) and file_state(path, key, made_from)["sha256"] != made_from["sha256"]:
+            raise UserError(f"{key}: {path} has changed since it was prepared; {_REPAIR}")
+
+
+def _open_split(directory: Path, split: str, manifest: dict[str, Any]) -> "Dataset":
+    from datasets import load_from_disk
+
+    rows = load_from_disk(directory / split).with_format("numpy")
+    expected = manifest["splits"][split]["rows"]
+    if len(rows) != expected:
+        raise ValueError(f"{split} has {len(rows)} rows, expected {expected}")
+    return rows

@@ -1,0 +1,102 @@
+"""Load the frozen base: built on meta, read piece by piece, its decoder linears quantised as they come.
+
+What is quantised: every nn.Linear but the output embedding. The rest is stored in the compute dtype. NF4 is
+computed from the values as the files hold them. No rank ever holds more than its own run of a parameter, and
+one piece of a few megabytes.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from trainer.base.fill import fill
+from trainer.base.match import DTYPES, open_base, skeleton
+from trainer.base.nf4 import NF4Linear
+from trainer.base.shards import Shards, Whole
+from trainer.base.source import load_tokenizer
+
+if TYPE_CHECKING:
+    from trainer.recipe import BaseModelConfig
+
+__all__ = ["load_base", "load_tokenizer", "read_config", "skeleton"]
+
+
+def read_config(base: "BaseModelConfig") -> PretrainedConfig:
+    """The model's configuration, once all that can be refused before reading weights has been.
+
+    Needs no process group and allocates no weights; run it before either. On a Hub id it fetches the model.
+
+    Raises:
+        UserError: folder missing or no model; pickled, already quantised or damaged weights, or ones that do
+            not match the configuration; unknown architecture or no causal LM; attention that is missing here
+            or does not isolate packed documents; with nf4, matrices of the decoder outside linear layers.
+    """
+    return open_base(base).config
+
+
+def load_base(base: "BaseModelConfig", device: torch.device | str, shards: Shards | None = None) -> PreTrainedModel:
+    """The base model, frozen and in eval mode; NF4 linears are `NF4Linear`.
+
+    Whole on `device`, or, given the shards of a process group (trainer.base.zero3), only this rank's run of
+    every parameter; then every rank calls this together. Buffers and NF4's second level are whole on it.
+
+    Raises UserError as `read_config` does.
+    """
+    opened = open_base(base)
+    model = opened.model
+    if base.quantization == "nf4":
+        pack_linears(model, DTYPES[base.dtype])
+    shards = shards or Whole(device)
+    for source, target in opened.names.items():
+        fill(model, target, opened.weights, source, shards)
+    tie(model)
+    set_generation(model, opened.weights.folder)
+    move_buffers(model, torch.device(device))
+    model.requires_grad_(False)
+    _assert_nothing_on_meta(model)
+    return model.eval()
+
+
+def pack_linears(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Put an empty NF4Linear in the place of every nn.Linear but the output embedding."""
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not head:
+            bias = module.bias is not None
+            model.set_submodule(name, NF4Linear(module.in_features, module.out_features, bias, compute_dtype))
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Make tied parameters one object again: assignment broke their bond."""
+    for target, source in model.all_tied_weights_keys.items():
+        loaded, other = (target, source) if model.get_parameter(source).is_meta else (source, target)
+        owner, _, attribute = other.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter(loaded))
+
+
+def set_generation(model: PreTrainedModel, folder: Path) -> None:
+    """The folder's generation config, if it has one; generation caches, while a plain forward does not.
+
+    transformers isolates packed documents by position_ids only while no cache is in use, and makes a cache
+    unless told otherwise.
+    """
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.use_cache = False
+    model.generation_config.use_cache = True
+
+
+def move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring buffers to the device; parameters are where they belong already."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def _assert_nothing_on_meta(model: PreTrainedModel) -> None:
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not left, f"left on meta: {left}"

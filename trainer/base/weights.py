@@ -1,0 +1,83 @@
+"""The tensors of a model's safetensors files, read by ranges, so that none need ever be whole in memory."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data_prep.errors import UserError
+
+READABLE = {"BF16", "F16", "F32"}
+# Elements compared at once.
+PIECE = 2**20
+
+
+class Weights:
+    """All tensors of a folder's safetensors files, by name. Files are mapped, not read, until asked.
+
+    Raises UserError where the folder has no safetensors, a file is damaged, or two files hold one name.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._slices: dict = {}
+        self.files = safetensors_files(folder)
+        for path in self.files:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a readable safetensors file ({error}); fetch the model again") from error
+            for name in file.keys():  # noqa: SIM118 (a safe_open handle does not iterate)
+                if name in self._slices:
+                    raise UserError(f"{path}: holds {name}, as another file of the folder does; keep one of them")
+                self._slices[name] = file.get_slice(name)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._slices)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The dtype as safetensors writes it: BF16, F16, F32, or one that READABLE does not list."""
+        return self._slices[name].get_dtype()
+
+    def read(self, name: str, start: int, stop: int, piece: int) -> Iterator[Tensor]:
+        """The flat elements [start, stop) of a tensor, in order, `piece` elements at a time and a rest.
+
+        Reads whole rows of the first dimension, hence at most one row more at each end of a piece.
+        """
+        tensor = self._slices[name]
+        shape = self.shape(name)
+        row = math.prod(shape[1:])
+        for low in range(start, stop, piece):
+            high = min(low + piece, stop)
+            first, last = low // row, -(-high // row)
+            rows = tensor[first:last] if shape else tensor[...]
+            yield rows.reshape(-1)[low - first * row : high - first * row]
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values."""
+        if self.shape(one) != self.shape(other):
+            return False
+        numel = math.prod(self.shape(one))
+        pairs = zip(self.read(one, 0, numel, PIECE), self.read(other, 0, numel, PIECE), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, sorted. Raises UserError where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))]
+    if pickled:
+        raise UserError(
+            f"base.model: {folder} holds pickled weights only ({pickled[0]}), which can run code when read; "
+            "expected *.safetensors: save the model once with save_pretrained in a place you trust"
+        )
+    raise UserError(f"base.model: {folder} holds no *.safetensors; expected the folder of a transformers model")

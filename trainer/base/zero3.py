@@ -1,0 +1,82 @@
+"""Hand a parameter's shards to ZeRO-3 without the parameter ever existing whole.
+
+DeepSpeed partitions tensors that it is given; here it is given only what it would have kept. That takes calls
+and attributes private to DeepSpeed (written against 0.19.8, which setup.cfg pins); they are all in this file.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
+from torch import Tensor, nn
+
+from data_prep.errors import UserError
+
+# What the engine would do to shards behind our back, and the value that keeps it from it.
+REFUSED = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "use_all_reduce_for_fetch_params": False,
+}
+
+
+class ZeroShards:
+    """The shards of ZeRO-3 for a process group that stands already (trainer.base.shards.Shards).
+
+    `config` is DeepSpeed's configuration as `deepspeed.initialize` will get it: parameter offload and pinning
+    follow from it. Every rank makes the same calls of `keep` in the same order: DeepSpeed numbers parameters.
+
+    Raises UserError for offload to NVMe, and for settings that copy or convert packed shards.
+    """
+
+    def __init__(self, config: dict[str, Any], device: torch.device | str):
+        check_config(config)
+        # Not entered as a context: nothing is patched, only its methods on single parameters serve.
+        self._init = deepspeed.zero.Init(config_dict_or_path=config)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(device)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
+        init = self._init
+        length = -(-numel // self.world)
+        run = torch.zeros(length, dtype=dtype, device=torch.device(init.remote_device))
+        if init.pin_memory and run.device.type == "cpu":
+            run = deepspeed.accelerator.get_accelerator().pin_memory(run)
+        return run
+
+    def gather(self, mine: Tensor) -> Tensor:
+        everyone = mine.new_empty(self.world * mine.numel())
+        dist.all_gather_into_tensor(everyone, mine)  # every rank; a rank that failed before leaves them waiting
+        return everyone
+
+    def keep(self, run: Tensor, shape: Sequence[int]) -> nn.Parameter:
+        # Full shape with one element behind it: DeepSpeed reads the shape and then frees the data.
+        whole = torch.empty(1, dtype=run.dtype, device=self._init.local_device).expand(*shape)
+        parameter = nn.Parameter(whole, requires_grad=False)
+        self._init._convert_to_deepspeed_param(parameter)
+        run.ds_numel = run.numel()
+        run.status = PartitionedParamStatus.AVAILABLE
+        run.final_location = None
+        parameter.ds_tensor = run
+        parameter.ds_numel_aligned = self._init._aligned_size(parameter)
+        assert parameter.ds_numel_aligned == run.numel() * self.world, (shape, run.numel(), self.world)
+        free_param(parameter)
+        return parameter
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse what a base handed over in shards cannot bear."""
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise UserError(f"zero_optimization.stage={zero.get('stage')}: shards need 3; load the base whole otherwise")
+    for key, safe in REFUSED.items():
+        if zero.get(key, safe) != safe:
+            raise UserError(f"zero_optimization.{key}={zero[key]}: corrupts a packed base; set it to {safe}")
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise UserError("zero_optimization.offload_param.device=nvme: not supported with a packed base; use cpu")
+    if config.get("data_types", {}).get("buffer_dtype"):
+        raise UserError("data_types.buffer_dtype: would cast rotary buffers; remove it")

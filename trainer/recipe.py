@@ -1,0 +1,221 @@
+"""The recipe: one YAML file, typed, validated and resolved before anything heavy is imported."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from data_prep.config import DataConfig, Section
+from data_prep.errors import UserError
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="folder of the run inside output_dir")
+    output_dir: Path = Field(Path("runs"), description="parent folder of all runs")
+    seed: int = Field(0, description="seeds adapter initial values, dropout and the order of rows")
+
+    @property
+    def directory(self) -> Path:
+        """Folder that holds everything the run writes."""
+        return self.output_dir / self.name
+
+
+class BaseModelConfig(Section):
+    """The frozen language model under the adapter."""
+
+    model: str = Field(description="folder of a transformers causal LM, or its Hub id")
+    revision: str | None = Field(None, description="commit, tag or branch of a Hub id")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="how decoder linears are stored")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="compute dtype; what is not quantised is stored so")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class AdapterConfig(Section):
+    """What learns. r_B = expert_rank, r_A = total_rank = num_experts * expert_rank (TeamLoRA, section 3)."""
+
+    method: Literal["teamlora", "moelora", "hydralora", "lora"] = "teamlora"
+    num_experts: PositiveInt = Field(4, description="k; 1 for lora")
+    expert_rank: PositiveInt = Field(16, description="r_B, the rank of one expert matrix B")
+    total_rank: PositiveInt = Field(64, description="r_A, the rank of a LoRA with the same matrices A and B")
+    alpha: PositiveFloat = Field(32.0, description="output scale: alpha / expert_rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    target_modules: list[str] = Field(["gate_proj", "up_proj", "down_proj"], min_length=1)
+    balance_loss_weight: float = Field(0.0, ge=0, description="pulls the mean router weights towards 1/k")
+    renormalize: bool = Field(False, description="teamlora: divide the interacting weights by their sum")
+    init_from: Path | None = Field(None, description="folder of an adapter to start from")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_ranks(cls, given: Any) -> Any:
+        """Fills in whichever of expert_rank and total_rank is not given, and refuses a contradiction."""
+        if not isinstance(given, dict):
+            return given
+        values = dict(given)
+        lora = values.get("method") == "lora"
+        experts = values.setdefault("num_experts", 1 if lora else 4)
+        expert_rank, total_rank = values.get("expert_rank"), values.get("total_rank")
+        if not all(isinstance(value, int | None) for value in (experts, expert_rank, total_rank)) or experts < 1:
+            return values  # the field types tell what is wrong
+        if lora and experts != 1:
+            raise ValueError(f"num_experts={experts}: method lora has one; remove num_experts or change method")
+        if total_rank is None:
+            values["total_rank"] = experts * (expert_rank or values.setdefault("expert_rank", 16))
+        elif total_rank % experts:
+            near = max(experts, round(total_rank / experts) * experts)
+            raise ValueError(
+                f"total_rank={total_rank} (r_A) is not divisible by num_experts={experts}; nearest is {near}"
+            )
+        elif expert_rank not in (None, total_rank // experts):
+            raise ValueError(
+                f"total_rank={total_rank} contradicts num_experts={experts} x expert_rank={expert_rank}; give one"
+            )
+        else:
+            values["expert_rank"] = total_rank // experts
+        return values
+
+    @model_validator(mode="after")
+    def _only_what_the_method_has(self) -> "AdapterConfig":
+        if self.renormalize and self.method != "teamlora":
+            raise ValueError(f"renormalize=true: method {self.method} has no interaction matrix; remove it")
+        if self.balance_loss_weight and self.method == "lora":
+            raise ValueError("balance_loss_weight: method lora has no router; remove it")
+        return self
+
+
+class TrainConfig(Section):
+    """Length, batch and optimizer of a run. The batch is global, so a run means the same on any number of ranks."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
+    epochs: PositiveFloat | None = Field(None, description="passes over the training rows; or give steps")
+    global_batch_size: PositiveInt = Field(description="rows an optimizer step, over all ranks")
+    micro_batch_size: PositiveInt = Field(1, description="rows a rank computes at once")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    learning_rate: PositiveFloat = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up; or give warmup_ratio")
+    warmup_ratio: float | None = Field(None, ge=0, lt=1, description="share of all steps; or give warmup_steps")
+    max_grad_norm: float = Field(1.0, ge=0, description="clips the global gradient norm; 0 turns it off")
+    activation_checkpointing: bool = Field(False, description="recompute decoder layers in backward")
+    eval_every: int = Field(0, ge=0, description="steps between losses on the held-out rows; 0: at the end only")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs}: expected exactly one; remove or add one")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("warmup_steps and warmup_ratio are both given: expected at most one; remove one")
+        return self
+
+
+class DeepSpeedConfig(Section):
+    config: Path = Field(description='DeepSpeed JSON; its "auto" values are filled from this recipe')
+
+
+class ReportConfig(Section):
+    tensorboard: bool = Field(True, description="write TensorBoard event files into the run")
+    router_every: PositiveInt = Field(1, description="steps between router measurements")
+
+
+class Recipe(Section):
+    run: RunConfig
+    base: BaseModelConfig
+    adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
+    data: DataConfig
+    train: TrainConfig
+    deepspeed: DeepSpeedConfig
+    report: ReportConfig = ReportConfig()
+
+
+def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a YAML recipe, applies `key.path=value` overrides and validates the result.
+
+    Raises UserError, one line, for anything a person can get wrong.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; load_recipe reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"recipe {path}: {reason}; give the path of a YAML recipe, see launch/recipes/") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path}: expected sections run, base, ... at top level; see launch/recipes/")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"argument {override!r}: expected key.path=value, for example train.steps=100")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(values.setdefault(parent, {}), dict):
+            raise UserError(f"argument {override!r}: {parent} is a value, not a section with keys")
+        values = values[parent]
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"argument {override!r}: the value is not YAML; quote it") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem as `key=value: what was expected; what to do`."""
+    first = error.errors()[0]
+    key = _dotted(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(key)}"
+    if first["type"] == "missing":
+        return f"missing key {key}: add it"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}"
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change it"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """('data', 'sources', 0, 'jsonl', 'path') -> data.sources[0].path; the union's tag is no key of the recipe."""
+    text = ""
+    for before, part in zip((None, *location), location, strict=False):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not isinstance(before, int) or part not in ("jsonl", "reasoning_gym"):
+            text += f".{part}" if text else part
+    return text
+
+
+def _nearest(key: str) -> str:
+    known = list(_known_keys(Recipe))
+    section = key.rpartition(".")[0]
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    near = difflib.get_close_matches(key.rpartition(".")[2], siblings, n=1, cutoff=0.6)
+    found = [siblings[name] for name in near] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else f"; known keys: {', '.join(siblings.values() or known)}"
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Any:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _known_keys(field.annotation, f"{prefix}{name}.")
