@@ -98,8 +98,9 @@ class ChatTemplate:
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
+            cause = " ".join(str(error).split())
             raise UserError(
-                f"{origin}: the tokenizer's chat template refuses turns of {roles}: {error}; correct the conversation"
+                f"{origin}: the tokenizer's chat template refuses turns of {roles}: {cause}; correct the conversation"
             ) from error
 
     def _skeleton(self, messages: Sequence[Message], origin: str) -> _Skeleton:

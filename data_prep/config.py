@@ -12,9 +12,9 @@ QUESTION = "{question}"
 
 
 class Section(BaseModel):
-    """One section of a recipe: unknown keys are errors, and nothing changes after it was validated."""
+    """One section of a recipe: unknown keys are errors, numbers finite, and nothing changes once validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class JsonlSource(Section):

@@ -42,7 +42,7 @@ def _parse(line: bytes, origin: str) -> dict[str, Any]:
         raise UserError(
             f"{origin}: byte {line[error.start : error.end].hex()} is not UTF-8; save the file as UTF-8"
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or an integer of over 4300 digits
         raise UserError(f"{origin}: not JSON ({error}); expected one JSON object a line, correct the line") from error
     if not isinstance(record, dict):
         raise UserError(f"{origin}: a JSON {_kind(record)}; expected one JSON object a line, correct the line")

@@ -55,8 +55,9 @@ def open_prepared(config: DataConfig, tokenizer: Any) -> PreparedSet:
     _check_sources(manifest)
     try:
         train, held_out = (_open_split(directory, split, manifest) for split in SPLITS)
-        lines = (directory / ITEMS).read_text(encoding="utf-8").splitlines()
-        return PreparedSet(directory, manifest, train, held_out, [json.loads(line) for line in lines])
+        with (directory / ITEMS).open(encoding="utf-8") as file:  # not splitlines: texts may hold its other line ends
+            items = [json.loads(line) for line in file]
+        return PreparedSet(directory, manifest, train, held_out, items)
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise UserError(f"data.prepared_dir: {directory} is damaged ({cause}); remove it and {_REPAIR}") from error

@@ -76,7 +76,9 @@ def write_rows(rows: Rows, tasks: Sequence[str], directory: Path) -> None:
         for name, parts in columns.items()
     }
     table = InMemoryTable(pa.table(arrays))
-    Dataset(table, fingerprint=directory.name).save_to_disk(directory)  # a given fingerprint, so that bytes repeat
+    num_shards = None if rows else 1  # `datasets` writes no file for no rows, and then cannot read what it wrote
+    dataset = Dataset(table, fingerprint=directory.name)  # a given fingerprint, so that bytes repeat
+    dataset.save_to_disk(directory, num_shards=num_shards)
 
 
 def write_items(held_out: Sequence[Encoded], system_prompt: str | None, directory: Path) -> None:

@@ -1,15 +1,17 @@
 """Which rows go to which rank at which step: pure functions of (seed, step), so that no state has to be kept."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 
+from data_prep.encode import IGNORED
 from data_prep.errors import UserError
 
-IGNORED = -100  # label of a token that is not scored; torch's and transformers' convention
 NO_TASK = -1  # task id of padding
 
 Batch = dict[str, torch.Tensor]
@@ -42,7 +44,7 @@ def plan_batches(global_batch_size: int, micro_batch_size: int, world_size: int)
 
 def steps_in(epochs: float, num_rows: int, global_batch_size: int) -> int:
     """Optimizer steps that see every row `epochs` times; the last global batch may reach into the next epoch."""
-    return -int(-epochs * num_rows // global_batch_size)
+    return math.ceil(Fraction(str(epochs)) * num_rows / global_batch_size)  # exact: 1.1 x 50 is 55, not a little more
 
 
 def rows_of_step(seed: int, step: int, num_rows: int, global_batch_size: int) -> list[int]:

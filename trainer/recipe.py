@@ -1,14 +1,17 @@
 """The recipe: one YAML file, typed, validated and resolved before anything heavy is imported."""
 
 import difflib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from data_prep.config import DataConfig, Section
+from data_prep.config import DataConfig, JsonlSource, ReasoningGymSource, Section
 from data_prep.errors import UserError
+
+_SOURCES = {"jsonl": JsonlSource, "reasoning_gym": ReasoningGymSource}  # by the tag that tells them apart
 
 
 class RunConfig(Section):
@@ -16,7 +19,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[\w.-]+$", description="folder of the run inside output_dir")
     output_dir: Path = Field(Path("runs"), description="parent folder of all runs")
-    seed: int = Field(0, description="seeds adapter initial values, dropout and the order of rows")
+    seed: int = Field(0, ge=0, description="seeds adapter initial values, dropout and the order of rows")
 
     @property
     def directory(self) -> Path:
@@ -39,9 +42,11 @@ class AdapterConfig(Section):
     """What learns. r_B = expert_rank, r_A = total_rank = num_experts * expert_rank (TeamLoRA, section 3)."""
 
     method: Literal["teamlora", "moelora", "hydralora", "lora"] = "teamlora"
-    num_experts: PositiveInt = Field(4, description="k; 1 for lora")
-    expert_rank: PositiveInt = Field(16, description="r_B, the rank of one expert matrix B")
-    total_rank: PositiveInt = Field(64, description="r_A, the rank of a LoRA with the same matrices A and B")
+    num_experts: PositiveInt = Field(4, strict=True, description="k; 1 for lora")
+    expert_rank: PositiveInt = Field(16, strict=True, description="r_B, the rank of one expert matrix B")
+    total_rank: PositiveInt = Field(
+        64, strict=True, description="r_A, the rank of a LoRA with the same matrices A and B"
+    )
     alpha: PositiveFloat = Field(32.0, description="output scale: alpha / expert_rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
     target_modules: list[str] = Field(["gate_proj", "up_proj", "down_proj"], min_length=1)
@@ -58,9 +63,10 @@ class AdapterConfig(Section):
         values = dict(given)
         lora = values.get("method") == "lora"
         experts = values.setdefault("num_experts", 1 if lora else 4)
-        expert_rank, total_rank = values.get("expert_rank"), values.get("total_rank")
-        if not all(isinstance(value, int | None) for value in (experts, expert_rank, total_rank)) or experts < 1:
+        numbers = [values[key] for key in ("num_experts", "expert_rank", "total_rank") if key in values]
+        if not all(type(number) is int and number > 0 for number in numbers):
             return values  # the field types tell what is wrong
+        expert_rank, total_rank = values.get("expert_rank"), values.get("total_rank")
         if lora and experts != 1:
             raise ValueError(f"num_experts={experts}: method lora has one; remove num_experts or change method")
         if total_rank is None:
@@ -183,10 +189,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _one_line(error: ValidationError) -> str:
     """The first problem as `key=value: what was expected; what to do`."""
-    first = error.errors()[0]
+    problems = error.errors()
+    # A misspelt key that is required is told as missing before it is told as unknown.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     key = _dotted(first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(key)}"
+        return f"unknown key {key}{_nearest(first['loc'])}"
     if first["type"] == "missing":
         return f"missing key {key}: add it"
     if first["type"] == "value_error":
@@ -200,22 +208,38 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     for before, part in zip((None, *location), location, strict=False):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not isinstance(before, int) or part not in ("jsonl", "reasoning_gym"):
+        elif not isinstance(before, int) or part not in _SOURCES:
             text += f".{part}" if text else part
     return text
 
 
-def _nearest(key: str) -> str:
-    known = list(_known_keys(Recipe))
-    section = key.rpartition(".")[0]
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    near = difflib.get_close_matches(key.rpartition(".")[2], siblings, n=1, cutoff=0.6)
-    found = [siblings[name] for name in near] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else f"; known keys: {', '.join(siblings.values() or known)}"
+def _nearest(location: tuple[int | str, ...]) -> str:
+    *parents, name = location
+    siblings = {field: _dotted((*parents, field)) for field in _section_at(parents).model_fields}
+    elsewhere = {key.rpartition(".")[2]: key for key in _known_keys(Recipe)}
+    for keys in (siblings, elsewhere):
+        if near := difflib.get_close_matches(str(name), keys, n=1, cutoff=0.6):
+            return f"; did you mean {keys[near[0]]}?"
+    return f"; known keys: {', '.join(siblings.values())}"
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Any:
+def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if part in _SOURCES:
+            section = _SOURCES[part]
+        elif part in section.model_fields and _is_section(section.model_fields[part].annotation):
+            section = section.model_fields[part].annotation
+    return section
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if _is_section(field.annotation):
             yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

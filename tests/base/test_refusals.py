@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from tests.tiny_models import tiny_llama, tiny_model
-from trainer.base.load import load_base, load_tokenizer, read_config
+from trainer.base.load import load_base
+from trainer.base.match import open_base
+from trainer.base.source import load_tokenizer
 
 
 def edit_config(folder: Path, **keys: object) -> Path:
@@ -26,7 +28,7 @@ def edit_weights(folder: Path, edit) -> Path:
     return folder
 
 
-def refused(base, text: str, call=read_config) -> None:
+def refused(base, text: str, call=open_base) -> None:
     with pytest.raises(UserError, match=text) as caught:
         call(base)
     assert "\n" not in str(caught.value)

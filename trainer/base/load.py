@@ -10,51 +10,36 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.base.fill import fill
-from trainer.base.match import DTYPES, open_base, skeleton
+from trainer.base.match import DTYPES, OpenedBase, open_base
 from trainer.base.nf4 import NF4Linear
 from trainer.base.shards import Shards, Whole
-from trainer.base.source import load_tokenizer
 
 if TYPE_CHECKING:
     from trainer.recipe import BaseModelConfig
 
-__all__ = ["load_base", "load_tokenizer", "read_config", "skeleton"]
+
+def load_base(base: "BaseModelConfig", device: torch.device | str) -> PreTrainedModel:
+    """Opens a base and loads it whole on one device: what one process without an engine needs."""
+    return load_opened(open_base(base), Whole(device))
 
 
-def read_config(base: "BaseModelConfig") -> PretrainedConfig:
-    """The model's configuration, once all that can be refused before reading weights has been.
+def load_opened(opened: OpenedBase, shards: Shards) -> PreTrainedModel:
+    """The base model, frozen and in eval mode; its NF4 linears are `NF4Linear`. Uses `opened.model` up.
 
-    Needs no process group and allocates no weights; run it before either. On a Hub id it fetches the model.
-
-    Raises:
-        UserError: folder missing or no model; pickled, already quantised or damaged weights, or ones that do
-            not match the configuration; unknown architecture or no causal LM; attention that is missing here
-            or does not isolate packed documents; with nf4, matrices of the decoder outside linear layers.
+    Of every parameter just the run that `shards` keeps on this rank; buffers and NF4's second level are whole on
+    `shards.device`. With the shards of a process group (trainer.base.zero3) every rank calls this together.
     """
-    return open_base(base).config
-
-
-def load_base(base: "BaseModelConfig", device: torch.device | str, shards: Shards | None = None) -> PreTrainedModel:
-    """The base model, frozen and in eval mode; NF4 linears are `NF4Linear`.
-
-    Whole on `device`, or, given the shards of a process group (trainer.base.zero3), only this rank's run of
-    every parameter; then every rank calls this together. Buffers and NF4's second level are whole on it.
-
-    Raises UserError as `read_config` does.
-    """
-    opened = open_base(base)
     model = opened.model
-    if base.quantization == "nf4":
-        pack_linears(model, DTYPES[base.dtype])
-    shards = shards or Whole(device)
+    if opened.base.quantization == "nf4":
+        pack_linears(model, DTYPES[opened.base.dtype])
     for source, target in opened.names.items():
         fill(model, target, opened.weights, source, shards)
     tie(model)
     set_generation(model, opened.weights.folder)
-    move_buffers(model, torch.device(device))
+    move_buffers(model, shards.device)
     model.requires_grad_(False)
     _assert_nothing_on_meta(model)
     return model.eval()

@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class OpenedBase:
     """A base that can be loaded: its model on meta, its files, and which tensor goes where."""
 
-    config: PretrainedConfig
+    base: "BaseModelConfig"
     model: PreTrainedModel
     weights: Weights
     names: dict[str, str]
@@ -38,14 +38,19 @@ class OpenedBase:
 def open_base(base: "BaseModelConfig") -> OpenedBase:
     """Build the model on meta and match it with its files; everything that can be refused is refused here.
 
-    Raises UserError: see `trainer.base.load.read_config`.
+    Needs no process group and allocates no weights; run it before either. On a Hub id it fetches the model.
+
+    Raises:
+        UserError: folder missing or no model; pickled, already quantised or damaged weights, or ones that do
+            not match the configuration; unknown architecture or no causal LM; attention that is missing here
+            or does not isolate packed documents; with nf4, matrices of the decoder outside linear layers.
     """
     config = parse_config(base)
     model = skeleton(config, base)
     weights = Weights(resolve_folder(base))
     names = match_names(model, weights)
     check_packing(config, base.attention, base.trust_remote_code)
-    return OpenedBase(config, model, weights, names)
+    return OpenedBase(base, model, weights, names)
 
 
 def skeleton(config: PretrainedConfig, base: "BaseModelConfig") -> PreTrainedModel:

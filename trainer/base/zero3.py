@@ -5,6 +5,7 @@ and attributes private to DeepSpeed (written against 0.19.8, which setup.cfg pin
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -27,14 +28,12 @@ REFUSED = {
 class ZeroShards:
     """The shards of ZeRO-3 for a process group that stands already (trainer.base.shards.Shards).
 
-    `config` is DeepSpeed's configuration as `deepspeed.initialize` will get it: parameter offload and pinning
-    follow from it. Every rank makes the same calls of `keep` in the same order: DeepSpeed numbers parameters.
-
-    Raises UserError for offload to NVMe, and for settings that copy or convert packed shards.
+    `config` is DeepSpeed's configuration as `deepspeed.initialize` will get it, one that `check_config` let pass:
+    parameter offload and pinning follow from it. Every rank makes the same calls of `keep` in the same order:
+    DeepSpeed numbers parameters.
     """
 
     def __init__(self, config: dict[str, Any], device: torch.device | str):
-        check_config(config)
         # Not entered as a context: nothing is patched, only its methods on single parameters serve.
         self._init = deepspeed.zero.Init(config_dict_or_path=config)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -68,15 +67,13 @@ class ZeroShards:
         return parameter
 
 
-def check_config(config: dict[str, Any]) -> None:
-    """Refuse what a base handed over in shards cannot bear."""
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        raise UserError(f"zero_optimization.stage={zero.get('stage')}: shards need 3; load the base whole otherwise")
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Raises UserError, naming the file `path`, for what a base handed over in shards cannot bear."""
+    zero = config["zero_optimization"]
     for key, safe in REFUSED.items():
         if zero.get(key, safe) != safe:
-            raise UserError(f"zero_optimization.{key}={zero[key]}: corrupts a packed base; set it to {safe}")
+            raise UserError(f"{path}: zero_optimization.{key}={zero[key]} corrupts a packed base; set it to {safe}")
     if (zero.get("offload_param") or {}).get("device") == "nvme":
-        raise UserError("zero_optimization.offload_param.device=nvme: not supported with a packed base; use cpu")
+        raise UserError(f"{path}: zero_optimization.offload_param.device=nvme cannot take a packed base; use cpu")
     if config.get("data_types", {}).get("buffer_dtype"):
-        raise UserError("data_types.buffer_dtype: would cast rotary buffers; remove it")
+        raise UserError(f"{path}: data_types.buffer_dtype would cast rotary buffers; remove it")

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+''':'
+# Trains a recipe. Shell and Python at once, so that every launcher can be given this one file:
+#   bash launch/train.sh RECIPE [num_gpus=N] [key.path=value ...]    all GPUs here, or num_gpus of them (or CPU ranks)
+#   deepspeed [--num_gpus N | --hostfile F] launch/train.sh RECIPE [key.path=value ...]
+#   deepspeed --no_python launch/train.sh RECIPE ...                 starts it as a program of its own
+#   torchrun --nproc_per_node N launch/train.sh RECIPE ...
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="$here/.venv/bin/python"
+[ -x "$python" ] || python="$(command -v python3)"
+# A launcher has set RANK: this is one rank of a run. Otherwise this is the launch.
+if [ -n "${RANK:-}" ]; then exec "$python" "${BASH_SOURCE[0]}" "$@"; fi
+ranks=()
+arguments=()
+for argument in "$@"; do
+  case "$argument" in
+    num_gpus=*) ranks=(--num_gpus "${argument#num_gpus=}") ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+exec "$python" -m deepspeed.launcher.runner "${ranks[@]}" "${BASH_SOURCE[0]}" "${arguments[@]}"
+: <<'# __END__'
+'''
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainer.cli import main
+
+sys.exit(main(["train", *sys.argv[1:]]))
+# __END__

@@ -1,0 +1,85 @@
+"""From the recipe's adapter section to a PEFT model, fresh or started from an adapter on disk."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from data_prep.errors import UserError
+from trainer.adapters.config import HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
+from trainer.recipe import AdapterConfig
+
+EXPERT_CONFIGS = {"teamlora": TeamLoraConfig, "moelora": MoeLoraConfig, "hydralora": HydraLoraConfig}
+TASK_TYPE = "CAUSAL_LM"
+
+
+def peft_config(adapter: AdapterConfig) -> PeftConfig:
+    """PEFT's configuration of the adapter that the recipe describes."""
+    common: dict[str, Any] = {"task_type": TASK_TYPE, "target_modules": list(adapter.target_modules)}
+    if adapter.method == "lora":
+        return LoraConfig(r=adapter.total_rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, **common)
+    own = {"renormalize": adapter.renormalize} if adapter.method == "teamlora" else {}
+    return EXPERT_CONFIGS[adapter.method](
+        num_experts=adapter.num_experts,
+        expert_rank=adapter.expert_rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        balance_loss_weight=adapter.balance_loss_weight,
+        **own,
+        **common,
+    )
+
+
+def check_adapter(model: nn.Module, adapter: AdapterConfig) -> None:
+    """Raises UserError where the adapter does not fit the model, which may still be on meta."""
+    head = model.get_output_embeddings()
+    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    for target in adapter.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            existing = sorted({name.rpartition(".")[2] for name in linears})
+            raise UserError(
+                f"adapter.target_modules: {target!r} matches no linear layer of {model.config.model_type}; "
+                f"it has {', '.join(existing)}"
+            )
+    if adapter.init_from is not None:
+        _check_init_from(adapter.init_from, adapter)
+
+
+def attach_adapter(model: nn.Module, adapter: AdapterConfig) -> PeftModel:
+    """Puts the adapter into the model, in the dtype of its base layers, and makes it all that learns.
+
+    Fresh values come from torch's global generator: seed it alike on every rank.
+    """
+    if adapter.init_from is None:
+        return get_peft_model(model, peft_config(adapter), autocast_adapter_dtype=False)
+    return PeftModel.from_pretrained(model, adapter.init_from, is_trainable=True, autocast_adapter_dtype=False)
+
+
+def _check_init_from(folder: Path, adapter: AdapterConfig) -> None:
+    """An adapter to start from must be of the shape that the recipe describes."""
+    try:
+        found = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT raises of many kinds for a folder that holds no adapter
+        raise UserError(
+            f"adapter.init_from: {folder} holds no adapter that PEFT can read ({' '.join(str(error).split())[:160]}); "
+            "give the adapter/ folder of a run"
+        ) from error
+    wanted = peft_config(adapter)
+    if found.peft_type != wanted.peft_type:
+        raise UserError(
+            f"adapter.init_from: {folder} holds a {found.peft_type.value} adapter, but adapter.method="
+            f"{adapter.method}; make them agree"
+        )
+    keys = {"r": "total_rank"} if adapter.method == "lora" else {k: k for k in ("num_experts", "expert_rank")}
+    for theirs, ours in keys.items():
+        if getattr(found, theirs) != getattr(adapter, ours):
+            raise UserError(
+                f"adapter.init_from: {folder} has {ours}={getattr(found, theirs)}, but adapter.{ours}="
+                f"{getattr(adapter, ours)}; make them agree"
+            )
+    if set(found.target_modules) != set(adapter.target_modules):
+        raise UserError(
+            f"adapter.init_from: {folder} adapts {', '.join(sorted(found.target_modules))}, but adapter.target_modules="
+            f"{', '.join(adapter.target_modules)}; make them agree"
+        )

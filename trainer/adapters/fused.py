@@ -1,0 +1,217 @@
+"""The gated low-rank update of TeamLoRA, MoELoRA and HydraLoRA as one autograd function.
+
+All three are a LoRA whose low-rank activations pass a gate that depends on the token:
+
+    [z ; logits] = [A ; S] x^T        one GEMM
+    phi   = softmax(logits)           fp32, k weights a token
+    omega = M phi                     TeamLoRA's competition; without M, omega = phi
+    out   = y + gate(z, scale * omega)^T B     one GEMM, accumulated onto the base output
+
+For backward only x (which is there anyway: y was computed from it) and [z ; logits] are saved: what LoRA
+saves, plus k values a token. phi, omega and the gated z are cheap and are computed again.
+
+Low-rank activations are held transposed, [rank, tokens]. Softmax, gate and their sums then run along
+rows as long as there are tokens, where rows of k or r_B values cost up to fifteen times as much on a
+CPU; and the operands of every GEMM stay aligned although r_A + k is no multiple of 8.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+RENORMALIZE_FLOOR = 0.1
+"""Smallest sum of omega that renormalisation divides by. A trained M can drive the sum to zero or below;
+with the floor the weights grow tenfold at most, stay finite and keep their signs."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The constants of one adapter's gate.
+
+    scale multiplies omega. heads is the number of slices that A's output is cut into: k when every
+    expert has a slice of its own (TeamLoRA, MoELoRA), 1 when all experts share the whole (HydraLoRA).
+    """
+
+    heads: int
+    scale: float
+    renormalize: bool = False
+
+
+class BalanceTerm(Protocol):
+    """The balance loss as the backward pass sees it."""
+
+    def add_gradient(self, grad_phi: Tensor) -> None:
+        """Add the balance loss's gradient to grad_phi [k, tokens], in place."""
+
+
+class Probe(Protocol):
+    """Receives the router's weights of one training forward."""
+
+    def observe(self, phi: Tensor) -> BalanceTerm | None:
+        """Take phi [k, tokens]; return the term whose gradient the backward pass adds, if any."""
+
+
+class GatedExperts(torch.autograd.Function):
+    """y + scale * sum_i omega_i B_i z_i; see the module's text. Called through `gated_experts`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor,
+        router: Tensor,
+        interaction: Tensor | None,
+        experts: Tensor,
+        gate: Gate,
+        dtype: torch.dtype,
+        probe: Probe | None,
+    ) -> Tensor:
+        rank = a.shape[0]
+        projected = torch.cat((a, router)).to(dtype) @ _rows(x, dtype).t()
+        phi = _softmax(projected[rank:])
+        weights, _ = _compete(phi, interaction, gate)
+        gated = _apply_gate(projected[:rank], weights, gate)
+        ctx.balance = probe.observe(phi) if probe is not None else None
+        ctx.gate, ctx.dtype = gate, dtype
+        # x and the parameters as they came: nothing but `projected` is new memory. ZeRO-3 may free the
+        # parameters' data in between; it gathers them into the same tensors again before backward.
+        ctx.save_for_backward(x, projected, a, router, interaction, experts)
+        return _accumulate(y, gated, experts.flatten(0, 1).to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, projected, a, router, interaction, experts = ctx.saved_tensors
+        gate, dtype, rank = ctx.gate, ctx.dtype, a.shape[0]
+        want_x, want_y, want_a, want_router, want_interaction, want_experts = ctx.needs_input_grad[:6]
+        grad_x = grad_a = grad_router = grad_experts = None
+        grad = _rows(grad_out, dtype)
+        z = projected[:rank]
+        phi = _softmax(projected[rank:])
+        weights, total = _compete(phi, interaction, gate)
+
+        if want_experts:
+            grad_experts = _mm(_apply_gate(z, weights, gate), grad, experts.shape).to(experts.dtype)
+        grad_gated = (experts.flatten(0, 1).to(dtype) @ grad.t()).view(*experts.shape[:2], -1)
+
+        grad_weights = (grad_gated * z.unflatten(0, (gate.heads, -1))).sum(1, dtype=phi.dtype)
+        grad_phi, grad_interaction = _compete_backward(grad_weights, phi, weights, total, interaction, gate)
+        if ctx.balance is not None:
+            ctx.balance.add_gradient(grad_phi)
+        grad_projected = torch.empty_like(projected)
+        grad_projected[rank:] = _softmax_backward(grad_phi, phi)
+        _apply_gate_backward(grad_gated, weights, gate, out=grad_projected[:rank])
+
+        if want_x:
+            grad_x = _mm(grad_projected.t(), torch.cat((a, router)).to(dtype), x.shape).to(x.dtype)
+        if want_a or want_router:
+            grad_a, grad_router = (grad_projected @ _rows(x, dtype)).to(a.dtype).split([rank, len(router)])
+        if grad_interaction is not None:
+            grad_interaction = grad_interaction.to(interaction.dtype) if want_interaction else None
+        grad_y = grad_out if want_y else None
+        return grad_x, grad_y, grad_a, grad_router, grad_interaction, grad_experts, None, None, None
+
+
+def gated_experts(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    router: Tensor,
+    interaction: Tensor | None,
+    experts: Tensor,
+    gate: Gate,
+    probe: Probe | None = None,
+) -> Tensor:
+    """Add the gated experts' update of x to the base output y, out of place, in y's dtype.
+
+    x [..., d_in], y [..., d_out], a [r_A, d_in] (HydraLoRA: [r, d_in]), router [k, d_in], interaction
+    [k, k] or None, experts [k, r_B, d_out]. GEMMs run in a's dtype, or in autocast's where that is on;
+    the softmax and the product with the interaction matrix in fp32 (fp64 for fp64 parameters).
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, a.dtype, probe)
+    dtype = torch.get_autocast_dtype(device)
+    # autocast does not reach the backward of a custom function: the dtype is decided here, for both
+    with torch.autocast(device, enabled=False):
+        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, probe)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., n] -> [tokens, n] in the compute dtype."""
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _mm(left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
+    """left @ right in another shape, as a tensor that is no view.
+
+    Autograd adds gradients in place only into tensors that own their memory; a view costs a copy.
+    """
+    result = left.new_empty(shape)
+    torch.mm(left, right, out=result.view(left.shape[0], right.shape[1]))
+    return result
+
+
+def _accumulate(y: Tensor, gated: Tensor, experts: Tensor) -> Tensor:
+    """y + gated^T @ experts in y's shape and dtype.
+
+    Never in place: y may be a view (DeepSpeed's hooks return one) or be kept by its own backward.
+    """
+    if y.dtype != gated.dtype:
+        # an fp32 adapter on a bf16 base adds in fp32 and rounds once, as PEFT's LoRA does
+        return (y + _mm(gated.t(), experts, y.shape)).to(y.dtype)
+    out = y.new_empty(y.shape)
+    torch.addmm(_rows(y, y.dtype), gated.t(), experts, out=_rows(out, y.dtype))
+    return out
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over experts, [k, tokens], at least in fp32."""
+    return torch.softmax(logits, 0, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _softmax_backward(grad: Tensor, phi: Tensor) -> Tensor:
+    product = grad * phi
+    return product.addcmul_(phi, product.sum(0), value=-1)
+
+
+def _compete(phi: Tensor, interaction: Tensor | None, gate: Gate) -> tuple[Tensor, Tensor | None]:
+    """scale * M phi [k, tokens], and the guarded sums [tokens] it was divided by if renormalised."""
+    if interaction is None:
+        return phi * gate.scale, None
+    omega = (interaction.to(phi.dtype) * gate.scale) @ phi
+    if not gate.renormalize:
+        return omega, None
+    total = omega.sum(0).div_(gate.scale).clamp_(min=RENORMALIZE_FLOOR)
+    return omega.div_(total), total
+
+
+def _compete_backward(
+    grad: Tensor, phi: Tensor, weights: Tensor, total: Tensor | None, interaction: Tensor | None, gate: Gate
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `_compete` for phi and for the interaction matrix."""
+    if total is not None:
+        # weights = scale * omega / total: at the floor total is a constant, above it the quotient rule holds
+        through_total = (grad * weights).sum(0).mul_(total > RENORMALIZE_FLOOR).div_(gate.scale)
+        grad = (grad - through_total).div_(total)
+    if interaction is None:
+        return grad * gate.scale, None
+    return (interaction.to(phi.dtype) * gate.scale).t() @ grad, (grad @ phi.t()).mul_(gate.scale)
+
+
+def _apply_gate(z: Tensor, weights: Tensor, gate: Gate) -> Tensor:
+    """z [heads * r_B, tokens] under weights [k, tokens] -> [k * r_B, tokens]; one head serves every expert."""
+    return (z.unflatten(0, (gate.heads, -1)) * weights.to(z.dtype).unsqueeze(1)).flatten(0, 1)
+
+
+def _apply_gate_backward(grad_gated: Tensor, weights: Tensor, gate: Gate, out: Tensor) -> None:
+    """Gradient of `_apply_gate` for z, from [k, r_B, tokens] into out [heads * r_B, tokens]."""
+    weights = weights.to(out.dtype).unsqueeze(1)
+    if gate.heads == 1:
+        torch.sum(grad_gated * weights, 0, out=out)
+    else:
+        torch.mul(grad_gated, weights, out=out.unflatten(0, (gate.heads, -1)))

@@ -1,0 +1,115 @@
+"""A linear layer with expert adapters on it, in PEFT's frame."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.adapters.config import ExpertLoraConfig, HydraLoraConfig, TeamLoraConfig
+from trainer.adapters.fused import Gate, Probe, gated_experts
+
+
+class Experts(nn.Module):
+    """One adapter on one linear layer: its parameters, and y + its update of x (TeamLoRA, section 3).
+
+    lora_a       [r_A, d_in]       shared by all experts; MoELoRA's k matrices A_i, stacked; HydraLoRA: [r_B, d_in]
+    router       [k, d_in]
+    interaction  [k, k]            TeamLoRA's M, else None
+    experts      [k, r_B, d_out]   the matrices B_i
+
+    A module with a forward of its own, because that is what ZeRO-3's hooks gather parameters for. `probe`, where a
+    training loop has set one, sees the router's weights (see `routing.Routing`).
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: ExpertLoraConfig) -> None:
+        super().__init__()
+        k, expert_rank = config.num_experts, config.expert_rank
+        shared = isinstance(config, HydraLoraConfig)
+        competing = isinstance(config, TeamLoraConfig)
+        self.lora_a = nn.Parameter(torch.empty(expert_rank if shared else config.total_rank, in_features))
+        self.router = nn.Parameter(torch.empty(k, in_features))
+        self.interaction = nn.Parameter(torch.empty(k, k)) if competing else None
+        self.experts = nn.Parameter(torch.empty(k, expert_rank, out_features))
+        self.gate = Gate(
+            heads=1 if shared else k,
+            # k slices share the output in the mean, as k omega_i does in TeamLoRA's equation; HydraLoRA has one
+            scale=config.alpha / expert_rank * (1 if shared else k),
+            renormalize=competing and config.renormalize,
+        )
+        self.dropout = config.dropout
+        self.balance_loss_weight = config.balance_loss_weight
+        self.probe: Probe | None = None
+        self.reset_parameters(zero_experts=config.init_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, zero_experts: bool) -> None:
+        """Fresh values from torch's global generator: A and router as in nn.Linear, M near the identity, B zero."""
+        for matrix in (self.lora_a, self.router):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        if self.interaction is not None:
+            nn.init.uniform_(self.interaction, -0.1, 0.1)
+            self.interaction.fill_diagonal_(1)
+        if zero_experts:
+            nn.init.zeros_(self.experts)
+        else:
+            nn.init.normal_(self.experts, std=0.02)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [..., d_in], base output y [..., d_out] -> [..., d_out] in the dtype of y."""
+        probe = self.probe if self.training else None
+        if self.training and self.probe is None and self.balance_loss_weight:
+            warnings.warn(
+                "balance_loss_weight has no effect: no training loop drives the routers (trainer.adapters.routing)",
+                stacklevel=2,
+            )
+        x = F.dropout(x, self.dropout, self.training)
+        return gated_experts(x, y, self.lora_a, self.router, self.interaction, self.experts, self.gate, probe)
+
+
+class ExpertLayer(nn.Module, BaseTunerLayer):
+    """A linear layer and its adapters by name; a subclass a method, since PEFT tells methods apart by attribute."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: ExpertLoraConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self.merged_adapters = []
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+        self.update_layer(adapter_name, config)
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The `Experts` of each adapter on this layer."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    def update_layer(self, adapter_name: str, config: ExpertLoraConfig) -> None:
+        """Adds an adapter, on the base layer's device and in its dtype (packed bases: their compute dtype)."""
+        base = self.get_base_layer()
+        self.adapters[adapter_name] = Experts(base.in_features, base.out_features, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
+        for name in self.active_adapters:
+            if name in self.adapters:
+                y = self.adapters[name](x, y)
+        return y
+
+
+class TeamLoraLayer(ExpertLayer):
+    adapter_layer_names = ("teamlora_experts",)
+
+
+class MoeLoraLayer(ExpertLayer):
+    adapter_layer_names = ("moelora_experts",)
+
+
+class HydraLoraLayer(ExpertLayer):
+    adapter_layer_names = ("hydralora_experts",)

@@ -1,0 +1,60 @@
+"""The `teamlora` command: parse, hand over, nothing else."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.errors import UserError
+from trainer.quiet import quiet_libraries
+from trainer.recipe import load_recipe
+
+MISTAKE = 2  # exit status after a person's mistake
+FAULT = 1  # exit status after a fault while running
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; a mistake is one line on the first rank of each machine."""
+    options = _parser().parse_args(arguments)
+    quiet_libraries()
+    try:
+        options.run(options)
+    except UserError as mistake:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except ArithmeticError as fault:
+        print(f"error: {fault}", file=sys.stderr, flush=True)
+        return FAULT
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="teamlora", description="Multi-task fine-tuning with TeamLoRA experts.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="make the prepared set that a recipe trains on")
+    train = commands.add_parser("train", help="train a recipe, alone or as a rank of a launcher")
+    for command, run in ((prepare, _prepare), (train, _train)):
+        command.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe, see launch/recipes/")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the recipe")
+        command.set_defaults(run=run)
+    # what DeepSpeed's launcher adds; LOCAL_RANK says the same
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from data_prep.prepare import prepare
+    from trainer.base.source import load_tokenizer
+
+    print(prepare(recipe.data, load_tokenizer(recipe.base)))
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from trainer.train import train
+
+    train(recipe)

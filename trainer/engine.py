@@ -1,0 +1,195 @@
+"""DeepSpeed's engine: its configuration, the process group, the optimizer, and what is read back from it."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data_prep.errors import UserError
+from trainer.batches import BatchPlan
+from trainer.recipe import Recipe, TrainConfig
+
+
+def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+    """The DeepSpeed JSON with every "auto" filled from the recipe: the only place where that happens.
+
+    Raises UserError where the file cannot be read or contradicts the recipe.
+    """
+    path = recipe.deepspeed.config
+    config = _read_json(path)
+    fills: dict[tuple[str, ...], tuple[Any, str]] = {
+        ("train_batch_size",): (plan.global_batch_size, "train.global_batch_size"),
+        ("train_micro_batch_size_per_gpu",): (plan.micro_batch_size, "train.micro_batch_size"),
+        ("gradient_accumulation_steps",): (plan.gradient_accumulation_steps, "the derived accumulation"),
+        ("gradient_clipping",): (recipe.train.max_grad_norm, "train.max_grad_norm"),
+        ("bf16", "enabled"): (recipe.base.dtype == "bf16", f"base.dtype={recipe.base.dtype}:"),
+    }
+    for keys, (value, origin) in fills.items():
+        _fill(config, keys, value, origin, path)
+    _refuse_what_the_recipe_owns(config, path)
+    if not torch.cuda.is_available():  # there is nothing to pin for
+        for section in ("offload_param", "offload_optimizer"):
+            if section in config["zero_optimization"]:
+                config["zero_optimization"][section]["pin_memory"] = False
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"deepspeed.config={path}: {error.strerror}; give a file such as ds_configs/zero3.json"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"deepspeed.config={path}: not JSON ({error}); compare with ds_configs/zero3.json") from None
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise UserError(
+            f"deepspeed.config={path}: expected a JSON object with a section zero_optimization; "
+            "compare with ds_configs/zero3.json"
+        )
+    return config
+
+
+def _fill(config: dict[str, Any], keys: tuple[str, ...], value: Any, origin: str, path: Path) -> None:
+    *parents, last = keys
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    given = config.get(last, "auto")
+    if given not in ("auto", value):
+        raise UserError(
+            f'{path}: {".".join(keys)}={given} contradicts {origin}={value} of the recipe; write "auto" in the file'
+        )
+    config[last] = value
+
+
+def _refuse_what_the_recipe_owns(config: dict[str, Any], path: Path) -> None:
+    for section, owner in (("optimizer", "train.optimizer"), ("scheduler", "train.lr_scheduler")):
+        if section in config:
+            raise UserError(f"{path}: section {section} is set by the recipe ({owner}); remove it from the file")
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16.enabled=true: expected base.dtype bf16 or fp32; remove fp16 from the file")
+
+
+def world_size() -> int:
+    """Ranks of this run, from the launcher's environment; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_process_group() -> torch.device:
+    """Joins the ranks that the launcher started (or makes a group of one) and returns this rank's device."""
+    import deepspeed
+
+    # On a CPU DeepSpeed would compile this op at first use (half a minute); it serves tensor-parallel inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def agreeing() -> Iterator[None]:
+    """Runs a block in which any rank may meet a person's mistake; then every rank raises the first rank's.
+
+    Every rank takes part in one small exchange at the end. The block itself must hold no collective: a rank that
+    left it early would keep the others waiting.
+    """
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = str(error)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mistake)
+    first = next((text for text in found if text is not None), None)
+    if first is not None:
+        raise UserError(first)
+
+
+def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW of torch, or bitsandbytes' 8-bit forms, whose kernels need a GPU. Refuses to apply non-finite gradients."""
+    settings = {
+        "lr": train.learning_rate,
+        "betas": train.betas,
+        "eps": train.epsilon,
+        "weight_decay": train.weight_decay,
+    }
+    if train.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, **settings)
+    else:
+        import bitsandbytes.optim as bnb
+
+        kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw_8bit": bnb.PagedAdamW8bit}
+        optimizer = kinds[train.optimizer](parameters, **settings)
+    optimizer.register_step_pre_hook(_refuse_non_finite_gradients)
+    return optimizer
+
+
+def check_optimizer(train: TrainConfig) -> None:
+    """Raises UserError where the optimizer cannot run on this machine."""
+    if train.optimizer != "adamw" and not torch.cuda.is_available():
+        raise UserError(f"train.optimizer={train.optimizer}: needs a GPU, and none is seen here; use adamw")
+
+
+def _refuse_non_finite_gradients(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """ZeRO 1 to 3 skip such a step themselves; without ZeRO nothing else would stop it (every rank sees the same)."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise NonFiniteGradient
+
+
+class NonFiniteGradient(ArithmeticError):
+    """A gradient is infinite or not a number; the weights have not been touched."""
+
+
+def build_scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """The learning rate of each step: transformers' schedules."""
+    from transformers import get_scheduler
+
+    warmup = train.warmup_steps
+    if warmup is None:
+        warmup = round((train.warmup_ratio or 0.0) * steps)
+    name = "constant_with_warmup" if train.lr_scheduler == "constant" else train.lr_scheduler
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def initialize(module: nn.Module, train: TrainConfig, config: dict[str, Any], steps: int) -> Any:
+    """Hands the module to DeepSpeed, which shards parameters, gradients and optimizer state as `config` says."""
+    import deepspeed
+
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(train, trainable)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=trainable,
+        optimizer=optimizer,
+        lr_scheduler=build_scheduler(train, optimizer, steps),
+        config=config,
+    )
+    return engine
+
+
+def gather_trainable(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole trainable parameters by name, on the CPU, on every rank.
+
+    A collective over all ranks under ZeRO-3: every rank must call it, or the others wait for ever. PEFT's own
+    save_pretrained would write shape (0,) there, since it sees only the emptied local tensors.
+    """
+    import deepspeed
+
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    sharded = any(hasattr(p, "ds_id") for p in trainable.values())
+    with deepspeed.zero.GatheredParameters(list(trainable.values()), enabled=sharded):
+        return {name: p.detach().cpu().clone() for name, p in trainable.items()}

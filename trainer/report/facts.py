@@ -1,0 +1,102 @@
+"""What is derived from a recipe before training starts, told once on rank 0; and where the start-up time went."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from trainer.batches import BatchPlan
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def describe_run(model: nn.Module, engine: Any, plan: BatchPlan, steps: int, directory: Any, mean_row: float) -> str:
+    """Lines for a person: parameters, bytes this rank holds, batch, length, and how to watch.
+
+    mean_row: mean tokens a training row.
+    """
+    parameters = list(model.parameters())
+    trainable = sum(_numel(p) for p in parameters if p.requires_grad)
+    frozen = sum(_numel(p) for p in parameters if not p.requires_grad)
+    held = {
+        "base": sum(_local_bytes(p) for p in parameters if not p.requires_grad),
+        "adapter": sum(_local_bytes(p) for p in parameters if p.requires_grad),
+        # fp32 master copy, its gradient, and AdamW's two moments, of what this rank updates
+        "optimizer and gradients to come": 16 * _updated_here(engine, parameters, plan.world_size),
+    }
+    tokens = plan.global_batch_size * mean_row
+    lines = [
+        f"parameters      {trainable:,} trainable, {frozen:,} frozen (NF4 counts two a byte)",
+        "bytes a rank    " + ", ".join(f"{human(size)} {name}" for name, size in held.items()),
+        f"global batch    {plan.global_batch_size} rows = {plan.micro_batch_size} a micro-batch x {plan.world_size} "
+        f"ranks x {plan.gradient_accumulation_steps} accumulation, about {tokens:,.0f} tokens",
+        f"length          {steps} steps",
+        f"run             {directory}",
+        f"watch           tensorboard --logdir {directory}",
+    ]
+    return "\n".join(lines)
+
+
+def human(size: float) -> str:
+    """Bytes in the largest unit that leaves at least one: 1536 -> 1.5 KiB."""
+    unit = 0
+    while size >= 1024 and unit < len(UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.1f} {UNITS[unit]}" if unit else f"{size:.0f} B"
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter; a packed uint8 weight counts the two 4-bit values of each byte."""
+    numel = getattr(parameter, "ds_numel", parameter.numel())
+    return 2 * numel if parameter.dtype == torch.uint8 else numel
+
+
+def _local_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of the parameter that stay on this rank: under ZeRO-3 its shard."""
+    held = getattr(parameter, "ds_tensor", parameter)
+    return held.numel() * held.element_size()
+
+
+def _updated_here(engine: Any, parameters: Sequence[nn.Parameter], world_size: int) -> int:
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
+    return -(-total // world_size) if engine.zero_optimization_stage() else total
+
+
+class StartClock:
+    """Where the time goes from the command to the first step, in seconds by part.
+
+    Begins when the first process of this launch began: the launcher's, if this one has any.
+    """
+
+    def __init__(self) -> None:
+        now = time.time()
+        mine = psutil.Process()
+        launch = min((p.create_time() for p in (mine, *_launchers(mine))), default=now)
+        self._parts = [("launcher", mine.create_time() - launch), ("imports", now - mine.create_time())]
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap went into `name`."""
+        now = time.perf_counter()
+        self._parts.append((name, now - self._last))
+        self._last = now
+
+    def __str__(self) -> str:
+        total = sum(seconds for _, seconds in self._parts)
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._parts if seconds >= 0.05)
+        return f"start-up        {total:.1f} s from the command to the end of the first step: {parts}"
+
+
+def _launchers(process: psutil.Process) -> list[psutil.Process]:
+    """The ancestors that belong to this launch: those whose command line names launch/train.sh, as all of ours do."""
+    found = []
+    for parent in process.parents():
+        try:
+            if any("train.sh" in word for word in parent.cmdline()):
+                found.append(parent)
+        except psutil.Error:
+            break
+    return found

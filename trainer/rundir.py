@@ -1,0 +1,78 @@
+"""A run's directory: what lies where, who may write into it, and what a finished run looks like."""
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from trainer.recipe import Recipe, dump_recipe, load_recipe
+
+RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+ADAPTER = "adapter"
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether this recipe's run has already come to its end.
+
+    Raises UserError where the directory holds a run of another recipe, an unfinished one, or files of no run.
+    """
+    directory = recipe.run.directory
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    other = f"give another run.name, such as run.name={recipe.run.name}-2"
+    if not (directory / RECIPE).is_file():
+        raise UserError(f"run.name={recipe.run.name}: {directory} holds files that belong to no run; {other}")
+    if load_recipe(directory / RECIPE) != recipe:
+        raise UserError(f"run.name={recipe.run.name}: {directory} holds a run of another recipe; {other}")
+    if not (directory / ADAPTER).is_dir():
+        raise UserError(
+            f"run.name={recipe.run.name}: {directory} holds an unfinished run of this recipe; remove it, or {other}"
+        )
+    return True
+
+
+def create(recipe: Recipe, environment: dict[str, Any]) -> None:
+    """Makes the directory with recipe.yaml as resolved and environment.json. On rank 0 alone.
+
+    Raises UserError where the place cannot be written.
+    """
+    directory = recipe.run.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ENVIRONMENT).write_text(json.dumps({**_environment(), **environment}, indent=2) + "\n")
+        (directory / RECIPE).write_text(dump_recipe(recipe))
+    except OSError as error:
+        raise UserError(
+            f"run.output_dir={recipe.run.output_dir}: cannot write {directory} ({error.strerror}); give a folder that "
+            "can be written"
+        ) from error
+
+
+def open_run(directory: Path) -> Recipe:
+    """The recipe of a finished run. Raises UserError where there is none."""
+    if not (directory / RECIPE).is_file():
+        raise UserError(f"{directory}: no run here (no {RECIPE}); give a folder that `teamlora train` made")
+    if not (directory / ADAPTER).is_dir():
+        raise UserError(f"{directory}: the run has not finished, so it has no {ADAPTER}/; train it to its end")
+    return load_recipe(directory / RECIPE)
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

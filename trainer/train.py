@@ -1,0 +1,145 @@
+"""One training run: build its parts, run its steps, publish the adapter."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+
+from data_prep.reader import PreparedSet, open_prepared
+from trainer import rundir
+from trainer.adapters.attach import attach_adapter, check_adapter
+from trainer.adapters.routing import Routing
+from trainer.adapters.save import save_adapter
+from trainer.base.load import load_opened
+from trainer.base.match import OpenedBase, open_base
+from trainer.base.shards import Shards, Whole
+from trainer.base.source import load_tokenizer
+from trainer.base.zero3 import ZeroShards, check_config
+from trainer.batches import plan_batches, steps_in
+from trainer.engine import (
+    agreeing,
+    check_optimizer,
+    gather_trainable,
+    initialize,
+    read_deepspeed_config,
+    start_process_group,
+    world_size,
+)
+from trainer.loop import Parts, held_out_losses, run_step
+from trainer.loss import LabelledLoss
+from trainer.recipe import Recipe
+from trainer.report.facts import StartClock, describe_run
+from trainer.report.metrics import MetricsWriter, step_record
+from trainer.report.progress import StepProgress
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """All that can be known, and refused, before weights are read."""
+
+    opened: OpenedBase
+    prepared: PreparedSet
+    config: dict[str, Any]
+    steps: int
+
+
+def train(recipe: Recipe) -> None:
+    """Runs the recipe on the ranks that the launcher started, and leaves run.output_dir/run.name.
+
+    Raises UserError on every rank for a person's mistake, TrainingFault for a loss or gradient that is not finite.
+    """
+    clock = StartClock()
+    plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, world_size())
+    config = read_deepspeed_config(recipe, plan)
+    device = start_process_group()
+    clock.lap("process group")
+    first = dist.get_rank() == 0
+    with agreeing():
+        finished = rundir.is_finished(recipe) if first else False
+    if _from_first_rank(finished):
+        if first:
+            print(f"{recipe.run.directory} is finished: nothing to do; see {recipe.run.directory / rundir.ADAPTER}")
+        return
+    with agreeing():
+        checked = _check(recipe, config)
+    with agreeing():
+        if first:
+            rundir.create(recipe, {"world_size": plan.world_size, "device": str(device)})
+    clock.lap("checks")
+    model, routing, engine = _build(recipe, checked, device, clock)
+    prepared = checked.prepared
+    parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, recipe.report.router_every)
+    if first:
+        mean_row = prepared.manifest["splits"]["train"]["tokens"] / len(prepared.train)
+        print(describe_run(model, engine, plan, checked.steps, recipe.run.directory, mean_row), flush=True)
+    _run(recipe, parts, checked.steps, clock)
+    parameters = gather_trainable(model)
+    if first:
+        save_adapter(model, parameters, recipe.run.directory / rundir.ADAPTER)
+        print(f"adapter         {recipe.run.directory / rundir.ADAPTER}", flush=True)
+    dist.barrier()  # no rank leaves, and so ends the launch, before the adapter is there
+
+
+def _check(recipe: Recipe, config: dict[str, Any]) -> _Checked:
+    if config["zero_optimization"].get("stage") == 3:
+        check_config(config, recipe.deepspeed.config)
+    check_optimizer(recipe.train)
+    opened = open_base(recipe.base)
+    check_adapter(opened.model, recipe.adapter)
+    prepared = open_prepared(recipe.data, load_tokenizer(recipe.base))
+    train = recipe.train
+    steps = train.steps or steps_in(train.epochs, len(prepared.train), train.global_batch_size)
+    return _Checked(opened, prepared, config, steps)
+
+
+def _build(
+    recipe: Recipe, checked: _Checked, device: torch.device, clock: StartClock
+) -> tuple[PeftModel, Routing, Any]:
+    stage3 = checked.config["zero_optimization"].get("stage") == 3
+    shards: Shards = ZeroShards(checked.config, device) if stage3 else Whole(device)
+    base = load_opened(checked.opened, shards)
+    clock.lap("base")
+    deepspeed.runtime.utils.set_random_seed(recipe.run.seed)  # alike on every rank: initial values must be
+    model = attach_adapter(base, recipe.adapter)
+    if recipe.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    routing = Routing(model)
+    module = LabelledLoss(model, routing, len(checked.prepared.tasks)).train()
+    engine = initialize(module, recipe.train, checked.config, checked.steps)
+    torch.manual_seed(recipe.run.seed + dist.get_rank())  # from here on dropout, which differs by rank
+    clock.lap("adapter and engine")
+    return model, routing, engine
+
+
+def _run(recipe: Recipe, parts: Parts, steps: int, clock: StartClock) -> None:
+    first = dist.get_rank() == 0
+    writer = MetricsWriter(recipe.run.directory, recipe.report.tensorboard) if first else None
+    progress = StepProgress(steps, enabled=first)
+    try:
+        for step in range(1, steps + 1):
+            report = run_step(parts, step)
+            if step == 1:
+                clock.lap("first step")
+                if first:
+                    print(clock, flush=True)
+            held_out = None
+            if step == steps or (recipe.train.eval_every and step % recipe.train.eval_every == 0):
+                held_out = held_out_losses(parts)
+            if writer is not None:
+                record = step_record(report, parts.prepared.tasks, held_out)
+                writer.write(record)
+                progress.show(record)
+    finally:
+        progress.close()
+        if writer is not None:
+            writer.close()
+
+
+def _from_first_rank(value: bool) -> bool:
+    """Rank 0's value on every rank; every rank takes part."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
