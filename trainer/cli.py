@@ -42,7 +42,23 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     # what DeepSpeed's launcher adds; LOCAL_RANK says the same
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+    generate = commands.add_parser("generate", help="answer a prompt with a finished run's model")
+    generate.add_argument("--prompt", required=True, help="the user's turn")
+    generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: 128")
+    evaluate = commands.add_parser("evaluate", help="exact match by task on held-out items, before and after training")
+    evaluate.add_argument("--items-per-task", type=_positive, default=100, metavar="N", help="default: 100")
+    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: 32")
+    for command, run in ((generate, _generate), (evaluate, _evaluate)):
+        command.add_argument("directory", type=Path, metavar="RUN", help="folder of a finished run")
+        command.set_defaults(run=run)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -58,3 +74,15 @@ def _train(options: argparse.Namespace) -> None:
     from trainer.train import train
 
     train(recipe)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from trainer.generate import answer, load_run
+
+    print(answer(load_run(options.directory), options.prompt, options.max_new_tokens))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from trainer.evaluate import evaluate
+
+    print(evaluate(options.directory, options.items_per_task, options.batch_size))
