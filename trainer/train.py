@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from data_prep.reader import PreparedSet, open_prepared
 from trainer import rundir
@@ -42,7 +42,6 @@ class _Checked:
 
     opened: OpenedBase
     prepared: PreparedSet
-    config: dict[str, Any]
     steps: int
 
 
@@ -69,7 +68,10 @@ def train(recipe: Recipe) -> None:
         if first:
             rundir.create(recipe, {"world_size": plan.world_size, "device": str(device)})
     clock.lap("checks")
-    model, routing, engine = _build(recipe, checked, device, clock)
+    base = load_opened(checked.opened, shards_for(config, device))
+    clock.lap("base")
+    model, routing, engine = assemble(recipe, base, config, len(checked.prepared.tasks), checked.steps)
+    clock.lap("adapter and engine")
     prepared = checked.prepared
     parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, recipe.report.router_every)
     if first:
@@ -92,25 +94,25 @@ def _check(recipe: Recipe, config: dict[str, Any]) -> _Checked:
     prepared = open_prepared(recipe.data, load_tokenizer(recipe.base))
     train = recipe.train
     steps = train.steps or steps_in(train.epochs, len(prepared.train), train.global_batch_size)
-    return _Checked(opened, prepared, config, steps)
+    return _Checked(opened, prepared, steps)
 
 
-def _build(
-    recipe: Recipe, checked: _Checked, device: torch.device, clock: StartClock
+def shards_for(config: dict[str, Any], device: torch.device) -> Shards:
+    """Where the base goes under this DeepSpeed configuration: sharded over the ranks by ZeRO-3, else whole on each."""
+    return ZeroShards(config, device) if config["zero_optimization"].get("stage") == 3 else Whole(device)
+
+
+def assemble(
+    recipe: Recipe, base: PreTrainedModel, config: dict[str, Any], num_tasks: int, steps: int
 ) -> tuple[PeftModel, Routing, Any]:
-    stage3 = checked.config["zero_optimization"].get("stage") == 3
-    shards: Shards = ZeroShards(checked.config, device) if stage3 else Whole(device)
-    base = load_opened(checked.opened, shards)
-    clock.lap("base")
-    deepspeed.runtime.utils.set_random_seed(recipe.run.seed)  # alike on every rank: initial values must be
+    """The adapted model, its routers, and DeepSpeed's engine around its `LabelledLoss`, in training mode."""
+    torch.manual_seed(recipe.run.seed)  # alike on every rank: initial values must be
     model = attach_adapter(base, recipe.adapter)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     routing = Routing(model)
-    module = LabelledLoss(model, routing, len(checked.prepared.tasks)).train()
-    engine = initialize(module, recipe.train, checked.config, checked.steps)
+    engine = initialize(LabelledLoss(model, routing, num_tasks).train(), recipe.train, config, steps)
     torch.manual_seed(recipe.run.seed + dist.get_rank())  # from here on dropout, which differs by rank
-    clock.lap("adapter and engine")
     return model, routing, engine
 
 

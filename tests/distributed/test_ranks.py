@@ -1,0 +1,70 @@
+"""What ranks do together besides steps: held-out losses, saving, mistakes, faults."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
+from data_prep.encode import IGNORED
+from tests.distributed import scene
+from tests.distributed.reference import Reference
+from tests.distributed.worker import plan_rows
+from trainer.base.load import load_base
+from trainer.batches import rows_of_step
+
+pytestmark = pytest.mark.slow
+
+
+def test_held_out_loss_equals_one_process_where_some_ranks_have_no_row_left(seen, base):
+    world, folder = seen
+    recipe = scene.recipe(base)
+    reference, train = Reference(recipe), plan_rows(recipe)
+    rows = scene.rows(world + 1, seed=9)
+    for found in json.loads((folder / "held_out.json").read_text()):
+        expected = by_task(reference, rows)
+        assert found[1] == expected[1].tolist()
+        assert found[0] == pytest.approx(expected[0].tolist(), rel=1e-5)
+        reference.train([[train[i] for i in rows_of_step(recipe.run.seed, 0, len(train), 4)]])
+
+
+@torch.no_grad()
+def by_task(reference: Reference, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
+    sums, counts = torch.zeros(len(scene.TASKS)), torch.zeros(len(scene.TASKS))
+    for row in rows:
+        inputs = {n: torch.from_numpy(row[n])[None] for n in ("input_ids", "position_ids")}
+        logits = reference.model(**inputs, use_cache=False).logits[0, :-1]
+        targets = torch.from_numpy(row["labels"][1:])
+        losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+        for task in range(len(scene.TASKS)):
+            mine = torch.from_numpy(row["task_ids"][1:] == task) & (targets != IGNORED)
+            sums[task] += losses[mine].sum()
+            counts[task] += mine.sum()
+    return sums, counts
+
+
+def test_adapter_saved_from_shards_loads_through_plain_peft_and_gives_the_same_logits(seen, base):
+    _, folder = seen
+    model = PeftModel.from_pretrained(load_base(scene.recipe(base).base, "cpu"), folder / "adapter").eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(40).view(2, 20), use_cache=False).logits
+    expected = load_file(folder / "logits.safetensors")["logits"]
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_mistake_that_one_rank_meets_is_raised_by_all(seen):
+    world, folder = seen
+    assert json.loads((folder / "mistakes.json").read_text()) == ["the last rank's disk is full"] * world
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank_before_the_weights_move(seen, stage, kind):
+    world, folder = seen
+    text, unmoved = json.loads((folder / "faults.json").read_text())[f"{stage}-{kind}"]
+    assert text.startswith(f"step 2: the {kind} is not finite")
+    assert kind == "gradient" or f"rank {world - 1}: task" in text
+    assert unmoved

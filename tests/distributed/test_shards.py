@@ -1,0 +1,54 @@
+"""What ranks keep of the base: put together, it is bit for bit what bitsandbytes makes of the whole tensors."""
+
+import json
+import math
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def gathered(seen):
+    """Every parameter of the base whole, from the shards of all ranks."""
+    world, folder = seen
+    shards = [load_file(folder / f"shards-{rank}.safetensors") for rank in range(world)]
+    shapes = json.loads((folder / "shapes.json").read_text())
+    whole = {name: torch.cat([s[name] for s in shards])[: math.prod(shape)] for name, shape in shapes.items()}
+    return {name: tensor.view(shapes[name]) for name, tensor in whole.items()}
+
+
+@pytest.fixture(scope="module")
+def original(base):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def test_packed_weights_and_absmax_equal_bitsandbytes_on_the_whole_tensor(gathered, original, base):
+    packed = [name.removesuffix(".absmax") for name in gathered if name.endswith(".absmax")]
+    assert len(packed) == 3 * 7
+    sizes = {original.get_submodule(name).weight.numel() for name in packed}
+    assert any(size % (64 * 4) for size in sizes), "no tensor that is unaligned"
+    for name in packed:
+        weight = original.get_submodule(name).weight.detach()
+        codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        assert torch.equal(gathered[f"{name}.weight"], codes.flatten()), name
+        assert torch.equal(gathered[f"{name}.absmax"], state.absmax), name
+
+
+def test_what_is_not_quantised_equals_the_files(gathered, original):
+    plain = {name for name, tensor in gathered.items() if tensor.dtype != torch.uint8}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= plain
+    for name in plain:
+        assert torch.equal(gathered[name], original.get_parameter(name)), name
+
+
+def test_each_rank_keeps_its_part_of_every_parameter_and_no_more(seen):
+    world, folder = seen
+    shapes = json.loads((folder / "shapes.json").read_text())
+    for rank in range(world):
+        for name, shard in load_file(folder / f"shards-{rank}.safetensors").items():
+            assert shard.numel() == -(-math.prod(shapes[name]) // world), (rank, name)

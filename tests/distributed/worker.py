@@ -1,0 +1,205 @@
+"""One rank: runs every case in one process group and leaves what it saw for the tests to judge.
+
+python -m tests.distributed.worker BASE FOLDER      (with RANK, WORLD_SIZE, ... set)
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+from torch import Tensor
+
+import trainer.train
+from data_prep.errors import UserError
+from tests.distributed import scene
+from trainer.adapters.attach import attach_adapter
+from trainer.adapters.save import save_adapter
+from trainer.base.load import load_opened
+from trainer.base.match import open_base
+from trainer.base.zero3 import ZeroShards
+from trainer.batches import plan_batches
+from trainer.engine import agreeing, gather_trainable, read_deepspeed_config, start_process_group
+from trainer.loop import Parts, TrainingFault, held_out_losses, run_step
+from trainer.recipe import Recipe
+from trainer.train import assemble, shards_for
+
+# name: (micro batch size, accumulation, changes of the recipe)
+PARITY: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "plain": (3, 1, {}),
+    "accumulated": (1, 3, {}),
+    "checkpointed": (3, 1, {"train__activation_checkpointing": True}),
+    "accumulated_checkpointed": (1, 3, {"train__activation_checkpointing": True}),
+    "offloaded": (1, 3, {"deepspeed__config": "ds_configs/zero3_offload.json"}),
+    "zero2": (1, 3, {"deepspeed__config": "ds_configs/zero2.json"}),
+    "moelora": (1, 2, {"adapter__method": "moelora"}),
+    "hydralora": (1, 2, {"adapter__method": "hydralora"}),
+}
+UNLABELLED_ROW = 2  # in one micro-batch of some rank nothing is labelled
+
+
+def main(base: Path, folder: Path) -> None:
+    device = start_process_group()
+    for name in PARITY:
+        parity(parity_recipe(base, name, dist.get_world_size()), folder / name, device)
+    for case in (shards, held_out, saving, mistakes, faults):
+        case(base, folder, device)
+    dist.barrier()
+
+
+def parity(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """Five steps of the real loop; at each: parameters before, gradients, loss, norm, router means."""
+    model, parts = build(recipe, device, plan_rows(recipe), [])
+    values = {"losses": [], "norms": [], "means": []}
+    for step in range(1, scene.STEPS + 1):
+        before = gather_trainable(model)
+        gradients: dict[str, Tensor] = {}
+        watch_gradients(model, parts.engine, gradients)
+        report = run_step(parts, step)
+        values["losses"].append(report.losses.mean())
+        values["norms"].append(report.grad_norm)
+        values["means"].append(report.router.weights.tolist())
+        keep(folder / f"before-{step}.safetensors", before)
+        keep(folder / f"gradients-{step}.safetensors", gradients)
+    keep(folder / "values.json", values)
+
+
+def parity_recipe(base: Path, name: str, world: int) -> Recipe:
+    micro, accumulation, changes = PARITY[name]
+    return scene.recipe(
+        base, train__global_batch_size=world * micro * accumulation, train__micro_batch_size=micro, **changes
+    )
+
+
+def plan_rows(recipe: Recipe) -> list:
+    return scene.rows(3 * recipe.train.global_batch_size, seed=5, unlabelled=(UNLABELLED_ROW,))
+
+
+def build(recipe: Recipe, device: torch.device, train: list, held_out: list) -> tuple[Any, Parts]:
+    plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.get_world_size())
+    config = read_deepspeed_config(recipe, plan)
+    loaded = load_opened(open_base(recipe.base), shards_for(config, device))
+    with mock.patch.object(trainer.train, "attach_adapter", attach_awake):
+        model, routing, engine = assemble(recipe, loaded, config, len(scene.TASKS), scene.STEPS)
+    return model, Parts(engine, routing, scene.prepared(train, held_out), plan, device, recipe.run.seed, 1)
+
+
+def attach_awake(*args: Any) -> Any:
+    model = attach_adapter(*args)
+    scene.wake_experts(model)
+    return model
+
+
+def watch_gradients(model: Any, engine: Any, found: dict[str, Tensor]) -> None:
+    """Reads the averaged gradients where the optimizer is about to use them."""
+    step = type(engine).step
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    found[name] = safe_get_full_grad(parameter).detach().float().cpu().clone()
+        return step(engine, *args, **kwargs)
+
+    engine.step = watched
+
+
+def shards(base: Path, folder: Path, device: torch.device) -> None:
+    """What each rank keeps of the base, straight from the loader."""
+    recipe = scene.recipe(base)
+    plan = plan_batches(recipe.train.global_batch_size, 1, dist.get_world_size())
+    opened = open_base(recipe.base)
+    model = load_opened(opened, ZeroShards(read_deepspeed_config(recipe, plan), device))
+    mine = {name: p.ds_tensor.clone() for name, p in model.named_parameters()}
+    save_file(mine, folder / f"shards-{dist.get_rank()}.safetensors")
+    keep(folder / "shapes.json", {name: list(p.ds_shape) for name, p in model.named_parameters()})
+
+
+def held_out(base: Path, folder: Path, device: torch.device) -> None:
+    """Held-out loss in the middle of training, on a number of rows that leaves some ranks without any."""
+    recipe = scene.recipe(base)
+    _, parts = build(recipe, device, plan_rows(recipe), scene.rows(dist.get_world_size() + 1, seed=9))
+    values = [held_out_losses(parts)]
+    run_step(parts, 1)
+    values.append(held_out_losses(parts))
+    run_step(parts, 2)
+    keep(folder / "held_out.json", [[v.loss.tolist(), v.labelled_tokens.tolist()] for v in values])
+
+
+def saving(base: Path, folder: Path, device: torch.device) -> None:
+    """The adapter as published from shards, and the logits of the sharded model."""
+    recipe = scene.recipe(base)
+    model, parts = build(recipe, device, plan_rows(recipe), [])
+    run_step(parts, 1)
+    parts.engine.eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(40).view(2, 20), use_cache=False).logits
+    parameters = gather_trainable(model)
+    if dist.get_rank() == 0:
+        save_adapter(model, parameters, folder / "adapter")
+    keep(folder / "logits.safetensors", {"logits": logits})
+
+
+def mistakes(_base: Path, folder: Path, _device: torch.device) -> None:
+    """A mistake that only the last rank meets is raised by all."""
+    told = "nothing was raised"
+    try:
+        with agreeing():
+            if dist.get_rank() == dist.get_world_size() - 1:
+                raise UserError("the last rank's disk is full")
+    except UserError as error:
+        told = str(error)
+    everyone: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, told)
+    keep(folder / "mistakes.json", everyone)
+
+
+def faults(base: Path, folder: Path, device: torch.device) -> None:
+    """Non-finite losses and gradients, with and without ZeRO: what is said, and whether weights moved."""
+    told = {}
+    for stage in (0, 2, 3):
+        recipe = scene.recipe(base, stage=stage)
+        for kind in ("loss", "gradient"):
+            model, parts = build(recipe, device, plan_rows(recipe), [])
+            run_step(parts, 1)
+            before = gather_trainable(model)
+            spoil(model, kind)
+            try:
+                run_step(parts, 2)
+                text = "nothing was raised"
+            except TrainingFault as fault:
+                text = str(fault)
+            after = gather_trainable(model)
+            told[f"{stage}-{kind}"] = [text, all(torch.equal(before[n], after[n]) for n in before)]
+    keep(folder / "faults.json", told)
+
+
+def spoil(model: Any, kind: str) -> None:
+    """A loss, or only a gradient, that is not finite; on the last rank alone."""
+    if dist.get_rank() < dist.get_world_size() - 1:
+        return
+    head = model.get_output_embeddings()
+    if kind == "loss":
+        head.register_forward_hook(lambda _module, _args, out: out * float("nan"))
+    else:
+        head.register_full_backward_hook(lambda _module, grads, _out: (grads[0] * float("inf"),))
+
+
+def keep(path: Path, found: Any) -> None:
+    """Writes tensors or JSON on rank 0."""
+    if dist.get_rank():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(found))
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
