@@ -11,15 +11,15 @@ python="$here/.venv/bin/python"
 [ -x "$python" ] || python="$(command -v python3)"
 # A launcher has set RANK: this is one rank of a run. Otherwise this is the launch.
 if [ -n "${RANK:-}" ]; then exec "$python" "${BASH_SOURCE[0]}" "$@"; fi
-ranks=()
+launcher=(--log_level warning)
 arguments=()
 for argument in "$@"; do
   case "$argument" in
-    num_gpus=*) ranks=(--num_gpus "${argument#num_gpus=}") ;;
+    num_gpus=*) launcher+=(--num_gpus "${argument#num_gpus=}") ;;
     *) arguments+=("$argument") ;;
   esac
 done
-exec "$python" -m deepspeed.launcher.runner "${ranks[@]}" "${BASH_SOURCE[0]}" "${arguments[@]}"
+exec "$python" -m deepspeed.launcher.runner "${launcher[@]}" "${BASH_SOURCE[0]}" "${arguments[@]}"
 : <<'# __END__'
 '''
 import sys

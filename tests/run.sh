@@ -3,7 +3,7 @@
 # without process groups, whole commands or real models. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/install.sh
+bash launch/install.sh test
 # One thread a process: the distributed tests run 2 and 4 ranks on what may be 2 cores.
 export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "${1:-}" = fast ]; then shift; exec .venv/bin/python -m pytest -m "not slow" "$@"; fi

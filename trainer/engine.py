@@ -15,6 +15,9 @@ from data_prep.errors import UserError
 from trainer.batches import BatchPlan
 from trainer.recipe import Recipe, TrainConfig
 
+# What a launcher sets, for a run without one: a group of one rank on any free port.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
 
 def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     """The DeepSpeed JSON with every "auto" filled from the recipe: the only place where that happens.
@@ -77,20 +80,29 @@ def _refuse_what_the_recipe_owns(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: fp16.enabled=true: expected base.dtype bf16 or fp32; remove fp16 from the file")
 
 
-def world_size() -> int:
-    """Ranks of this run, from the launcher's environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Joins the ranks that the launcher started (or makes a group of one) and gives this rank's device.
+
+    Left in good order also after an error that every rank raises: with its threads alive a process would abort.
+    """
+    alone = {} if "RANK" in os.environ else ALONE
+    os.environ.update(alone)
+    try:
+        yield start_process_group()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name in alone:
+            del os.environ[name]
 
 
 def start_process_group() -> torch.device:
-    """Joins the ranks that the launcher started (or makes a group of one) and returns this rank's device."""
+    """Joins the ranks that the environment tells of and returns this rank's device."""
     import deepspeed
 
     # On a CPU DeepSpeed would compile this op at first use (half a minute); it serves tensor-parallel inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -118,7 +130,7 @@ def agreeing() -> Iterator[None]:
 
 
 def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW of torch, or bitsandbytes' 8-bit forms, whose kernels need a GPU. Refuses to apply non-finite gradients."""
+    """AdamW of torch, or bitsandbytes' 8-bit forms, whose kernels need a GPU."""
     settings = {
         "lr": train.learning_rate,
         "betas": train.betas,
@@ -126,28 +138,17 @@ def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch
         "weight_decay": train.weight_decay,
     }
     if train.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, **settings)
-    else:
-        import bitsandbytes.optim as bnb
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes.optim as bnb
 
-        kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw_8bit": bnb.PagedAdamW8bit}
-        optimizer = kinds[train.optimizer](parameters, **settings)
-    optimizer.register_step_pre_hook(_refuse_non_finite_gradients)
-    return optimizer
+    kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw_8bit": bnb.PagedAdamW8bit}
+    return kinds[train.optimizer](parameters, **settings)
 
 
 def check_optimizer(train: TrainConfig) -> None:
     """Raises UserError where the optimizer cannot run on this machine."""
     if train.optimizer != "adamw" and not torch.cuda.is_available():
         raise UserError(f"train.optimizer={train.optimizer}: needs a GPU, and none is seen here; use adamw")
-
-
-def _refuse_non_finite_gradients(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    """ZeRO 1 to 3 skip such a step themselves; without ZeRO nothing else would stop it (every rank sees the same)."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise NonFiniteGradient
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -179,6 +180,30 @@ def initialize(module: nn.Module, train: TrainConfig, config: dict[str, Any], st
         config=config,
     )
     return engine
+
+
+def apply_gradients(engine: Any) -> float | None:
+    """DeepSpeed's step after one micro-batch: it counts, and after the last one of a step clips and updates.
+
+    Gives the gradient's norm before clipping after the last, else None. Raises NonFiniteGradient, on every rank,
+    where that is not finite; the weights are then as they were.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    norm = None
+    if not (engine.zero_optimization() or engine.bfloat16_enabled()):
+        # Here DeepSpeed checks nothing and tells no norm; everywhere else it skips a step that is not finite.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = _checked(torch.nn.utils.get_total_norm(gradients))
+    engine.step()
+    return norm if norm is not None else _checked(engine.get_global_grad_norm())
+
+
+def _checked(norm: Any) -> float:
+    if not 0 <= float(norm) < float("inf"):
+        raise NonFiniteGradient
+    return float(norm)
 
 
 def gather_trainable(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from data_prep.reader import PreparedSet
 from trainer.adapters.routing import RouterReport, Routing
 from trainer.batches import Batch, BatchPlan, collate, empty_batch, micro_batches_of, rows_of_step
-from trainer.engine import NonFiniteGradient
+from trainer.engine import NonFiniteGradient, apply_gradients
 from trainer.loss import TaskLosses, count_tokens, real_tokens
 
 
@@ -70,14 +70,14 @@ def run_step(parts: Parts, step: int) -> StepReport:
         engine.backward(loss)
         routing.end_micro_batch()
         sums += by_task
-        if batch_is_last := engine.is_gradient_accumulation_boundary():
+        if engine.is_gradient_accumulation_boundary():
             sums = _checked(sums, parts, step)
-        _apply(engine, step, batch_is_last)
+        grad_norm = _apply(engine, step)
     return StepReport(
         step=step,
         losses=sums,
         learning_rate=learning_rate,
-        grad_norm=float(engine.get_global_grad_norm() or 0.0),
+        grad_norm=grad_norm,
         labelled_tokens=labelled_tokens,
         tokens=tokens,
         router=routing.end_step(),
@@ -124,18 +124,14 @@ def _checked(sums: TaskLosses, parts: Parts, step: int) -> TaskLosses:
     raise TrainingFault(f"step {step}: the loss is not finite ({where}); the weights are those of step {step - 1}")
 
 
-def _apply(engine: Any, step: int, is_last: bool) -> None:
-    """DeepSpeed's step: counts a micro-batch; after the last, clips and updates unless a gradient is not finite."""
+def _apply(engine: Any, step: int) -> float | None:
     try:
-        engine.step()
-        norm = engine.get_global_grad_norm() if is_last else None
+        return apply_gradients(engine)
     except NonFiniteGradient:
-        norm = float("nan")
-    if norm is not None and not 0 <= float(norm) < float("inf"):
         raise TrainingFault(
             f"step {step}: the gradient is not finite while the loss is; the weights are those of step {step - 1}; "
             "lower train.learning_rate, or set base.dtype: fp32"
-        )
+        ) from None
 
 
 def _reduced(sums: TaskLosses) -> TaskLosses:

@@ -18,15 +18,14 @@ from trainer.base.match import OpenedBase, open_base
 from trainer.base.shards import Shards, Whole
 from trainer.base.source import load_tokenizer
 from trainer.base.zero3 import ZeroShards, check_config
-from trainer.batches import plan_batches, steps_in
+from trainer.batches import BatchPlan, plan_batches, steps_in
 from trainer.engine import (
     agreeing,
     check_optimizer,
     gather_trainable,
     initialize,
+    process_group,
     read_deepspeed_config,
-    start_process_group,
-    world_size,
 )
 from trainer.loop import Parts, held_out_losses, run_step
 from trainer.loss import LabelledLoss
@@ -40,6 +39,8 @@ from trainer.report.progress import StepProgress
 class _Checked:
     """All that can be known, and refused, before weights are read."""
 
+    plan: BatchPlan
+    config: dict[str, Any]
     opened: OpenedBase
     prepared: PreparedSet
     steps: int
@@ -51,10 +52,12 @@ def train(recipe: Recipe) -> None:
     Raises UserError on every rank for a person's mistake, TrainingFault for a loss or gradient that is not finite.
     """
     clock = StartClock()
-    plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, world_size())
-    config = read_deepspeed_config(recipe, plan)
-    device = start_process_group()
-    clock.lap("process group")
+    with process_group() as device:
+        clock.lap("process group")
+        _train(recipe, device, clock)
+
+
+def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
     first = dist.get_rank() == 0
     with agreeing():
         finished = rundir.is_finished(recipe) if first else False
@@ -63,16 +66,16 @@ def train(recipe: Recipe) -> None:
             print(f"{recipe.run.directory} is finished: nothing to do; see {recipe.run.directory / rundir.ADAPTER}")
         return
     with agreeing():
-        checked = _check(recipe, config)
+        checked = _check(recipe)
+    plan, config, prepared = checked.plan, checked.config, checked.prepared
     with agreeing():
         if first:
             rundir.create(recipe, {"world_size": plan.world_size, "device": str(device)})
     clock.lap("checks")
     base = load_opened(checked.opened, shards_for(config, device))
     clock.lap("base")
-    model, routing, engine = assemble(recipe, base, config, len(checked.prepared.tasks), checked.steps)
+    model, routing, engine = assemble(recipe, base, config, len(prepared.tasks), checked.steps)
     clock.lap("adapter and engine")
-    prepared = checked.prepared
     parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, recipe.report.router_every)
     if first:
         mean_row = prepared.manifest["splits"]["train"]["tokens"] / len(prepared.train)
@@ -85,16 +88,18 @@ def train(recipe: Recipe) -> None:
     dist.barrier()  # no rank leaves, and so ends the launch, before the adapter is there
 
 
-def _check(recipe: Recipe, config: dict[str, Any]) -> _Checked:
+def _check(recipe: Recipe) -> _Checked:
+    train = recipe.train
+    plan = plan_batches(train.global_batch_size, train.micro_batch_size, dist.get_world_size())
+    config = read_deepspeed_config(recipe, plan)
     if config["zero_optimization"].get("stage") == 3:
         check_config(config, recipe.deepspeed.config)
-    check_optimizer(recipe.train)
+    check_optimizer(train)
     opened = open_base(recipe.base)
     check_adapter(opened.model, recipe.adapter)
     prepared = open_prepared(recipe.data, load_tokenizer(recipe.base))
-    train = recipe.train
     steps = train.steps or steps_in(train.epochs, len(prepared.train), train.global_batch_size)
-    return _Checked(opened, prepared, steps)
+    return _Checked(plan, config, opened, prepared, steps)
 
 
 def shards_for(config: dict[str, Any], device: torch.device) -> Shards:

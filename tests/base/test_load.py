@@ -91,8 +91,8 @@ def test_generation_uses_its_cache_while_a_plain_forward_does_not(tmp_path, base
 
 @pytest.mark.slow
 def test_sample_base_in_nf4_answers_and_reads_like_itself(tmp_path, base_of):
-    from trainer.base.source import load_tokenizer
     from trainer.base.sample import sample_base
+    from trainer.base.source import load_tokenizer
 
     folder = sample_base(tmp_path / "sample")
     base = base_of(folder, quantization="nf4", dtype="bf16")

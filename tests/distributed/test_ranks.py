@@ -12,7 +12,7 @@ import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.encode import IGNORED
 from tests.distributed import scene
 from tests.distributed.reference import Reference
-from tests.distributed.worker import plan_rows
+from tests.distributed.worker import FAULTS, plan_rows
 from trainer.base.load import load_base
 from trainer.batches import rows_of_step
 
@@ -60,11 +60,10 @@ def test_a_mistake_that_one_rank_meets_is_raised_by_all(seen):
     assert json.loads((folder / "mistakes.json").read_text()) == ["the last rank's disk is full"] * world
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank_before_the_weights_move(seen, stage, kind):
+@pytest.mark.parametrize(("stage", "dtype", "kind"), FAULTS)
+def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank_before_the_weights_move(seen, stage, dtype, kind):
     world, folder = seen
-    text, unmoved = json.loads((folder / "faults.json").read_text())[f"{stage}-{kind}"]
+    text, unmoved = json.loads((folder / "faults.json").read_text())[f"{stage}-{dtype}-{kind}"]
     assert text.startswith(f"step 2: the {kind} is not finite")
     assert kind == "gradient" or f"rank {world - 1}: task" in text
     assert unmoved

@@ -40,6 +40,12 @@ PARITY: dict[str, tuple[int, int, dict[str, Any]]] = {
     "moelora": (1, 2, {"adapter__method": "moelora"}),
     "hydralora": (1, 2, {"adapter__method": "hydralora"}),
 }
+# (ZeRO stage, compute dtype, what is spoilt)
+FAULTS = [
+    (s, d, k)
+    for s, d in ((0, "fp32"), (0, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
+    for k in ("loss", "gradient")
+]
 UNLABELLED_ROW = 2  # in one micro-batch of some rank nothing is labelled
 
 
@@ -162,20 +168,19 @@ def mistakes(_base: Path, folder: Path, _device: torch.device) -> None:
 def faults(base: Path, folder: Path, device: torch.device) -> None:
     """Non-finite losses and gradients, with and without ZeRO: what is said, and whether weights moved."""
     told = {}
-    for stage in (0, 2, 3):
-        recipe = scene.recipe(base, stage=stage)
-        for kind in ("loss", "gradient"):
-            model, parts = build(recipe, device, plan_rows(recipe), [])
-            run_step(parts, 1)
-            before = gather_trainable(model)
-            spoil(model, kind)
-            try:
-                run_step(parts, 2)
-                text = "nothing was raised"
-            except TrainingFault as fault:
-                text = str(fault)
-            after = gather_trainable(model)
-            told[f"{stage}-{kind}"] = [text, all(torch.equal(before[n], after[n]) for n in before)]
+    for stage, dtype, kind in FAULTS:
+        recipe = scene.recipe(base, stage=stage, base__dtype=dtype)
+        model, parts = build(recipe, device, plan_rows(recipe), [])
+        run_step(parts, 1)
+        before = gather_trainable(model)
+        spoil(model, kind)
+        try:
+            run_step(parts, 2)
+            text = "nothing was raised"
+        except TrainingFault as fault:
+            text = str(fault)
+        after = gather_trainable(model)
+        told[f"{stage}-{dtype}-{kind}"] = [text, all(torch.equal(before[n], after[n]) for n in before)]
     keep(folder / "faults.json", told)
 
 

@@ -53,11 +53,22 @@ def attach_adapter(model: nn.Module, adapter: AdapterConfig) -> PeftModel:
     """
     if adapter.init_from is None:
         return get_peft_model(model, peft_config(adapter), autocast_adapter_dtype=False)
-    return PeftModel.from_pretrained(model, adapter.init_from, is_trainable=True, autocast_adapter_dtype=False)
+    return PeftModel.from_pretrained(
+        model, adapter.init_from, is_trainable=True, autocast_adapter_dtype=False, config=_continued(adapter)
+    )
+
+
+def _continued(adapter: AdapterConfig) -> PeftConfig:
+    """The configuration of the adapter on disk, but for what says how to train: that is the recipe's."""
+    found, wanted = PeftConfig.from_pretrained(str(adapter.init_from)), peft_config(adapter)
+    for setting in ("dropout", "lora_dropout", "balance_loss_weight"):
+        if hasattr(wanted, setting):
+            setattr(found, setting, getattr(wanted, setting))
+    return found
 
 
 def _check_init_from(folder: Path, adapter: AdapterConfig) -> None:
-    """An adapter to start from must be of the shape that the recipe describes."""
+    """An adapter to start from must compute what the recipe describes."""
     try:
         found = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT raises of many kinds for a folder that holds no adapter
@@ -71,8 +82,7 @@ def _check_init_from(folder: Path, adapter: AdapterConfig) -> None:
             f"adapter.init_from: {folder} holds a {found.peft_type.value} adapter, but adapter.method="
             f"{adapter.method}; make them agree"
         )
-    keys = {"r": "total_rank"} if adapter.method == "lora" else {k: k for k in ("num_experts", "expert_rank")}
-    for theirs, ours in keys.items():
+    for theirs, ours in _shared_settings(adapter.method).items():
         if getattr(found, theirs) != getattr(adapter, ours):
             raise UserError(
                 f"adapter.init_from: {folder} has {ours}={getattr(found, theirs)}, but adapter.{ours}="
@@ -83,3 +93,11 @@ def _check_init_from(folder: Path, adapter: AdapterConfig) -> None:
             f"adapter.init_from: {folder} adapts {', '.join(sorted(found.target_modules))}, but adapter.target_modules="
             f"{', '.join(adapter.target_modules)}; make them agree"
         )
+
+
+def _shared_settings(method: str) -> dict[str, str]:
+    """What decides an adapter's function: {name in PEFT's configuration: name in the recipe}."""
+    if method == "lora":
+        return {"r": "total_rank", "lora_alpha": "alpha"}
+    names = ("num_experts", "expert_rank", "alpha", *(("renormalize",) if method == "teamlora" else ()))
+    return {name: name for name in names}

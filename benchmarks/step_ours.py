@@ -1,0 +1,77 @@
+"""One timed run of our loop with TeamLoRA, one rank of it: our side of `python -m benchmarks.step`."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from datasets import Dataset, load_from_disk
+
+from benchmarks.step import TARGETS, Setting
+from data_prep.reader import PreparedSet
+from trainer.base.load import load_opened
+from trainer.base.match import open_base
+from trainer.batches import plan_batches, rows_of_step
+from trainer.engine import read_deepspeed_config, start_process_group
+from trainer.loop import Parts, run_step
+from trainer.quiet import quiet_libraries
+from trainer.recipe import Recipe
+from trainer.train import assemble, shards_for
+
+EXPERTS = 4
+
+
+def recipe_of(base: str, setting: Setting, world: int) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run": {"name": "benchmark"},
+            "base": {"model": base, "quantization": "nf4", "dtype": "bf16"},
+            "adapter": {
+                "num_experts": EXPERTS,
+                "total_rank": setting.total_rank,
+                "alpha": setting.total_rank // EXPERTS,
+                "target_modules": TARGETS,
+            },
+            "data": {
+                "prepared_dir": "unused",
+                "seq_len": setting.seq_len,
+                "sources": [{"type": "jsonl", "task": "text", "path": "unused"}],
+            },
+            "train": {
+                "steps": setting.steps,
+                "global_batch_size": setting.micro_batch_size * world,
+                "micro_batch_size": setting.micro_batch_size,
+                "learning_rate": 2e-4,
+                "lr_scheduler": "constant",
+            },
+            "deepspeed": {"config": "ds_configs/zero3.json"},
+        }
+    )
+
+
+def in_order_of_steps(rows: Dataset, seed: int) -> Dataset:
+    """The rows so placed that our seeded order meets them one after the other, as TRL's sequential sampler does."""
+    return rows.select(np.argsort(rows_of_step(seed, 0, len(rows), len(rows))))
+
+
+def main(base: str, rows: str, setting: Setting, output: Path) -> None:
+    quiet_libraries()
+    device = start_process_group()
+    recipe = recipe_of(base, setting, dist.get_world_size())
+    plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
+    config = read_deepspeed_config(recipe, plan)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = setting.persistence_threshold
+    model = load_opened(open_base(recipe.base), shards_for(config, device))
+    _, routing, engine = assemble(recipe, model, config, 1, setting.steps)
+    train = in_order_of_steps(load_from_disk(rows), recipe.run.seed).with_format("numpy")
+    prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, train, [])
+    parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, recipe.report.router_every)
+    reports = [run_step(parts, step) for step in range(1, setting.steps + 1)]
+    if dist.get_rank() == 0:
+        found = {"seconds": [r.seconds for r in reports], "losses": [r.losses.mean() for r in reports]}
+        output.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Setting(**json.loads(sys.argv[3])), Path(sys.argv[4]))
