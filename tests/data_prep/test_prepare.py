@@ -1,0 +1,122 @@
+"""Preparing a whole set: what stands in its rows, its items and its manifest."""
+
+import numpy as np
+import pytest
+
+from data_prep.prepare import prepare
+from data_prep.reader import open_prepared
+from tests.data_prep.conftest import SUMS, WORDS
+
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+TURNS = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+
+# Text of every document: its task, and its text that is scored.
+EXPECTED = {
+    SYSTEM + TURNS.format(f"What is {i} + {i}?", 2 * i): ("sums", f"{2 * i}<|im_end|>") for i in range(len(SUMS))
+} | {
+    "<|im_start|>system\nSort.<|im_end|>\n" + TURNS.format(f"b{i} a", f"a b{i}") + TURNS.format("Last?", f"b{i}"): (
+        "words",
+        f"a b{i}<|im_end|>b{i}<|im_end|>",
+    )
+    for i in range(len(WORDS))
+}
+
+
+def documents_in(rows) -> list[dict[str, np.ndarray]]:
+    """The rows cut where positions start again."""
+    documents = []
+    for row in rows:
+        starts = np.flatnonzero(row["position_ids"] == 0)[1:]
+        parts = {name: np.split(column, starts) for name, column in row.items()}
+        documents += [dict(zip(parts, columns, strict=True)) for columns in zip(*parts.values(), strict=True)]
+    return documents
+
+
+def test_rows_hold_every_document_once_with_its_positions_task_and_labels(config_of, tokenizer):
+    config = config_of()
+    prepare(config, tokenizer)
+    prepared = open_prepared(config, tokenizer)
+    assert prepared.tasks == ["sums", "words"]
+    assert max(len(row["input_ids"]) for row in prepared.train) <= 128
+    documents = documents_in(prepared.train) + documents_in(prepared.held_out)
+    assert len(documents) == len(EXPECTED)
+    found = {}
+    for document in documents:
+        ids, labels = document["input_ids"], document["labels"]
+        scored = labels != -100
+        (task,) = set(document["task_ids"].tolist())
+        assert document["position_ids"].tolist() == list(range(len(ids)))
+        assert (labels[scored] == ids[scored]).all()
+        found[tokenizer.decode(ids)] = (prepared.tasks[task], tokenizer.decode(ids[scored]))
+    assert found == EXPECTED
+
+
+def test_manifest_counts_what_the_rows_hold(config_of, tokenizer):
+    config = config_of()
+    manifest = prepare(config, tokenizer).manifest
+    prepared = open_prepared(config, tokenizer)
+    for split, rows in (("train", prepared.train), ("held_out", prepared.held_out)):
+        counts, documents = manifest["splits"][split], documents_in(rows)
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        assert (counts["rows"], counts["tokens"]) == (len(rows), tokens)
+        assert counts["fill_rate"] == pytest.approx(tokens / (len(rows) * 128), abs=1e-4)
+        for index, task in enumerate(prepared.tasks):
+            own = [document for document in documents if document["task_ids"][0] == index]
+            assert counts["tasks"][task] == {
+                "documents": {"train": {"sums": 10, "words": 6}, "held_out": {"sums": 2, "words": 2}}[split][task],
+                "truncated": 0,
+                "rows": sum(index in row["task_ids"] for row in rows),
+                "tokens": sum(len(document["input_ids"]) for document in own),
+                "labelled_tokens": sum(int((document["labels"] >= 0).sum()) for document in own),
+            }
+    assert manifest["dropped"] == {"sums": {}, "words": {}}
+
+
+def test_held_out_documents_become_items_with_the_turns_before_the_last_answer(config_of, tokenizer):
+    texts = [{"instruction": f"Line\u2028{i}", "output": f"\u0085 {i}"} for i in range(4)]
+    config = config_of({"sums": texts, "words": WORDS}, system_prompt="Be brief.")
+    prepare(config, tokenizer)
+    items = open_prepared(config, tokenizer).items
+    own = [item for item in items if item["task"] == "sums"]
+    numbers = [item["answer"].removeprefix("\u0085 ") for item in own]
+    system = {"role": "system", "content": "Be brief."}
+    assert len(own) == 2 and len(items) == 4
+    assert [item["messages"] for item in own] == [
+        [system, {"role": "user", "content": f"Line\u2028{number}"}] for number in numbers
+    ]
+    for item in items[2:]:
+        assert {"messages": [*item["messages"], {"role": "assistant", "content": item["answer"]}]} in WORDS
+
+
+def test_what_cannot_be_learned_from_is_dropped_and_counted_by_reason(config_of, tokenizer):
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "4"}
+    no_answer, empty_answer = [user], [user, {"role": "assistant", "content": " \n"}]
+    long_question, long_answer = [{**user, "content": "Hi " * 90}, answer], [user, {**answer, "content": "4 " * 90}]
+    turns = [no_answer, empty_answer, long_question, long_question, long_answer]
+    config = config_of({"sums": SUMS, "words": [{"messages": t} for t in turns]}, seq_len=64, held_out=1e-9)
+    manifest = prepare(config, tokenizer).manifest
+    assert manifest["dropped"] == {
+        "sums": {},
+        "words": {"empty_answer": 1, "no_assistant_turn": 1, "no_labels_after_truncation": 2},
+    }
+    counts = manifest["splits"]["train"]["tasks"]["words"]
+    assert (counts["documents"], counts["truncated"], counts["tokens"]) == (1, 1, 64)
+    assert all((document["labels"] != -100).any() for document in documents_in(open_prepared(config, tokenizer).train))
+
+
+def test_a_set_without_held_out_documents_is_noted_and_opens(config_of, tokenizer):
+    config = config_of(held_out=1e-9)
+    report = prepare(config, tokenizer)
+    prepared = open_prepared(config, tokenizer)
+    assert (len(prepared.held_out), prepared.items) == (0, [])
+    assert "note: task 'words' has no held-out documents" in str(report)
+
+
+def test_rows_do_not_depend_on_the_order_of_sources(config_of, tokenizer, tmp_path):
+    forwards = config_of({"sums": SUMS, "words": WORDS})
+    backwards = config_of({"words": WORDS, "sums": SUMS}, prepared_dir=tmp_path / "backwards")
+    rows = []
+    for config in (forwards, backwards):
+        prepare(config, tokenizer)
+        rows.append([row["input_ids"].tolist() for row in open_prepared(config, tokenizer).train])
+    assert rows[0] == rows[1]

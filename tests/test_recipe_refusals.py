@@ -1,0 +1,96 @@
+"""What is wrong in a recipe is told in one line that names the key, the value and what to do."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import UserError
+from tests.test_recipe import MINIMAL
+from trainer.recipe import load_recipe
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refused(path: Path, message: str, *overrides: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "unknown", "nearest"),
+    [
+        ("adapter.num_expert=3", "adapter.num_expert", "adapter.num_experts"),
+        ("base.quantisation=nf4", "base.quantisation", "base.quantization"),
+        ("tran.steps=3", "tran", "train"),
+        ("steps=3", "steps", "train.steps"),
+        ("train={steps: 1, global_batchsize: 8}", "train.global_batchsize", "train.global_batch_size"),
+        ("data.sources=[{type: jsonl, task: a, pth: b}]", "data.sources[0].pth", "data.sources[0].path"),
+    ],
+)
+def test_misspelt_key_is_told_with_the_nearest(path, override, unknown, nearest):
+    refused(path, rf"unknown key {re.escape(unknown)}; did you mean {re.escape(nearest)}\?$", override)
+
+
+def test_key_that_resembles_none_is_told_with_those_of_its_section(path):
+    message = r"unknown key report\.qqq; known keys: report\.tensorboard, report\.router_every$"
+    refused(path, message, "report.qqq=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=many", r"train\.steps='many': input should be a valid integer"),
+        ("train.steps=0", r"train\.steps=0: input should be greater than 0"),
+        ("train.steps=null", r"train: steps=None and epochs=None: expected exactly one"),
+        ("train.epochs=2", r"train: steps=10 and epochs=2\.0: expected exactly one"),
+        ("train={global_batch_size: 8, epochs: .inf}", r"train\.epochs=inf: input should be a finite number"),
+        ("train={steps: 3}", r"missing key train\.global_batch_size: add it"),
+        ("train={steps: 3, global_batch_size: 8, warmup_steps: 1, warmup_ratio: 0.1}", r"warmup_.*; remove one"),
+        ("run.name=a/b", r"run\.name='a/b': string should match"),
+        ("run.seed=-1", r"run\.seed=-1: input should be greater than or equal to 0"),
+        ("report=3", r"report=3: input should be a valid dictionary"),
+        ("adapter.total_rank=30", r"total_rank=30 \(r_A\) is not divisible by num_experts=4; nearest is 32$"),
+        ("adapter.total_rank=1", r"total_rank=1 \(r_A\) is not divisible by num_experts=4; nearest is 4$"),
+        ("adapter.total_rank=0", r"adapter\.total_rank=0: input should be greater than 0"),
+        ("adapter={total_rank: 64, expert_rank: 8}", r"total_rank=64 contradicts num_experts=4 x expert_rank=8"),
+        ("adapter.num_experts=null", r"adapter\.num_experts=None: input should be a valid integer"),
+        ("adapter.num_experts=2.0", r"adapter\.num_experts=2\.0: input should be a valid integer"),
+        ("adapter={expert_rank: null}", r"adapter\.expert_rank=None: input should be a valid integer"),
+        ("adapter={method: lora, num_experts: 2}", r"num_experts=2: method lora has one"),
+        ("adapter={method: lora, renormalize: true}", r"renormalize=true: method lora has no interaction matrix"),
+        ("adapter={method: lora, balance_loss_weight: 0.1}", r"balance_loss_weight: method lora has no router"),
+        ("data.held_out=1.0", r"data\.held_out: 1\.0 is neither a fraction .* nor a whole number"),
+        ("data.sources=[]", r"data\.sources=\[\]: list should have at least 1 item"),
+        ("data.sources=[{type: csv}]", r"data\.sources\[0\]=.*: input tag 'csv' .* 'jsonl', 'reasoning_gym'"),
+        ("train.steps", r"argument 'train\.steps': expected key\.path=value, for example train\.steps=100"),
+        ("run=[", r"argument 'run=\[': the value is not YAML; quote it"),
+        ("data.sources.path=a", r"argument 'data\.sources\.path=a': sources is a value, not a section"),
+    ],
+)
+def test_wrong_value_is_told_in_one_line_with_its_key(path, override, message):
+    refused(path, message, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"run: [", r"recipe .*recipe\.yaml: not YAML"),
+        (b"- run", r"recipe .*recipe\.yaml: expected sections run, base, \.\.\. at top level"),
+        (b"", r"recipe .*recipe\.yaml: expected sections"),
+        (b"\xff\xfe", r"recipe .*recipe\.yaml: not a text file"),
+    ],
+)
+def test_file_that_is_no_recipe_is_refused(path, text, message):
+    path.write_bytes(text)
+    refused(path, message)
+
+
+def test_missing_file_is_refused(tmp_path):
+    refused(tmp_path / "none.yaml", r"recipe .*none\.yaml: No such file or directory; give the path of a YAML recipe")
