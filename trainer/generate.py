@@ -11,7 +11,10 @@ from transformers import PreTrainedTokenizerBase
 import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.documents import Message, with_system_prompt
 from trainer import rundir
-from trainer.base.load import load_base
+from trainer.base.fingerprint import check_base_file
+from trainer.base.load import load_opened
+from trainer.base.match import open_base
+from trainer.base.shards import Whole
 from trainer.base.source import load_tokenizer
 from trainer.recipe import Recipe
 
@@ -29,8 +32,11 @@ def load_run(directory: Path) -> LoadedRun:
     """Raises UserError where there is no finished run, or its base cannot be used."""
     recipe = rundir.open_run(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(recipe.base, device)
-    model = PeftModel.from_pretrained(base, str(directory / rundir.ADAPTER), autocast_adapter_dtype=False)
+    adapter = directory / rundir.ADAPTER
+    opened = open_base(recipe.base)
+    check_base_file(adapter, recipe.base.model, opened.fingerprint)
+    base = load_opened(opened, Whole(device))
+    model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
     return LoadedRun(recipe, model.eval(), load_tokenizer(recipe.base))
 
 

@@ -17,7 +17,7 @@ _SOURCES = {"jsonl": JsonlSource, "reasoning_gym": ReasoningGymSource}  # by the
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="folder of the run inside output_dir")
+    name: str = Field(pattern=r"^[\w-][\w.-]*$", description="folder of the run inside output_dir")
     output_dir: Path = Field(Path("runs"), description="parent folder of all runs")
     seed: int = Field(0, ge=0, description="seeds adapter initial values, dropout and the order of rows")
 

@@ -1,6 +1,7 @@
 """One training run: build its parts, run its steps, publish the adapter."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from trainer import rundir
 from trainer.adapters.attach import attach_adapter, check_adapter
 from trainer.adapters.routing import Routing
 from trainer.adapters.save import save_adapter
-from trainer.base.load import load_opened
+from trainer.base.fingerprint import check_base_file, write_base_file
+from trainer.base.load import bytes_to_read, load_opened
 from trainer.base.match import OpenedBase, open_base
 from trainer.base.shards import Shards, Whole
 from trainer.base.source import load_tokenizer
@@ -32,7 +34,7 @@ from trainer.loss import LabelledLoss
 from trainer.recipe import Recipe
 from trainer.report.facts import StartClock, describe_run
 from trainer.report.metrics import MetricsWriter, step_record
-from trainer.report.progress import StepProgress
+from trainer.report.progress import LoadProgress, StepProgress
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
     with agreeing():
         checked = _check(recipe)
     plan, config, prepared = checked.plan, checked.config, checked.prepared
+    fingerprint = checked.opened.fingerprint
     with agreeing():
         if first:
-            rundir.create(recipe, {"world_size": plan.world_size, "device": str(device)})
+            found = {"world_size": plan.world_size, "device": str(device), "base_fingerprint": fingerprint}
+            rundir.create(recipe, found)
     clock.lap("checks")
-    base = load_opened(checked.opened, shards_for(config, device))
+    base = _load(checked.opened, shards_for(config, device), show=first)
     clock.lap("base")
     model, routing, engine = assemble(recipe, base, config, len(prepared.tasks), checked.steps)
     clock.lap("adapter and engine")
@@ -83,7 +87,8 @@ def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
     _run(recipe, parts, checked.steps, clock)
     parameters = gather_trainable(model)
     if first:
-        save_adapter(model, parameters, recipe.run.directory / rundir.ADAPTER)
+        record_base = partial(write_base_file, model=recipe.base.model, found=fingerprint)
+        save_adapter(model, parameters, recipe.run.directory / rundir.ADAPTER, also=record_base)
         print(f"adapter         {recipe.run.directory / rundir.ADAPTER}", flush=True)
     dist.barrier()  # no rank leaves, and so ends the launch, before the adapter is there
 
@@ -97,9 +102,19 @@ def _check(recipe: Recipe) -> _Checked:
     check_optimizer(train)
     opened = open_base(recipe.base)
     check_adapter(opened.model, recipe.adapter)
+    if recipe.adapter.init_from is not None:
+        check_base_file(recipe.adapter.init_from, recipe.base.model, opened.fingerprint)
     prepared = open_prepared(recipe.data, load_tokenizer(recipe.base))
     steps = train.steps or steps_in(train.epochs, len(prepared.train), train.global_batch_size)
     return _Checked(plan, config, opened, prepared, steps)
+
+
+def _load(opened: OpenedBase, shards: Shards, show: bool) -> PreTrainedModel:
+    progress = LoadProgress(bytes_to_read(opened, shards), enabled=show)
+    try:
+        return load_opened(opened, shards, progress)
+    finally:
+        progress.close()
 
 
 def shards_for(config: dict[str, Any], device: torch.device) -> Shards:

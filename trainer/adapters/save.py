@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,11 +11,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 
-def save_adapter(model: PeftModel, parameters: dict[str, torch.Tensor], folder: Path) -> None:
+def save_adapter(
+    model: PeftModel, parameters: dict[str, torch.Tensor], folder: Path, also: Callable[[Path], None] = lambda _: None
+) -> None:
     """Publishes `folder` with the adapter's whole parameters, by their names in `model`, under one rename.
 
     The parameters are passed because under ZeRO-3 the model's own are empty (engine.gather_trainable). What was
-    written is read again and compared first. Raises RuntimeError where it differs.
+    written is read again and compared first. `also` adds files of its own before the rename. Raises RuntimeError
+    where what was written differs.
     """
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -25,6 +29,7 @@ def save_adapter(model: PeftModel, parameters: dict[str, torch.Tensor], folder: 
     for name, tensor in parameters.items():
         if not torch.equal(written.get(_name_on_disk(name), torch.empty(0)), tensor):
             raise RuntimeError(f"{staging}: {name} was not written as it is")
+    also(staging)
     for path in [*staging.iterdir(), staging]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)

@@ -5,6 +5,7 @@ computed from the values as the files hold them. No rank ever holds more than it
 one piece of a few megabytes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,23 +27,32 @@ def load_base(base: "BaseModelConfig", device: torch.device | str) -> PreTrained
     return load_opened(open_base(base), Whole(device))
 
 
-def load_opened(opened: OpenedBase, shards: Shards) -> PreTrainedModel:
+def load_opened(
+    opened: OpenedBase, shards: Shards, progress: Callable[[int], None] = lambda _: None
+) -> PreTrainedModel:
     """The base model, frozen and in eval mode; its NF4 linears are `NF4Linear`. Uses `opened.model` up.
 
     Of every parameter just the run that `shards` keeps on this rank; buffers and NF4's second level are whole on
     `shards.device`. With the shards of a process group (trainer.base.zero3) every rank calls this together.
+    `progress` is told the bytes read so far, after each tensor, of about `bytes_to_read`.
     """
     model = opened.model
     if opened.base.quantization == "nf4":
         pack_linears(model, DTYPES[opened.base.dtype])
     for source, target in opened.names.items():
         fill(model, target, opened.weights, source, shards)
+        progress(opened.weights.bytes_read)
     tie(model)
     set_generation(model, opened.weights.folder)
     move_buffers(model, shards.device)
     model.requires_grad_(False)
     _assert_nothing_on_meta(model)
     return model.eval()
+
+
+def bytes_to_read(opened: OpenedBase, shards: Shards) -> int:
+    """What a rank reads of the files, but for the ends of rows and blocks that two ranks read."""
+    return sum(map(opened.weights.nbytes, opened.names)) // shards.world
 
 
 def pack_linears(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:

@@ -13,9 +13,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from data_prep.errors import UserError
+from trainer.base.fingerprint import fingerprint
 from trainer.base.packing import check_packing
 from trainer.base.source import parse_config, resolve_folder
-from trainer.base.weights import READABLE, Weights
+from trainer.base.weights import BYTES, Weights
 
 if TYPE_CHECKING:
     from trainer.recipe import BaseModelConfig
@@ -33,6 +34,7 @@ class OpenedBase:
     model: PreTrainedModel
     weights: Weights
     names: dict[str, str]
+    fingerprint: str
 
 
 def open_base(base: "BaseModelConfig") -> OpenedBase:
@@ -50,7 +52,7 @@ def open_base(base: "BaseModelConfig") -> OpenedBase:
     weights = Weights(resolve_folder(base))
     names = match_names(model, weights)
     check_packing(config, base.attention, base.trust_remote_code)
-    return OpenedBase(base, model, weights, names)
+    return OpenedBase(base, model, weights, names, fingerprint(weights))
 
 
 def skeleton(config: PretrainedConfig, base: "BaseModelConfig") -> PreTrainedModel:
@@ -113,7 +115,7 @@ def _refuse_unknown_matrices(model: PreTrainedModel) -> None:
 
 
 def _check_tensor(weights: Weights, source: str, slot: torch.Tensor) -> None:
-    if weights.dtype(source) not in READABLE:
+    if weights.dtype(source) not in BYTES:
         raise UserError(
             f"base.model: tensor {source} in {weights.folder} has dtype {weights.dtype(source)}; expected "
             "bf16, fp16 or fp32: take the model before its quantisation"

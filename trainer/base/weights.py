@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_prep.errors import UserError
+from trainer.base.nf4 import BLOCK
 
-READABLE = {"BF16", "F16", "F32"}
+BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of one element, by the dtypes that can be read
 # Elements compared at once.
 PIECE = 2**20
 
@@ -23,6 +24,7 @@ class Weights:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.bytes_read = 0
         self._slices: dict = {}
         self.files = safetensors_files(folder)
         for path in self.files:
@@ -43,22 +45,30 @@ class Weights:
         return tuple(self._slices[name].get_shape())
 
     def dtype(self, name: str) -> str:
-        """The dtype as safetensors writes it: BF16, F16, F32, or one that READABLE does not list."""
+        """The dtype as safetensors writes it: BF16, F16, F32, or one that BYTES does not list."""
         return self._slices[name].get_dtype()
 
-    def read(self, name: str, start: int, stop: int, piece: int) -> Iterator[Tensor]:
-        """The flat elements [start, stop) of a tensor, in order, `piece` elements at a time and a rest.
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shape(name)) * BYTES[self.dtype(name)]
 
-        Reads whole rows of the first dimension, hence at most one row more at each end of a piece.
+    def read(self, name: str, start: int, stop: int, piece: int) -> Iterator[Tensor]:
+        """The flat elements [start, stop) of a tensor, in order, about `piece` elements (whole blocks) at a time.
+
+        safetensors gives whole rows of the first dimension, so pieces end where rows do, if rows and blocks allow:
+        then at most one row more is read at each end. `bytes_read` counts what was asked for.
         """
-        tensor = self._slices[name]
-        shape = self.shape(name)
+        tensor, shape = self._slices[name], self.shape(name)
         row = math.prod(shape[1:])
-        for low in range(start, stop, piece):
-            high = min(low + piece, stop)
+        even = math.lcm(row, BLOCK)
+        step = piece // even * even or piece
+        low = start
+        while low < stop:
+            high = min((low // step + 1) * step, stop)
             first, last = low // row, -(-high // row)
             rows = tensor[first:last] if shape else tensor[...]
+            self.bytes_read += rows.nbytes
             yield rows.reshape(-1)[low - first * row : high - first * row]
+            low = high
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape and values."""

@@ -1,7 +1,6 @@
 """What is derived from a recipe before training starts, told once on rank 0; and where the start-up time went."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -18,19 +17,13 @@ def describe_run(model: nn.Module, engine: Any, plan: BatchPlan, steps: int, dir
 
     mean_row: mean tokens a training row.
     """
-    parameters = list(model.parameters())
-    trainable = sum(_numel(p) for p in parameters if p.requires_grad)
-    frozen = sum(_numel(p) for p in parameters if not p.requires_grad)
-    held = {
-        "base": sum(_local_bytes(p) for p in parameters if not p.requires_grad),
-        "adapter": sum(_local_bytes(p) for p in parameters if p.requires_grad),
-        # fp32 master copy, its gradient, and AdamW's two moments, of what this rank updates
-        "optimizer and gradients to come": 16 * _updated_here(engine, parameters, plan.world_size),
-    }
+    trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad)
+    frozen = sum(_numel(p) for n, p in model.named_parameters() if not (p.requires_grad or n.endswith(".absmax")))
     tokens = plan.global_batch_size * mean_row
+    held = bytes_on_this_rank(model, engine.zero_optimization_stage(), plan.world_size)
     lines = [
-        f"parameters      {trainable:,} trainable, {frozen:,} frozen (NF4 counts two a byte)",
-        "bytes a rank    " + ", ".join(f"{human(size)} {name}" for name, size in held.items()),
+        f"parameters      {trainable:,} trainable, {frozen:,} frozen",
+        *(f"{'bytes a rank' if i == 0 else '':16}{human(n):>10}  {name}" for i, (name, n) in enumerate(held.items())),
         f"global batch    {plan.global_batch_size} rows = {plan.micro_batch_size} a micro-batch x {plan.world_size} "
         f"ranks x {plan.gradient_accumulation_steps} accumulation, about {tokens:,.0f} tokens",
         f"length          {steps} steps",
@@ -38,6 +31,24 @@ def describe_run(model: nn.Module, engine: Any, plan: BatchPlan, steps: int, dir
         f"watch           tensorboard --logdir {directory}",
     ]
     return "\n".join(lines)
+
+
+def bytes_on_this_rank(model: nn.Module, zero_stage: int, world_size: int) -> dict[str, int]:
+    """Bytes by category that this rank holds of the model, and those that the first step will add."""
+    named = list(model.named_parameters())
+    frozen = {name: p for name, p in named if not p.requires_grad}
+    absmax = {name for name in frozen if name.endswith(".absmax")}
+    packed = {name for name, p in frozen.items() if p.dtype == torch.uint8} - absmax
+    trained = [p for _, p in named if p.requires_grad]
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+    return {
+        "packed weights": sum(_local_bytes(frozen[name]) for name in packed),
+        "absmax": sum(_local_bytes(frozen[name]) for name in absmax),
+        "unquantised": sum(_local_bytes(p) for name, p in frozen.items() if name not in packed | absmax),
+        "adapter": sum(map(_local_bytes, trained)),
+        # fp32 master copy, its gradient, and AdamW's two moments
+        "optimizer and gradients, to come": 16 * (-(-whole // world_size) if zero_stage else whole),
+    }
 
 
 def human(size: float) -> str:
@@ -58,11 +69,6 @@ def _local_bytes(parameter: nn.Parameter) -> int:
     """Bytes of the parameter that stay on this rank: under ZeRO-3 its shard."""
     held = getattr(parameter, "ds_tensor", parameter)
     return held.numel() * held.element_size()
-
-
-def _updated_here(engine: Any, parameters: Sequence[nn.Parameter], world_size: int) -> int:
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
-    return -(-total // world_size) if engine.zero_optimization_stage() else total
 
 
 class StartClock:

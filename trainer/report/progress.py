@@ -4,9 +4,47 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from trainer.report.facts import human
 
 LINE_EVERY = 10.0  # seconds between plain lines
+
+
+class LoadProgress:
+    """Shows the bytes of the base read so far on rank 0; `enabled=False` shows nothing."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self._total = total
+        self._enabled = enabled
+        self._started = self._last_line = time.perf_counter()
+        self._bar: Progress | None = None
+        if enabled and (console := Console()).is_terminal:
+            columns = (TextColumn("base"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("load", total=total)
+            self._bar.start()
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif self._enabled and now - self._last_line >= LINE_EVERY:
+            self._last_line = now
+            left = (now - self._started) * (self._total - done) / done
+            print(f"base: {human(done)} of {human(self._total)} read, {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
 
 class StepProgress:
