@@ -66,7 +66,7 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
     _, routing, engine = assemble(recipe, model, config, 1, setting.steps)
     train = in_order_of_steps(load_from_disk(rows), recipe.run.seed).with_format("numpy")
     prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, train, [])
-    parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, recipe.report.router_every)
+    parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
     reports = [run_step(parts, step) for step in range(1, setting.steps + 1)]
     if dist.get_rank() == 0:
         found = {"seconds": [r.seconds for r in reports], "losses": [r.losses.mean() for r in reports]}

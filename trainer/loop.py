@@ -30,6 +30,7 @@ class Parts:
     device: torch.device
     seed: int
     router_every: int
+    held_out_rows: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run_step(parts: Parts, step: int) -> StepReport:
     for batch in batches:
         batch = _to(batch, parts.device)
         routing.begin_micro_batch(real_tokens(batch))
-        loss, by_task = engine(batch, labelled_tokens, scale)
+        loss, by_task = engine(batch, max(labelled_tokens, 1), scale)
         engine.backward(loss)
         routing.end_micro_batch()
         sums += by_task
@@ -87,7 +88,7 @@ def run_step(parts: Parts, step: int) -> StepReport:
 
 @torch.no_grad()
 def held_out_losses(parts: Parts) -> TaskLosses:
-    """Sums of the losses on all held-out rows, equal on every rank. Leaves the engine in training mode.
+    """Sums of the losses on the first held-out rows, equal on every rank. Leaves the engine in training mode.
 
     Ranks without a row left still run a forward: under ZeRO-3 each one is a collective.
     """
@@ -95,9 +96,9 @@ def held_out_losses(parts: Parts) -> TaskLosses:
     engine.eval()
     sums = TaskLosses.zeros(len(parts.prepared.tasks), parts.device)
     unit = plan.micro_batch_size * plan.world_size
-    for start in range(0, len(rows), unit):
+    for start in range(0, parts.held_out_rows, unit):
         mine = start + dist.get_rank() * plan.micro_batch_size
-        indices = range(mine, min(mine + plan.micro_batch_size, len(rows)))
+        indices = range(mine, min(mine + plan.micro_batch_size, parts.held_out_rows))
         batch = collate([rows[i] for i in indices]) if indices else empty_batch()
         _, by_task = engine(_to(batch, parts.device), 1, 1.0)
         sums += by_task

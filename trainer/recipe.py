@@ -111,6 +111,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="clips the global gradient norm; 0 turns it off")
     activation_checkpointing: bool = Field(False, description="recompute decoder layers in backward")
     eval_every: int = Field(0, ge=0, description="steps between losses on the held-out rows; 0: at the end only")
+    eval_rows: PositiveInt | None = Field(None, description="held-out rows taken for that loss; null: all")
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "TrainConfig":

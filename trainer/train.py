@@ -80,7 +80,8 @@ def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
     clock.lap("base")
     model, routing, engine = assemble(recipe, base, config, len(prepared.tasks), checked.steps)
     clock.lap("adapter and engine")
-    parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, recipe.report.router_every)
+    held_out_rows = min(recipe.train.eval_rows or len(prepared.held_out), len(prepared.held_out))
+    parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, recipe.report.router_every, held_out_rows)
     if first:
         mean_row = prepared.manifest["splits"]["train"]["tokens"] / len(prepared.train)
         print(describe_run(model, engine, plan, checked.steps, recipe.run.directory, mean_row), flush=True)
@@ -147,9 +148,8 @@ def _run(recipe: Recipe, parts: Parts, steps: int, clock: StartClock) -> None:
                 clock.lap("first step")
                 if first:
                     print(clock, flush=True)
-            held_out = None
-            if step == steps or (recipe.train.eval_every and step % recipe.train.eval_every == 0):
-                held_out = held_out_losses(parts)
+            due = step == steps or (recipe.train.eval_every and step % recipe.train.eval_every == 0)
+            held_out = held_out_losses(parts) if due and parts.held_out_rows else None
             if writer is not None:
                 record = step_record(report, parts.prepared.tasks, held_out)
                 writer.write(record)

@@ -8,7 +8,7 @@ from tests.distributed import scene
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    return scene.make_base(tmp_path_factory.mktemp("base"))
+    return scene.make_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="session", params=scene.WORLDS, ids=lambda world: f"{world}ranks")

@@ -8,7 +8,7 @@ import torch
 
 from data_prep.encode import IGNORED
 from data_prep.reader import PreparedSet
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import FAMILIES, tiny_llama, tiny_model
 from trainer.recipe import Recipe
 
 TASKS = ["first", "second", "third"]
@@ -17,9 +17,17 @@ WORLDS = (2, 4)
 
 
 def make_base(folder: Path) -> Path:
-    """Tied Llama whose packed tensors do not all divide by blocks or ranks; two safetensors files or more."""
+    """Tied Llama whose packed tensors do not all divide by blocks or ranks, in several files; families beside it."""
     sizes = {"hidden_size": 60, "intermediate_size": 101, "vocab_size": 300, "num_hidden_layers": 3}
-    return tiny_llama(folder, tie=True, max_shard_size="60KB", **sizes)
+    base = tiny_llama(folder, tie=True, max_shard_size="60KB", **sizes)
+    for family in FAMILIES:
+        tiny_model(families(base) / family, family, tie=family in ("llama", "gemma2"), max_shard_size="100KB")
+    return base
+
+
+def families(base: Path) -> Path:
+    """Where `make_base` puts a tiny model of each family, in a folder of its name."""
+    return base.parent / "families"
 
 
 def recipe(base: Path, stage: int = 3, **changes: Any) -> Recipe:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -9,17 +10,25 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.distributed import scene
+from tests.tiny_models import FAMILIES
+from trainer.base.load import load_base
+
 pytestmark = pytest.mark.slow
+
+
+def whole(folder: Path, world: int) -> dict[str, torch.Tensor]:
+    """Every parameter put together from the shards of all ranks."""
+    shards = [load_file(folder / f"{rank}.safetensors") for rank in range(world)]
+    shapes = json.loads((folder / "shapes.json").read_text())
+    flat = {name: torch.cat([s[name] for s in shards])[: math.prod(shape)] for name, shape in shapes.items()}
+    return {name: tensor.view(shapes[name]) for name, tensor in flat.items()}
 
 
 @pytest.fixture
 def gathered(seen):
-    """Every parameter of the base whole, from the shards of all ranks."""
     world, folder = seen
-    shards = [load_file(folder / f"shards-{rank}.safetensors") for rank in range(world)]
-    shapes = json.loads((folder / "shapes.json").read_text())
-    whole = {name: torch.cat([s[name] for s in shards])[: math.prod(shape)] for name, shape in shapes.items()}
-    return {name: tensor.view(shapes[name]) for name, tensor in whole.items()}
+    return whole(folder / "shards" / "base", world)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +55,20 @@ def test_what_is_not_quantised_equals_the_files(gathered, original):
         assert torch.equal(gathered[name], original.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_of_every_family_are_parts_of_what_one_process_loads(seen, base, family):
+    world, folder = seen
+    recipe = scene.recipe(scene.families(base) / family, base__attention="eager")
+    expected = dict(load_base(recipe.base, "cpu").named_parameters())
+    found = whole(folder / "shards" / family, world)
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(found[name], parameter), name
+
+
 def test_each_rank_keeps_its_part_of_every_parameter_and_no_more(seen):
     world, folder = seen
-    shapes = json.loads((folder / "shapes.json").read_text())
+    shapes = json.loads((folder / "shards" / "base" / "shapes.json").read_text())
     for rank in range(world):
-        for name, shard in load_file(folder / f"shards-{rank}.safetensors").items():
+        for name, shard in load_file(folder / "shards" / "base" / f"{rank}.safetensors").items():
             assert shard.numel() == -(-math.prod(shapes[name]) // world), (rank, name)

@@ -18,6 +18,7 @@ from torch import Tensor
 import trainer.train
 from data_prep.errors import UserError
 from tests.distributed import scene
+from tests.tiny_models import FAMILIES
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.save import save_adapter
 from trainer.base.load import load_opened
@@ -92,7 +93,9 @@ def build(recipe: Recipe, device: torch.device, train: list, held_out: list) -> 
     loaded = load_opened(open_base(recipe.base), shards_for(config, device))
     with mock.patch.object(trainer.train, "attach_adapter", attach_awake):
         model, routing, engine = assemble(recipe, loaded, config, len(scene.TASKS), scene.STEPS)
-    return model, Parts(engine, routing, scene.prepared(train, held_out), plan, device, recipe.run.seed, 1)
+    return model, Parts(
+        engine, routing, scene.prepared(train, held_out), plan, device, recipe.run.seed, 1, len(held_out)
+    )
 
 
 def attach_awake(*args: Any) -> Any:
@@ -116,14 +119,17 @@ def watch_gradients(model: Any, engine: Any, found: dict[str, Tensor]) -> None:
 
 
 def shards(base: Path, folder: Path, device: torch.device) -> None:
-    """What each rank keeps of the base, straight from the loader."""
-    recipe = scene.recipe(base)
-    plan = plan_batches(recipe.train.global_batch_size, 1, dist.get_world_size())
-    opened = open_base(recipe.base)
-    model = load_opened(opened, ZeroShards(read_deepspeed_config(recipe, plan), device))
-    mine = {name: p.ds_tensor.clone() for name, p in model.named_parameters()}
-    save_file(mine, folder / f"shards-{dist.get_rank()}.safetensors")
-    keep(folder / "shapes.json", {name: list(p.ds_shape) for name, p in model.named_parameters()})
+    """What each rank keeps of the base and of every family of models, straight from the loader."""
+    for model_folder in (base, *(scene.families(base) / family for family in FAMILIES)):
+        recipe = scene.recipe(model_folder, base__attention="eager")
+        plan = plan_batches(recipe.train.global_batch_size, 1, dist.get_world_size())
+        opened = open_base(recipe.base)
+        model = load_opened(opened, ZeroShards(read_deepspeed_config(recipe, plan), device))
+        mine = {name: p.ds_tensor.clone() for name, p in model.named_parameters()}
+        target = folder / "shards" / model_folder.name
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(mine, target / f"{dist.get_rank()}.safetensors")
+        keep(target / "shapes.json", {name: list(p.ds_shape) for name, p in model.named_parameters()})
 
 
 def held_out(base: Path, folder: Path, device: torch.device) -> None:

@@ -1,0 +1,42 @@
+"""A rank killed while the base loads: the other ends with it, nothing is left behind, the next start is clean."""
+
+import subprocess
+
+import pytest
+
+from benchmarks.ranks import run_ranks
+from tests.tiny_models import tiny_llama
+
+pytestmark = pytest.mark.slow
+
+LOAD = """
+import os, signal, sys
+import torch.distributed as dist
+from pathlib import Path
+from tests.distributed import scene
+from trainer.base.load import bytes_to_read, load_opened
+from trainer.base.match import open_base
+from trainer.base.zero3 import ZeroShards
+from trainer.batches import plan_batches
+from trainer.engine import process_group, read_deepspeed_config
+
+def half_way(done):
+    if sys.argv[2] == "kill" and dist.get_rank() == 1 and done > bytes_to_read(opened, shards) / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with process_group() as device:
+    recipe = scene.recipe(Path(sys.argv[1]))
+    opened = open_base(recipe.base)
+    shards = ZeroShards(read_deepspeed_config(recipe, plan_batches(4, 1, 2)), device)
+    load_opened(opened, shards, half_way)
+"""
+
+
+def test_a_rank_killed_while_loading_ends_the_other_and_leaves_nothing(tmp_path):
+    folder = tiny_llama(tmp_path / "base", num_hidden_layers=6)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(RuntimeError, match=r"rank \d of 2 ended with"):
+        run_ranks(2, ["-c", LOAD, str(folder), "kill"], limit=60)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert str(folder) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    run_ranks(2, ["-c", LOAD, str(folder), "live"], limit=60)
