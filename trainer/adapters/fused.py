@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 RENORMALIZE_FLOOR = 0.1
 """Smallest sum of omega that renormalisation divides by. A trained M can drive the sum to zero or below;
@@ -70,11 +69,11 @@ class GatedExperts(torch.autograd.Function):
         dtype: torch.dtype,
         probe: Probe | None,
     ) -> Tensor:
-        rank = a.shape[0]
         projected = torch.cat((a, router)).to(dtype) @ _rows(x, dtype).t()
-        phi = _softmax(projected[rank:])
-        weights, _ = _compete(phi, interaction, gate)
-        gated = _apply_gate(projected[:rank], weights, gate)
+        z, logits = _split(projected, len(a), gate)
+        phi = _softmax(logits)
+        weights, _ = _compete(phi, _scaled(interaction, gate, phi.dtype), gate)
+        gated = _apply_gate(z, weights)
         ctx.balance = probe.observe(phi) if probe is not None else None
         ctx.gate, ctx.dtype = gate, dtype
         # x and the parameters as they came: nothing but `projected` is new memory. ZeRO-3 may free the
@@ -83,33 +82,37 @@ class GatedExperts(torch.autograd.Function):
         return _accumulate(y, gated, experts.flatten(0, 1).to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what once_differentiable is for, at a fraction of its cost
+            raise RuntimeError("gated experts have no second derivative: call backward without create_graph")
         x, projected, a, router, interaction, experts = ctx.saved_tensors
-        gate, dtype, rank = ctx.gate, ctx.dtype, a.shape[0]
+        gate, dtype = ctx.gate, ctx.dtype
         want_x, want_y, want_a, want_router, want_interaction, want_experts = ctx.needs_input_grad[:6]
         grad_x = grad_a = grad_router = grad_experts = None
         grad = _rows(grad_out, dtype)
-        z = projected[:rank]
-        phi = _softmax(projected[rank:])
-        weights, total = _compete(phi, interaction, gate)
+        z, logits = _split(projected, len(a), gate)
+        phi = _softmax(logits)
+        mixing = _scaled(interaction, gate, phi.dtype)
+        weights, total = _compete(phi, mixing, gate)
 
+        # grad is the left operand and the small result is turned: as the right one, all of grad would be packed anew
+        grad_gated = (grad @ experts.flatten(0, 1).to(dtype).t()).t().contiguous().view(*experts.shape[:2], -1)
         if want_experts:
-            grad_experts = _mm(_apply_gate(z, weights, gate), grad, experts.shape).to(experts.dtype)
-        grad_gated = (experts.flatten(0, 1).to(dtype) @ grad.t()).view(*experts.shape[:2], -1)
+            grad_experts = _mm(_apply_gate(z, weights), grad, experts.shape).to(experts.dtype)
 
-        grad_weights = (grad_gated * z.unflatten(0, (gate.heads, -1))).sum(1, dtype=phi.dtype)
-        grad_phi, grad_interaction = _compete_backward(grad_weights, phi, weights, total, interaction, gate)
+        grad_weights = (grad_gated * z).sum(1, dtype=phi.dtype)
+        grad_phi, grad_interaction = _compete_backward(grad_weights, phi, weights, total, mixing, gate)
         if ctx.balance is not None:
             ctx.balance.add_gradient(grad_phi)
         grad_projected = torch.empty_like(projected)
-        grad_projected[rank:] = _softmax_backward(grad_phi, phi)
-        _apply_gate_backward(grad_gated, weights, gate, out=grad_projected[:rank])
+        grad_z, grad_logits = _split(grad_projected, len(a), gate)
+        grad_logits.copy_(_softmax_backward(grad_phi, phi))
+        _apply_gate_backward(grad_gated, weights, out=grad_z)
 
         if want_x:
             grad_x = _mm(grad_projected.t(), torch.cat((a, router)).to(dtype), x.shape).to(x.dtype)
         if want_a or want_router:
-            grad_a, grad_router = (grad_projected @ _rows(x, dtype)).to(a.dtype).split([rank, len(router)])
+            grad_a, grad_router = (grad_projected @ _rows(x, dtype)).to(a.dtype).split([len(a), len(router)])
         if grad_interaction is not None:
             grad_interaction = grad_interaction.to(interaction.dtype) if want_interaction else None
         grad_y = grad_out if want_y else None
@@ -146,6 +149,11 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
+def _split(projected: Tensor, rank: int, gate: Gate) -> tuple[Tensor, Tensor]:
+    """[rank + k, tokens] -> views z [heads, r_B, tokens] and logits [k, tokens]."""
+    return projected[:rank].unflatten(0, (gate.heads, -1)), projected[rank:]
+
+
 def _mm(left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
     """left @ right in another shape, as a tensor that is no view.
 
@@ -164,8 +172,8 @@ def _accumulate(y: Tensor, gated: Tensor, experts: Tensor) -> Tensor:
     if y.dtype != gated.dtype:
         # an fp32 adapter on a bf16 base adds in fp32 and rounds once, as PEFT's LoRA does
         return (y + _mm(gated.t(), experts, y.shape)).to(y.dtype)
-    out = y.new_empty(y.shape)
-    torch.addmm(_rows(y, y.dtype), gated.t(), experts, out=_rows(out, y.dtype))
+    out = y.clone(memory_format=torch.contiguous_format)
+    out.view(-1, out.shape[-1]).addmm_(gated.t(), experts)
     return out
 
 
@@ -175,43 +183,50 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _softmax_backward(grad: Tensor, phi: Tensor) -> Tensor:
-    product = grad * phi
-    return product.addcmul_(phi, product.sum(0), value=-1)
+    return torch._softmax_backward_data(grad, phi, 0, phi.dtype)
 
 
-def _compete(phi: Tensor, interaction: Tensor | None, gate: Gate) -> tuple[Tensor, Tensor | None]:
-    """scale * M phi [k, tokens], and the guarded sums [tokens] it was divided by if renormalised."""
-    if interaction is None:
+def _scaled(interaction: Tensor | None, gate: Gate, dtype: torch.dtype) -> Tensor | None:
+    """scale * M, in the dtype of phi."""
+    return None if interaction is None else interaction.to(dtype) * gate.scale
+
+
+def _compete(phi: Tensor, mixing: Tensor | None, gate: Gate) -> tuple[Tensor, Tensor | None]:
+    """Weights scale * M phi [k, tokens], and the guarded sums [tokens] they were divided by if renormalised.
+
+    mixing: scale * M [k, k], or None for M = 1.
+    """
+    if mixing is None:
         return phi * gate.scale, None
-    omega = (interaction.to(phi.dtype) * gate.scale) @ phi
+    weights = mixing @ phi
     if not gate.renormalize:
-        return omega, None
-    total = omega.sum(0).div_(gate.scale).clamp_(min=RENORMALIZE_FLOOR)
-    return omega.div_(total), total
+        return weights, None
+    total = weights.sum(0).div_(gate.scale).clamp_(min=RENORMALIZE_FLOOR)
+    return weights.div_(total), total
 
 
 def _compete_backward(
-    grad: Tensor, phi: Tensor, weights: Tensor, total: Tensor | None, interaction: Tensor | None, gate: Gate
+    grad: Tensor, phi: Tensor, weights: Tensor, total: Tensor | None, mixing: Tensor | None, gate: Gate
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `_compete` for phi and for the interaction matrix."""
+    """Gradients of `_compete` for phi and for M."""
     if total is not None:
         # weights = scale * omega / total: at the floor total is a constant, above it the quotient rule holds
         through_total = (grad * weights).sum(0).mul_(total > RENORMALIZE_FLOOR).div_(gate.scale)
         grad = (grad - through_total).div_(total)
-    if interaction is None:
+    if mixing is None:
         return grad * gate.scale, None
-    return (interaction.to(phi.dtype) * gate.scale).t() @ grad, (grad @ phi.t()).mul_(gate.scale)
+    return mixing.t() @ grad, (grad @ phi.t()).mul_(gate.scale)
 
 
-def _apply_gate(z: Tensor, weights: Tensor, gate: Gate) -> Tensor:
-    """z [heads * r_B, tokens] under weights [k, tokens] -> [k * r_B, tokens]; one head serves every expert."""
-    return (z.unflatten(0, (gate.heads, -1)) * weights.to(z.dtype).unsqueeze(1)).flatten(0, 1)
+def _apply_gate(z: Tensor, weights: Tensor) -> Tensor:
+    """z [heads, r_B, tokens] under weights [k, tokens] -> [k * r_B, tokens]; one head serves every expert."""
+    return (z * weights.to(z.dtype).unsqueeze(1)).flatten(0, 1)
 
 
-def _apply_gate_backward(grad_gated: Tensor, weights: Tensor, gate: Gate, out: Tensor) -> None:
-    """Gradient of `_apply_gate` for z, from [k, r_B, tokens] into out [heads * r_B, tokens]."""
+def _apply_gate_backward(grad_gated: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Gradient of `_apply_gate` for z, from [k, r_B, tokens] into out [heads, r_B, tokens]."""
     weights = weights.to(out.dtype).unsqueeze(1)
-    if gate.heads == 1:
-        torch.sum(grad_gated * weights, 0, out=out)
+    if len(out) == 1:
+        torch.sum(grad_gated * weights, 0, keepdim=True, out=out)
     else:
-        torch.mul(grad_gated, weights, out=out.unflatten(0, (gate.heads, -1)))
+        torch.mul(grad_gated, weights, out=out)

@@ -66,7 +66,8 @@ class Experts(nn.Module):
                 "balance_loss_weight has no effect: no training loop drives the routers (trainer.adapters.routing)",
                 stacklevel=2,
             )
-        x = F.dropout(x, self.dropout, self.training)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
         return gated_experts(x, y, self.lora_a, self.router, self.interaction, self.experts, self.gate, probe)
 
 

@@ -1,0 +1,209 @@
+"""From the recipe's adapter section to a model that learns, and from it to a folder: refused, continued, published."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from data_prep.errors import UserError
+from tests.adapters.parts import TOKENS, logits, plain_model, wake
+from tests.adapters.reference import off
+from trainer.adapters.attach import attach_adapter, check_adapter
+from trainer.adapters.layer import Experts
+from trainer.adapters.save import save_adapter
+from trainer.recipe import AdapterConfig
+
+SIZES = {
+    "teamlora": {"num_experts": 2, "expert_rank": 3},
+    "moelora": {"num_experts": 2, "expert_rank": 3},
+    "hydralora": {"num_experts": 2, "expert_rank": 3},
+    "lora": {"total_rank": 6},
+}
+methods = pytest.mark.parametrize("method", SIZES)
+
+
+def section(method: str = "teamlora", **keys: object) -> AdapterConfig:
+    return AdapterConfig(**{"method": method, "alpha": 6.0, **SIZES[method], **keys})
+
+
+def learning(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained(folder: Path, adapter: AdapterConfig) -> PeftModel:
+    """An adapted model whose adapter has learned something."""
+    model = attach_adapter(plain_model(folder, torch.bfloat16), adapter)
+    wake(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def saved(folder: Path, llama: Path, adapter: AdapterConfig) -> Path:
+    model = trained(llama, adapter)
+    save_adapter(model, learning(model), folder)
+    return folder
+
+
+def refused(model: nn.Module, adapter: AdapterConfig, text: str) -> None:
+    with pytest.raises(UserError, match=text) as caught:
+        check_adapter(model, adapter)
+    assert "\n" not in str(caught.value)
+
+
+@methods
+def test_the_adapter_is_all_that_learns_and_has_the_dtype_of_its_base(llama, method):
+    model = attach_adapter(plain_model(llama, torch.bfloat16), section(method, target_modules=["q_proj", "up_proj"]))
+    values = learning(model)
+    assert {value.dtype for value in values.values()} == {torch.bfloat16}
+    assert all("lora" in name and (".q_proj." in name or ".up_proj." in name) for name in values)
+    assert sum(name.endswith(("lora_a", "lora_A.default.weight")) for name in values) == 2 * 2
+
+
+def test_the_recipe_reaches_every_adapter(llama):
+    keys = {"dropout": 0.25, "balance_loss_weight": 0.5, "renormalize": True}
+    model = attach_adapter(plain_model(llama), section(**keys))
+    for module in (m for m in model.modules() if isinstance(m, Experts)):
+        assert module.experts.shape[:2] == (2, 3)
+        assert (module.dropout, module.balance_loss_weight) == (0.25, 0.5)
+        assert (module.gate.scale, module.gate.renormalize) == (6.0 / 3 * 2, True)
+
+
+def test_target_that_the_model_does_not_have_is_refused_with_those_that_it_has(llama):
+    linears = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    for target in ("fc1", "proj", "lm_head", "embed_tokens"):
+        text = rf"^adapter\.target_modules: '{target}' matches no linear layer of llama; it has {linears}$"
+        refused(plain_model(llama), section(target_modules=["up_proj", target]), text)
+
+
+@methods
+def test_check_passes_what_fits(tmp_path, llama, method):
+    check_adapter(plain_model(llama), section(method))
+    check_adapter(plain_model(llama), section(method, init_from=saved(tmp_path / "adapter", llama, section(method))))
+
+
+@methods
+def test_init_from_continues_from_the_saved_values_and_learns(tmp_path, llama, method):
+    before = trained(llama, section(method))
+    save_adapter(before, learning(before), tmp_path / "adapter")
+    model = attach_adapter(plain_model(llama, torch.bfloat16), section(method, init_from=tmp_path / "adapter"))
+    values = learning(model)
+    assert values.keys() == learning(before).keys()
+    assert all(torch.equal(values[name], value) for name, value in learning(before).items())
+    assert torch.equal(logits(model), logits(before))
+
+
+def test_dropout_and_balance_loss_come_from_the_recipe_when_training_goes_on(tmp_path, llama):
+    folder = saved(tmp_path / "adapter", llama, section(dropout=0.1))
+    model = attach_adapter(plain_model(llama), section(init_from=folder, dropout=0.5, balance_loss_weight=0.25))
+    settings = {(m.dropout, m.balance_loss_weight) for m in model.modules() if isinstance(m, Experts)}
+    assert settings == {(0.5, 0.25)}
+    lora = saved(tmp_path / "lora", llama, section("lora"))
+    model = attach_adapter(plain_model(llama), section("lora", init_from=lora, dropout=0.5))
+    assert model.peft_config["default"].lora_dropout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text"),
+    [
+        (section("moelora"), "holds a TEAMLORA adapter, but adapter.method=moelora"),
+        (section("lora"), "holds a TEAMLORA adapter, but adapter.method=lora"),
+        (section(num_experts=3), "has num_experts=2, but adapter.num_experts=3"),
+        (section(expert_rank=4), "has expert_rank=3, but adapter.expert_rank=4"),
+        (section(alpha=8.0), "has alpha=6.0, but adapter.alpha=8.0"),
+        (section(renormalize=True), "has renormalize=False, but adapter.renormalize=True"),
+        (
+            section(target_modules=["up_proj"]),
+            "adapts down_proj, gate_proj, up_proj, but adapter.target_modules=up_proj",
+        ),
+    ],
+)
+def test_init_from_of_another_shape_is_refused_with_both_values(tmp_path, llama, adapter, text):
+    folder = saved(tmp_path / "adapter", llama, section())
+    adapter = adapter.model_copy(update={"init_from": folder})
+    refused(plain_model(llama), adapter, rf"^adapter\.init_from: {folder} {text}; make them agree$")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text"),
+    [(section("lora", total_rank=8), "total_rank=6, but adapter.total_rank=8"),
+     (section("lora", alpha=1.0), "alpha=6.0, but adapter.alpha=1.0")],
+)  # fmt: skip
+def test_init_from_of_another_lora_is_refused_with_both_values(tmp_path, llama, adapter, text):
+    folder = saved(tmp_path / "adapter", llama, section("lora"))
+    refused(plain_model(llama), adapter.model_copy(update={"init_from": folder}), text)
+
+
+def test_init_from_without_an_adapter_is_refused(tmp_path, llama):
+    refused(
+        plain_model(llama),
+        section(init_from=tmp_path),
+        rf"^adapter\.init_from: {tmp_path} holds no adapter that PEFT can read .*give the adapter/ folder of a run$",
+    )
+
+
+@methods
+def test_published_folder_loads_in_plain_peft(tmp_path, llama, method):
+    model = trained(llama, section(method))
+    save_adapter(model, learning(model), tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(plain_model(llama, torch.bfloat16), tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert off(logits(loaded), logits(model)) <= 2e-2  # an fp32 adapter from here on
+    assert loaded(input_ids=TOKENS).logits.dtype == torch.bfloat16
+
+
+def published_nothing(folder: Path) -> bool:
+    """Only what a next attempt clears away is left."""
+    return not folder.exists() and all(path.name == f".{folder.name}.tmp" for path in folder.parent.iterdir())
+
+
+def test_nothing_is_published_when_writing_breaks_off(tmp_path, llama, monkeypatch):
+    model, folder = trained(llama, section()), tmp_path / "adapter"
+
+    def full_disk(*args: object, **kwargs: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.safe_save_file", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            save_adapter(model, learning(model), folder)
+    assert published_nothing(folder)
+    save_adapter(model, learning(model), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda parameters: parameters.popitem(), "tensors were written of"),
+        (lambda parameters: parameters.update({next(iter(parameters)): torch.zeros(0)}), "was not written as it is"),
+    ],
+    ids=["a tensor is missing", "a tensor is empty, as under ZeRO-3"],
+)
+def test_nothing_is_published_when_other_values_were_written(tmp_path, llama, monkeypatch, damage, text):
+    model, folder = trained(llama, section()), tmp_path / "adapter"
+    save_pretrained = model.save_pretrained
+
+    def damaged(path: str, state_dict: dict, **kwargs: object) -> None:
+        written = dict(state_dict)
+        damage(written)
+        save_pretrained(path, state_dict=written, **kwargs)
+
+    monkeypatch.setattr(model, "save_pretrained", damaged)
+    with pytest.raises(RuntimeError, match=text):
+        save_adapter(model, learning(model), folder)
+    assert published_nothing(folder)
+
+
+def test_what_a_broken_attempt_left_is_cleared_away(tmp_path, llama):
+    model, folder = trained(llama, section()), tmp_path / "adapter"
+    staging = tmp_path / ".adapter.tmp"
+    staging.mkdir()
+    (staging / "leftover").write_text("half")
+    save_adapter(model, learning(model), folder)
+    assert not (folder / "leftover").exists()
+    assert not staging.exists()
