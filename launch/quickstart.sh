@@ -21,7 +21,7 @@ say "4. train: 4-bit base sharded over two ranks by ZeRO-3"
 deepspeed --num_gpus 2 launch/train.sh "$recipe"
 
 say "5. what was learned"
-OMP_NUM_THREADS=2 teamlora evaluate runs/quickstart
+OMP_NUM_THREADS=2 teamlora evaluate runs/quickstart --batch-size 100
 
 say "done"
 echo "watch it:  .venv/bin/tensorboard --logdir runs/quickstart"

@@ -82,9 +82,15 @@ def normalised(text: str) -> str:
 
 
 def _ask(run: LoadedRun, items: Sequence[dict[str, Any]], batch_size: int) -> list[str]:
-    """Leaves room for the longest wanted answer and a little more."""
-    longest = max(len(run.tokenizer(item["answer"], add_special_tokens=False)["input_ids"]) for item in items)
-    return answers(run, [item["messages"] for item in items], longest + 4, batch_size)
+    """Answers in the order of items; a task at a time, with room for its longest wanted answer and a little more."""
+    found = [""] * len(items)
+    for task in dict.fromkeys(item["task"] for item in items):
+        mine = [i for i, item in enumerate(items) if item["task"] == task]
+        wanted = run.tokenizer([items[i]["answer"] for i in mine], add_special_tokens=False)["input_ids"]
+        given = answers(run, [items[i]["messages"] for i in mine], max(map(len, wanted)) + 4, batch_size)
+        for i, text in zip(mine, given, strict=True):
+            found[i] = text
+    return found
 
 
 def _first_of_each_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ def load_run(directory: Path) -> LoadedRun:
     check_base_file(adapter, recipe.base.model, opened.fingerprint)
     base = load_opened(opened, Whole(device))
     model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+    # Generation gives the head a strided slice, for which a CPU would copy the head's weight once for every row.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _head, args: (args[0].contiguous(),))
     return LoadedRun(recipe, model.eval(), load_tokenizer(recipe.base))
 
 
