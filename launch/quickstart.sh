@@ -18,7 +18,7 @@ say "3. the tasks: questions to packed, labelled rows"
 teamlora prepare "$recipe"
 
 say "4. train: 4-bit base sharded over two ranks by ZeRO-3"
-deepspeed --num_gpus 2 launch/train.sh "$recipe"
+deepspeed --log_level warning --num_gpus 2 launch/train.sh "$recipe"
 
 say "5. what was learned"
 OMP_NUM_THREADS=2 teamlora evaluate runs/quickstart --batch-size 100

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import UserError
+from trainer.faults import TrainingFault
 from trainer.quiet import quiet_libraries
 from trainer.recipe import load_recipe
 
@@ -20,13 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         options.run(options)
-    except UserError as mistake:
+    except (UserError, TrainingFault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {mistake}", file=sys.stderr, flush=True)
-        return MISTAKE
-    except ArithmeticError as fault:
-        print(f"error: {fault}", file=sys.stderr, flush=True)
-        return FAULT
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return MISTAKE if isinstance(error, UserError) else FAULT
     return 0
 
 

@@ -12,11 +12,8 @@ from data_prep.reader import PreparedSet
 from trainer.adapters.routing import RouterReport, Routing
 from trainer.batches import Batch, BatchPlan, collate, empty_batch, micro_batches_of, rows_of_step
 from trainer.engine import NonFiniteGradient, apply_gradients
+from trainer.faults import TrainingFault
 from trainer.loss import TaskLosses, count_tokens, real_tokens
-
-
-class TrainingFault(RuntimeError):
-    """Training cannot go on; the text says step, ranks and cause. Raised on every rank, weights untouched."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from trainer.base.match import open_base
 from trainer.base.zero3 import ZeroShards
 from trainer.batches import plan_batches
 from trainer.engine import agreeing, gather_trainable, read_deepspeed_config, start_process_group
-from trainer.loop import Parts, TrainingFault, held_out_losses, run_step
+from trainer.faults import TrainingFault
+from trainer.loop import Parts, held_out_losses, run_step
 from trainer.recipe import Recipe
 from trainer.train import assemble, shards_for
 

