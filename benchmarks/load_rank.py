@@ -1,6 +1,7 @@
 """One rank of `python -m benchmarks.load`: loads the base one way while another process watches its memory."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
+from benchmarks.usual import usual_quantization
 from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.base.nf4 import NF4Linear
@@ -49,13 +51,7 @@ CONFIG = {
 
 def usual(folder: str, _device: torch.device) -> nn.Module:
     """from_pretrained with bitsandbytes: the whole quantised model on every rank, sharded by initialize."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype="bfloat16",
-        bnb_4bit_quant_storage="bfloat16",
-    )
+    quantization = usual_quantization()
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
 
 
@@ -100,7 +96,7 @@ def measure(way: str, folder: str) -> dict[str, Any]:
     device = start_process_group()
     dist.barrier()
     watcher = subprocess.Popen(
-        [sys.executable, "-S", "-c", WATCHER, str(__import__("os").getpid())],
+        [sys.executable, "-S", "-c", WATCHER, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

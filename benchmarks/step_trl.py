@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
-from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.step import TARGETS, Setting
+from benchmarks.usual import usual_quantization
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -83,13 +84,7 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
         data_collator=collate,
         processing_class=AutoTokenizer.from_pretrained(base),
         callbacks=[clock],
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype="bfloat16",
-            bnb_4bit_quant_storage="bfloat16",
-        ),
+        quantization_config=usual_quantization(),
         peft_config=LoraConfig(
             r=setting.total_rank,
             lora_alpha=setting.total_rank,
