@@ -56,6 +56,13 @@ def test_key_that_resembles_none_is_told_with_those_of_its_section(path):
         ("run.name=a/b", r"run\.name='a/b': string should match"),
         ("run.seed=-1", r"run\.seed=-1: input should be greater than or equal to 0"),
         ("report=3", r"report=3: input should be a valid dictionary"),
+        ("experts.parallel_size=3", r"parallel_size=3 does not divide adapter\.num_experts=4; use one of 1, 2, 4$"),
+        ("experts.parallel_size=8", r"parallel_size=8 does not divide adapter\.num_experts=4; use one of 1, 2, 4$"),
+        (
+            "experts.replicate=true",
+            r"experts: replicate and across_nodes need parallel_size > 1; set it or remove them$",
+        ),
+        ("experts.dispatch=both", r"experts\.dispatch='both': input should be 'auto', 'weights' or 'tokens'"),
         ("adapter.total_rank=30", r"total_rank=30 \(r_A\) is not divisible by num_experts=4; nearest is 32$"),
         ("adapter.total_rank=1", r"total_rank=1 \(r_A\) is not divisible by num_experts=4; nearest is 4$"),
         ("adapter.total_rank=0", r"adapter\.total_rank=0: input should be greater than 0"),
@@ -94,3 +101,8 @@ def test_file_that_is_no_recipe_is_refused(path, text, message):
 
 def test_missing_file_is_refused(tmp_path):
     refused(tmp_path / "none.yaml", r"recipe .*none\.yaml: No such file or directory; give the path of a YAML recipe")
+
+
+def test_a_method_without_experts_cannot_place_them(path):
+    message = r"experts\.parallel_size=2: method lora has no experts to place; set it to 1$"
+    refused(path, message, "adapter={method: lora}", "experts.parallel_size=2")

@@ -47,7 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="exact match by task on held-out items, before and after training")
     evaluate.add_argument("--items-per-task", type=_positive, default=100, metavar="N", help="default: 100")
     evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: 32")
-    for command, run in ((generate, _generate), (evaluate, _evaluate)):
+    experts = commands.add_parser("experts", help="list a run's experts, or write its adapter with others")
+    change = experts.add_mutually_exclusive_group()
+    change.add_argument("--keep", type=_indices, metavar="I,J", help="experts to keep, by number; the others go")
+    change.add_argument("--add", type=_positive, metavar="N", help="experts to add; they change no output yet")
+    experts.add_argument("--to", type=Path, metavar="FOLDER", help="default: adapter-Kexperts in the run")
+    for command, run in ((generate, _generate), (evaluate, _evaluate), (experts, _experts)):
         command.add_argument("directory", type=Path, metavar="RUN", help="folder of a finished run")
         command.set_defaults(run=run)
     return parser
@@ -57,6 +62,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _indices(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,2")
+    return sorted({int(part) for part in text.split(",")})
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -84,3 +95,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from trainer.evaluate import evaluate
 
     print(evaluate(options.directory, options.items_per_task, options.batch_size))
+
+
+def _experts(options: argparse.Namespace) -> None:
+    from trainer.experts import change_experts, list_experts
+
+    if options.keep is None and options.add is None:
+        print(list_experts(options.directory))
+    else:
+        print(change_experts(options.directory, options.keep, options.add or 0, options.to))

@@ -12,11 +12,16 @@ import torch.distributed as dist
 from torch import nn
 
 from data_prep.errors import UserError
+from trainer.adapters.placement import merge_own
 from trainer.batches import BatchPlan
+from trainer.faults import TrainingFault
 from trainer.recipe import Recipe, TrainConfig
 
 # What a launcher sets, for a run without one: a group of one rank on any free port.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+# In the text of an error of gloo's or NCCL's about a connection, for which torch has no type.
+LOST = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "timed out waiting")
 
 
 def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
@@ -129,6 +134,21 @@ def agreeing() -> Iterator[None]:
         raise UserError(first)
 
 
+@contextlib.contextmanager
+def naming_lost_ranks(doing: str) -> Iterator[None]:
+    """Turns what torch.distributed raises where another rank has gone, or is stuck, into a TrainingFault."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST):
+            raise
+        raise TrainingFault(
+            f"{doing}, rank {dist.get_rank()}: another rank has ended or does not answer ({text[:200]}); "
+            "what it says itself is the cause; if it says nothing, it was killed (out of memory?)"
+        ) from error
+
+
 def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW of torch, or bitsandbytes' 8-bit forms, whose kernels need a GPU."""
     settings = {
@@ -207,7 +227,7 @@ def _checked(norm: Any) -> float:
 
 
 def gather_trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole trainable parameters by name, on the CPU, on every rank.
+    """Whole trainable parameters by their names without placement, on the CPU, on every rank.
 
     A collective over all ranks under ZeRO-3: every rank must call it, or the others wait for ever. PEFT's own
     save_pretrained would write shape (0,) there, since it sees only the emptied local tensors.
@@ -217,4 +237,5 @@ def gather_trainable(module: nn.Module) -> dict[str, torch.Tensor]:
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     sharded = any(hasattr(p, "ds_id") for p in trainable.values())
     with deepspeed.zero.GatheredParameters(list(trainable.values()), enabled=sharded):
-        return {name: p.detach().cpu().clone() for name, p in trainable.items()}
+        values = {name: p.detach().clone() for name, p in trainable.items()}
+    return {name: value.cpu() for name, value in merge_own(module, values).items()}

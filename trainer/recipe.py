@@ -93,6 +93,21 @@ class AdapterConfig(Section):
         return self
 
 
+class ExpertsConfig(Section):
+    """On which ranks the experts live (trainer.adapters.placement). Without placement ZeRO shards them as the rest."""
+
+    parallel_size: PositiveInt = Field(1, description="ranks that share a layer's experts out; 1: no placement")
+    replicate: bool = Field(False, description="each replica of a rank keeps its experts whole; else cut by ZeRO-3")
+    dispatch: Literal["auto", "weights", "tokens"] = Field("auto", description="what travels; auto: the fewer bytes")
+    across_nodes: bool = Field(False, description="let the ranks of one group stand on several nodes")
+
+    @model_validator(mode="after")
+    def _only_with_placement(self) -> "ExpertsConfig":
+        if self.parallel_size == 1 and (self.replicate or self.across_nodes):
+            raise ValueError("replicate and across_nodes need parallel_size > 1; set it or remove them")
+        return self
+
+
 class TrainConfig(Section):
     """Length, batch and optimizer of a run. The batch is global, so a run means the same on any number of ranks."""
 
@@ -135,10 +150,23 @@ class Recipe(Section):
     run: RunConfig
     base: BaseModelConfig
     adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
+    experts: ExpertsConfig = ExpertsConfig()
     data: DataConfig
     train: TrainConfig
     deepspeed: DeepSpeedConfig
     report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _experts_can_be_placed(self) -> "Recipe":
+        size, k = self.experts.parallel_size, self.adapter.num_experts
+        if size > 1 and self.adapter.method == "lora":
+            raise ValueError(f"experts.parallel_size={size}: method lora has no experts to place; set it to 1")
+        if k % size:
+            raise ValueError(
+                f"experts.parallel_size={size} does not divide adapter.num_experts={k}; "
+                f"use one of {', '.join(str(n) for n in range(1, k + 1) if k % n == 0)}"
+            )
+        return self
 
 
 def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -199,7 +227,7 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"missing key {key}: add it"
     if first["type"] == "value_error":
-        return f"{key}: {first['ctx']['error']}"
+        return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change it"
 
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from data_prep.reader import PreparedSet, open_prepared
 from trainer import rundir
 from trainer.adapters.attach import attach_adapter, check_adapter
+from trainer.adapters.calibrate import calibrate
+from trainer.adapters.placement import Placement
 from trainer.adapters.routing import Routing
 from trainer.adapters.save import save_adapter
 from trainer.base.fingerprint import check_base_file, write_base_file
@@ -26,9 +28,11 @@ from trainer.engine import (
     check_optimizer,
     gather_trainable,
     initialize,
+    naming_lost_ranks,
     process_group,
     read_deepspeed_config,
 )
+from trainer.expert_groups import check_placement, everyones_local_rank, make_groups, tag_experts
 from trainer.loop import Parts, held_out_losses, run_step
 from trainer.loss import LabelledLoss
 from trainer.recipe import Recipe
@@ -67,8 +71,9 @@ def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
         if first:
             print(f"{recipe.run.directory} is finished: nothing to do; see {recipe.run.directory / rundir.ADAPTER}")
         return
+    local_ranks = everyones_local_rank()
     with agreeing():
-        checked = _check(recipe)
+        checked = _check(recipe, local_ranks)
     plan, config, prepared = checked.plan, checked.config, checked.prepared
     fingerprint = checked.opened.fingerprint
     with agreeing():
@@ -94,12 +99,13 @@ def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
     dist.barrier()  # no rank leaves, and so ends the launch, before the adapter is there
 
 
-def _check(recipe: Recipe) -> _Checked:
+def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:
     train = recipe.train
     plan = plan_batches(train.global_batch_size, train.micro_batch_size, dist.get_world_size())
     config = read_deepspeed_config(recipe, plan)
     if config["zero_optimization"].get("stage") == 3:
         check_config(config, recipe.deepspeed.config)
+    check_placement(recipe.experts, local_ranks, config, recipe.deepspeed.config)
     check_optimizer(train)
     opened = open_base(recipe.base)
     check_adapter(opened.model, recipe.adapter)
@@ -129,10 +135,19 @@ def assemble(
     """The adapted model, its routers, and DeepSpeed's engine around its `LabelledLoss`, in training mode."""
     torch.manual_seed(recipe.run.seed)  # alike on every rank: initial values must be
     model = attach_adapter(base, recipe.adapter)
+    routing = Routing(model)
+    placement = None
+    if recipe.experts.parallel_size > 1:
+        placement = Placement(model, make_groups(recipe.experts), recipe.experts.dispatch)
+        tag_experts(placement.by_expert, recipe.experts.parallel_size)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    routing = Routing(model)
     engine = initialize(LabelledLoss(model, routing, num_tasks).train(), recipe.train, config, steps)
+    if placement is not None:
+        if recipe.experts.dispatch == "auto":
+            calibrate(placement)
+        if dist.get_rank() == 0:
+            print(f"experts         {placement.describe()}", flush=True)
     torch.manual_seed(recipe.run.seed + dist.get_rank())  # from here on dropout, which differs by rank
     return model, routing, engine
 
@@ -143,13 +158,15 @@ def _run(recipe: Recipe, parts: Parts, steps: int, clock: StartClock) -> None:
     progress = StepProgress(steps, enabled=first)
     try:
         for step in range(1, steps + 1):
-            report = run_step(parts, step)
+            with naming_lost_ranks(f"step {step}"):
+                report = run_step(parts, step)
             if step == 1:
                 clock.lap("first step")
                 if first:
                     print(clock, flush=True)
             due = step == steps or (recipe.train.eval_every and step % recipe.train.eval_every == 0)
-            held_out = held_out_losses(parts) if due and parts.held_out_rows else None
+            with naming_lost_ranks(f"held-out loss after step {step}"):
+                held_out = held_out_losses(parts) if due and parts.held_out_rows else None
             if writer is not None:
                 record = step_record(report, parts.prepared.tasks, held_out)
                 writer.write(record)

@@ -54,7 +54,7 @@ def recipe(base: Path, stage: int = 3, **changes: Any) -> Recipe:
     }
     for key, value in changes.items():
         section, name = key.split("__")
-        values[section][name] = value
+        values.setdefault(section, {})[name] = value
     return Recipe.model_validate(values)
 
 
@@ -72,6 +72,10 @@ def rows(count: int, seed: int, unlabelled: tuple[int, ...] = ()) -> list[dict[s
         tasks = np.repeat(random.integers(0, len(TASKS), size=2), lengths)
         made.append({"input_ids": ids, "labels": labels, "position_ids": positions, "task_ids": tasks})
     return made
+
+
+def prompt() -> torch.Tensor:
+    return torch.arange(3, 15).view(2, 6)
 
 
 def prepared(train: list, held_out: list) -> PreparedSet:

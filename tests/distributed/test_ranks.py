@@ -12,19 +12,21 @@ import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.encode import IGNORED
 from tests.distributed import scene
 from tests.distributed.reference import Reference
-from tests.distributed.worker import FAULTS, plan_rows
+from tests.distributed.worker import FAULTS, PLACEMENTS, plan_rows
 from trainer.base.load import load_base
 from trainer.batches import rows_of_step
 
 pytestmark = pytest.mark.slow
+placements = pytest.mark.parametrize("placement", PLACEMENTS)
 
 
-def test_held_out_loss_equals_one_process_where_some_ranks_have_no_row_left(seen, base):
+@placements
+def test_held_out_loss_equals_one_process_where_some_ranks_have_no_row_left(seen, base, placement):
     world, folder = seen
     recipe = scene.recipe(base)
     reference, train = Reference(recipe), plan_rows(recipe)
     rows = scene.rows(world + 1, seed=9)
-    for found in json.loads((folder / "held_out.json").read_text()):
+    for found in json.loads((folder / placement / "held_out.json").read_text()):
         expected = by_task(reference, rows)
         assert found[1] == expected[1].tolist()
         assert found[0] == pytest.approx(expected[0].tolist(), rel=1e-5)
@@ -46,13 +48,16 @@ def by_task(reference: Reference, rows: list) -> tuple[torch.Tensor, torch.Tenso
     return sums, counts
 
 
-def test_adapter_saved_from_shards_loads_through_plain_peft_and_gives_the_same_logits(seen, base):
+@placements
+def test_adapter_saved_from_shards_loads_through_plain_peft_and_gives_the_same(seen, base, placement):
     _, folder = seen
-    model = PeftModel.from_pretrained(load_base(scene.recipe(base).base, "cpu"), folder / "adapter").eval()
+    found = load_file(folder / placement / "outputs.safetensors")
+    model = PeftModel.from_pretrained(load_base(scene.recipe(base).base, "cpu"), folder / placement / "adapter").eval()
     with torch.no_grad():
         logits = model(input_ids=torch.arange(40).view(2, 20), use_cache=False).logits
-    expected = load_file(folder / "logits.safetensors")["logits"]
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        answer = model.generate(input_ids=scene.prompt(), max_new_tokens=8, do_sample=False, use_cache=True)
+    assert (found["logits"] - logits).abs().max() <= 1e-5 * logits.abs().max()
+    assert torch.equal(found["answer"], answer)
 
 
 def test_a_mistake_that_one_rank_meets_is_raised_by_all(seen):

@@ -20,6 +20,7 @@ from data_prep.errors import UserError
 from tests.distributed import scene
 from tests.tiny_models import FAMILIES
 from trainer.adapters.attach import attach_adapter
+from trainer.adapters.placement import merge_own
 from trainer.adapters.save import save_adapter
 from trainer.base.load import load_opened
 from trainer.base.match import open_base
@@ -28,6 +29,7 @@ from trainer.batches import plan_batches
 from trainer.engine import agreeing, gather_trainable, read_deepspeed_config, start_process_group
 from trainer.faults import TrainingFault
 from trainer.loop import Parts, held_out_losses, run_step
+from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
 from trainer.train import assemble, shards_for
 
@@ -42,6 +44,43 @@ PARITY: dict[str, tuple[int, int, dict[str, Any]]] = {
     "moelora": (1, 2, {"adapter__method": "moelora"}),
     "hydralora": (1, 2, {"adapter__method": "hydralora"}),
 }
+
+
+def placed(size: int, dispatch: str, **changes: Any) -> dict[str, Any]:
+    return {"experts__parallel_size": size, "experts__dispatch": dispatch, "train__steps": 10, **changes}
+
+
+PARITY |= {
+    f"{dispatch}_{size}{'_accumulated' * (a > 1)}{'_checkpointed' * c}": (
+        4 - a,
+        a,
+        placed(size, dispatch, train__activation_checkpointing=c),
+    )
+    for size in (2, 4)
+    for dispatch in ("weights", "tokens")
+    for a in (1, 3)
+    for c in (False, True)
+}
+OFFLOAD = "ds_configs/zero3_offload.json"
+PARITY |= {
+    "weights_replicated": (1, 2, placed(2, "weights", experts__replicate=True)),
+    "tokens_replicated": (1, 2, placed(2, "tokens", experts__replicate=True)),
+    "weights_offloaded": (1, 2, placed(2, "weights", deepspeed__config=OFFLOAD)),
+    "tokens_offloaded": (1, 2, placed(2, "tokens", deepspeed__config=OFFLOAD)),
+    "weights_moelora": (1, 2, placed(2, "weights", adapter__method="moelora")),
+    "tokens_moelora": (1, 2, placed(2, "tokens", adapter__method="moelora")),
+    "weights_hydralora": (1, 2, placed(2, "weights", adapter__method="hydralora")),
+    "tokens_hydralora": (1, 2, placed(2, "tokens", adapter__method="hydralora")),
+    "auto": (1, 2, placed(2, "auto")),  # micro-batches on both sides of where it switches
+}
+# changes of the recipe under which saving, generation and held-out losses are tried
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "unplaced": {},
+    "by_weights": {"experts__parallel_size": 2, "experts__dispatch": "weights"},
+    "by_tokens": {"experts__parallel_size": 2, "experts__dispatch": "tokens"},
+}
+# cases that one number of ranks is enough for; replicas there are only on more ranks than a group has
+ONLY = {name: 4 if "replicated" in name else 2 for name in list(PARITY)[-9:]}
 # (ZeRO stage, compute dtype, what is spoilt)
 FAULTS = [
     (s, d, k)
@@ -52,19 +91,26 @@ UNLABELLED_ROW = 2  # in one micro-batch of some rank nothing is labelled
 
 
 def main(base: Path, folder: Path) -> None:
+    quiet_libraries()
     device = start_process_group()
-    for name in PARITY:
+    for name in cases(dist.get_world_size()):
         parity(parity_recipe(base, name, dist.get_world_size()), folder / name, device)
     for case in (shards, held_out, saving, mistakes, faults):
         case(base, folder, device)
     dist.barrier()
 
 
+def cases(world: int) -> list[str]:
+    """The cases of PARITY that this many ranks can run."""
+    sizes = {name: changes.get("experts__parallel_size", 1) for name, (*_, changes) in PARITY.items()}
+    return [name for name, size in sizes.items() if world % size == 0 and ONLY.get(name, world) == world]
+
+
 def parity(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """Five steps of the real loop; at each: parameters before, gradients, loss, norm, router means."""
+    """Some steps of the real loop; at each: parameters before, gradients, loss, norm, router means."""
     model, parts = build(recipe, device, plan_rows(recipe), [])
     values = {"losses": [], "norms": [], "means": []}
-    for step in range(1, scene.STEPS + 1):
+    for step in range(1, recipe.train.steps + 1):
         before = gather_trainable(model)
         gradients: dict[str, Tensor] = {}
         watch_gradients(model, parts.engine, gradients)
@@ -93,7 +139,7 @@ def build(recipe: Recipe, device: torch.device, train: list, held_out: list) -> 
     config = read_deepspeed_config(recipe, plan)
     loaded = load_opened(open_base(recipe.base), shards_for(config, device))
     with mock.patch.object(trainer.train, "attach_adapter", attach_awake):
-        model, routing, engine = assemble(recipe, loaded, config, len(scene.TASKS), scene.STEPS)
+        model, routing, engine = assemble(recipe, loaded, config, len(scene.TASKS), recipe.train.steps)
     return model, Parts(
         engine, routing, scene.prepared(train, held_out), plan, device, recipe.run.seed, 1, len(held_out)
     )
@@ -111,9 +157,9 @@ def watch_gradients(model: Any, engine: Any, found: dict[str, Tensor]) -> None:
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         if engine.is_gradient_accumulation_boundary():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    found[name] = safe_get_full_grad(parameter).detach().float().cpu().clone()
+            trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            gradients = {name: safe_get_full_grad(p).detach().float().cpu().clone() for name, p in trainable.items()}
+            found.update(merge_own(model, gradients))
         return step(engine, *args, **kwargs)
 
     engine.step = watched
@@ -135,27 +181,30 @@ def shards(base: Path, folder: Path, device: torch.device) -> None:
 
 def held_out(base: Path, folder: Path, device: torch.device) -> None:
     """Held-out loss in the middle of training, on a number of rows that leaves some ranks without any."""
-    recipe = scene.recipe(base)
-    _, parts = build(recipe, device, plan_rows(recipe), scene.rows(dist.get_world_size() + 1, seed=9))
-    values = [held_out_losses(parts)]
-    run_step(parts, 1)
-    values.append(held_out_losses(parts))
-    run_step(parts, 2)
-    keep(folder / "held_out.json", [[v.loss.tolist(), v.labelled_tokens.tolist()] for v in values])
+    for name, changes in PLACEMENTS.items():
+        recipe = scene.recipe(base, **changes)
+        _, parts = build(recipe, device, plan_rows(recipe), scene.rows(dist.get_world_size() + 1, seed=9))
+        values = [held_out_losses(parts)]
+        run_step(parts, 1)
+        values.append(held_out_losses(parts))
+        run_step(parts, 2)
+        keep(folder / name / "held_out.json", [[v.loss.tolist(), v.labelled_tokens.tolist()] for v in values])
 
 
 def saving(base: Path, folder: Path, device: torch.device) -> None:
-    """The adapter as published from shards, and the logits of the sharded model."""
-    recipe = scene.recipe(base)
-    model, parts = build(recipe, device, plan_rows(recipe), [])
-    run_step(parts, 1)
-    parts.engine.eval()
-    with torch.no_grad():
-        logits = model(input_ids=torch.arange(40).view(2, 20), use_cache=False).logits
-    parameters = gather_trainable(model)
-    if dist.get_rank() == 0:
-        save_adapter(model, parameters, folder / "adapter")
-    keep(folder / "logits.safetensors", {"logits": logits})
+    """The adapter as published from shards; logits of the sharded model, and what it generates token by token."""
+    for name, changes in PLACEMENTS.items():
+        recipe = scene.recipe(base, **changes)
+        model, parts = build(recipe, device, plan_rows(recipe), [])
+        run_step(parts, 1)
+        parts.engine.eval()
+        with torch.no_grad():
+            logits = model(input_ids=torch.arange(40).view(2, 20), use_cache=False).logits
+            answer = model.generate(input_ids=scene.prompt(), max_new_tokens=8, do_sample=False, use_cache=True)
+        parameters = gather_trainable(model)
+        if dist.get_rank() == 0:
+            save_adapter(model, parameters, folder / name / "adapter")
+        keep(folder / name / "outputs.safetensors", {"logits": logits, "answer": answer})
 
 
 def mistakes(_base: Path, folder: Path, _device: torch.device) -> None:

@@ -50,6 +50,28 @@ def test_every_launcher_trains_the_same_run_whatever_its_ranks(workplace, launch
     assert {n: t.shape for n, t in published[0].items()} == {n: t.shape for n, t in published[1].items()}
 
 
+def test_placed_experts_train_the_same_run_and_publish_the_same_adapter(workplace, first):
+    command = ["bash", SCRIPT, "num_gpus=2", "recipe.yaml", "run.name=placed", ZERO3, "experts.parallel_size=2"]
+    done = workplace.run(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        "experts         1 of 2 on each of 2 ranks, 1 replicas, partitioned on each; tokens travel up to" in done.stdout
+    )
+    counts = [
+        next(line for line in text.splitlines() if line.startswith("parameters")) for text in (first, done.stdout)
+    ]
+    assert counts[0] == counts[1]
+    expected, found = workplace.records("first"), workplace.records("placed")
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=1e-4), key
+    published = [load_file(workplace.folder / "runs" / run / "adapter" / "adapter_model.safetensors") for run in
+                 ("first", "placed")]  # fmt: skip
+    assert {n: t.shape for n, t in published[0].items()} == {n: t.shape for n, t in published[1].items()}
+    listed = workplace.teamlora("experts", "runs/placed")
+    assert listed.returncode == 0, listed.stderr
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["expert", "0", "1"]
+
+
 def test_a_run_leaves_recipe_environment_metrics_and_adapter(workplace, first):
     run = workplace.folder / "runs" / "first"
     assert {path.name for path in run.iterdir()} >= {

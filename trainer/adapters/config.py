@@ -77,6 +77,11 @@ class TeamLoraConfig(ExpertLoraConfig):
         metadata={"help": "Divide the weights after competition by their (guarded) sum. The paper does not."},
     )
 
+    num_router_outputs: int | None = field(
+        default=None,
+        metadata={"help": "What phi has entries for; one an expert, but where experts were added or dropped later."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("TEAMLORA")

@@ -53,6 +53,29 @@ class Probe(Protocol):
         """Take phi [k, tokens]; return the term whose gradient the backward pass adds, if any."""
 
 
+class Exchange(Protocol):
+    """The experts' product where tokens go to the experts' owners (trainer.adapters.exchange)."""
+
+    def add(self, y: Tensor, gated: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """y plus all experts' output, and what `backward` will need."""
+
+    def backward(self, grad: Tensor, received: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of gated and of this rank's own experts, from that of the output."""
+
+
+class Placed(Protocol):
+    """Where the parameters of experts that live on several ranks are had from (trainer.adapters.placement).
+
+    What autograd is given for them are edges of its graph, which hold no values.
+    """
+
+    exchange: Exchange | None
+
+    def values(self, backward: bool) -> list[Tensor]:
+        """lora_a, router, experts and, where there is one, interaction. With an exchange the experts are this rank's
+        own [k / n, r_B, d_out]."""
+
+
 class GatedExperts(torch.autograd.Function):
     """y + scale * sum_i omega_i B_i z_i; see the module's text. Called through `gated_experts`."""
 
@@ -68,7 +91,14 @@ class GatedExperts(torch.autograd.Function):
         gate: Gate,
         dtype: torch.dtype,
         probe: Probe | None,
+        placed: Placed | None,
     ) -> Tensor:
+        ctx.placed, ctx.exchange = placed, placed.exchange if placed is not None else None
+        # x and the parameters as they came: nothing but `projected` is new memory. ZeRO-3 may free the
+        # parameters' data in between; it gathers them into the same tensors again before backward.
+        kept = a, router, interaction, experts
+        if placed is not None:
+            a, router, experts, interaction = _with_interaction(placed.values(backward=False))
         projected = torch.cat((a, router)).to(dtype) @ _rows(x, dtype).t()
         z, logits = _split(projected, len(a), gate)
         phi = _softmax(logits)
@@ -76,17 +106,21 @@ class GatedExperts(torch.autograd.Function):
         gated = _apply_gate(z, weights)
         ctx.balance = probe.observe(phi) if probe is not None else None
         ctx.gate, ctx.dtype = gate, dtype
-        # x and the parameters as they came: nothing but `projected` is new memory. ZeRO-3 may free the
-        # parameters' data in between; it gathers them into the same tensors again before backward.
-        ctx.save_for_backward(x, projected, a, router, interaction, experts)
-        return _accumulate(y, gated, experts.flatten(0, 1).to(dtype))
+        if ctx.exchange is None:
+            out, received = _accumulate(y, gated, experts.flatten(0, 1).to(dtype)), None
+        else:
+            out, received = ctx.exchange.add(y, gated, experts.to(dtype))
+        ctx.save_for_backward(x, projected, *kept, received)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # what once_differentiable is for, at a fraction of its cost
             raise RuntimeError("gated experts have no second derivative: call backward without create_graph")
-        x, projected, a, router, interaction, experts = ctx.saved_tensors
+        x, projected, a, router, interaction, experts, received = ctx.saved_tensors
         gate, dtype = ctx.gate, ctx.dtype
+        if ctx.placed is not None:
+            a, router, experts, interaction = _with_interaction(ctx.placed.values(backward=True))
         want_x, want_y, want_a, want_router, want_interaction, want_experts = ctx.needs_input_grad[:6]
         grad_x = grad_a = grad_router = grad_experts = None
         grad = _rows(grad_out, dtype)
@@ -95,10 +129,15 @@ class GatedExperts(torch.autograd.Function):
         mixing = _scaled(interaction, gate, phi.dtype)
         weights, total = _compete(phi, mixing, gate)
 
-        # grad is the left operand and the small result is turned: as the right one, all of grad would be packed anew
-        grad_gated = (grad @ experts.flatten(0, 1).to(dtype).t()).t().contiguous().view(*experts.shape[:2], -1)
-        if want_experts:
-            grad_experts = _mm(_apply_gate(z, weights), grad, experts.shape).to(experts.dtype)
+        if ctx.exchange is not None:
+            grad_gated, grad_experts = ctx.exchange.backward(grad, received, experts.to(dtype))
+            grad_experts = grad_experts.to(experts.dtype)
+        else:
+            # grad is the left operand and the small result is turned: else all of grad would be packed anew
+            grad_gated = (grad @ experts.flatten(0, 1).to(dtype).t()).t().contiguous()
+            if want_experts:
+                grad_experts = _mm(_apply_gate(z, weights), grad, experts.shape).to(experts.dtype)
+        grad_gated = grad_gated.unflatten(0, (len(weights), -1))
 
         grad_weights = (grad_gated * z).sum(1, dtype=phi.dtype)
         grad_phi, grad_interaction = _compete_backward(grad_weights, phi, weights, total, mixing, gate)
@@ -116,7 +155,7 @@ class GatedExperts(torch.autograd.Function):
         if grad_interaction is not None:
             grad_interaction = grad_interaction.to(interaction.dtype) if want_interaction else None
         grad_y = grad_out if want_y else None
-        return grad_x, grad_y, grad_a, grad_router, grad_interaction, grad_experts, None, None, None
+        return grad_x, grad_y, grad_a, grad_router, grad_interaction, grad_experts, None, None, None, None
 
 
 def gated_experts(
@@ -128,20 +167,26 @@ def gated_experts(
     experts: Tensor,
     gate: Gate,
     probe: Probe | None = None,
+    placed: Placed | None = None,
 ) -> Tensor:
     """Add the gated experts' update of x to the base output y, out of place, in y's dtype.
 
-    x [..., d_in], y [..., d_out], a [r_A, d_in] (HydraLoRA: [r, d_in]), router [k, d_in], interaction
-    [k, k] or None, experts [k, r_B, d_out]. GEMMs run in a's dtype, or in autocast's where that is on;
+    x [..., d_in], y [..., d_out], a [r_A, d_in] (HydraLoRA: [r, d_in]), router [j, d_in], interaction
+    [k, j] or None for j = k, experts [k, r_B, d_out]. GEMMs run in a's dtype, or in autocast's where that is on;
     the softmax and the product with the interaction matrix in fp32 (fp64 for fp64 parameters).
     """
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, a.dtype, probe)
+        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, a.dtype, probe, placed)
     dtype = torch.get_autocast_dtype(device)
     # autocast does not reach the backward of a custom function: the dtype is decided here, for both
     with torch.autocast(device, enabled=False):
-        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, probe)
+        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, probe, placed)
+
+
+def _with_interaction(values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    a, router, experts, *interaction = values
+    return a, router, experts, interaction[0] if interaction else None
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,20 +9,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.adapters.config import ExpertLoraConfig, HydraLoraConfig, TeamLoraConfig
-from trainer.adapters.fused import Gate, Probe, gated_experts
+from trainer.adapters.config import ExpertLoraConfig, HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
+from trainer.adapters.fused import Gate, Placed, Probe, gated_experts
 
 
 class Experts(nn.Module):
     """One adapter on one linear layer: its parameters, and y + its update of x (TeamLoRA, section 3).
 
     lora_a       [r_A, d_in]       shared by all experts; MoELoRA's k matrices A_i, stacked; HydraLoRA: [r_B, d_in]
-    router       [k, d_in]
-    interaction  [k, k]            TeamLoRA's M, else None
+    router       [k, d_in]         phi's entries; another number than k where experts were added or dropped
+    interaction  [k, k]            TeamLoRA's M, else None; [k, phi's entries]
     experts      [k, r_B, d_out]   the matrices B_i
 
     A module with a forward of its own, because that is what ZeRO-3's hooks gather parameters for. `probe`, where a
-    training loop has set one, sees the router's weights (see `routing.Routing`).
+    training loop has set one, sees the router's weights (see `routing.Routing`). `placed` is set where the experts
+    (and MoELoRA's A_i, `a_by_expert`) live on several ranks (see `placement.Placement`).
     """
 
     def __init__(self, in_features: int, out_features: int, config: ExpertLoraConfig) -> None:
@@ -31,8 +32,9 @@ class Experts(nn.Module):
         shared = isinstance(config, HydraLoraConfig)
         competing = isinstance(config, TeamLoraConfig)
         self.lora_a = nn.Parameter(torch.empty(expert_rank if shared else config.total_rank, in_features))
-        self.router = nn.Parameter(torch.empty(k, in_features))
-        self.interaction = nn.Parameter(torch.empty(k, k)) if competing else None
+        outputs = (config.num_router_outputs if competing else None) or k
+        self.router = nn.Parameter(torch.empty(outputs, in_features))
+        self.interaction = nn.Parameter(torch.empty(k, outputs)) if competing else None
         self.experts = nn.Parameter(torch.empty(k, expert_rank, out_features))
         self.gate = Gate(
             heads=1 if shared else k,
@@ -43,6 +45,8 @@ class Experts(nn.Module):
         self.dropout = config.dropout
         self.balance_loss_weight = config.balance_loss_weight
         self.probe: Probe | None = None
+        self.placed: Placed | None = None
+        self.a_by_expert = isinstance(config, MoeLoraConfig)
         self.reset_parameters(zero_experts=config.init_weights)
 
     @torch.no_grad()
@@ -68,7 +72,16 @@ class Experts(nn.Module):
             )
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        return gated_experts(x, y, self.lora_a, self.router, self.interaction, self.experts, self.gate, probe)
+        a, router, experts, *interaction = self._parameters_in_graph()
+        return gated_experts(x, y, a, router, *(interaction or [None]), experts, self.gate, probe, self.placed)
+
+    def parameter_names(self) -> tuple[str, ...]:
+        return ("lora_a", "router", "experts", *(("interaction",) if self.interaction is not None else ()))
+
+    def _parameters_in_graph(self) -> list[Tensor]:
+        if self.placed is not None:
+            return self.placed.edges()
+        return [getattr(self, name) for name in self.parameter_names()]
 
 
 class ExpertLayer(nn.Module, BaseTunerLayer):

@@ -7,6 +7,7 @@ import psutil
 import torch
 from torch import nn
 
+from trainer.adapters.placement import experts_elsewhere
 from trainer.batches import BatchPlan
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -17,7 +18,7 @@ def describe_run(model: nn.Module, engine: Any, plan: BatchPlan, steps: int, dir
 
     mean_row: mean tokens a training row.
     """
-    trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad)
+    trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad) + experts_elsewhere(model)
     frozen = sum(_numel(p) for n, p in model.named_parameters() if not (p.requires_grad or n.endswith(".absmax")))
     tokens = plan.global_batch_size * mean_row
     held = bytes_on_this_rank(model, engine.zero_optimization_stage(), plan.world_size)
@@ -40,14 +41,16 @@ def bytes_on_this_rank(model: nn.Module, zero_stage: int, world_size: int) -> di
     absmax = {name for name in frozen if name.endswith(".absmax")}
     packed = {name for name, p in frozen.items() if p.dtype == torch.uint8} - absmax
     trained = [p for _, p in named if p.requires_grad]
-    whole = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+    learned = sum(getattr(p, "ds_tensor", p).numel() for p in trained)
+    if zero_stage in (1, 2):  # parameters stay whole, their state does not
+        learned = -(-learned // world_size)
     return {
         "packed weights": sum(_local_bytes(frozen[name]) for name in packed),
         "absmax": sum(_local_bytes(frozen[name]) for name in absmax),
         "unquantised": sum(_local_bytes(p) for name, p in frozen.items() if name not in packed | absmax),
         "adapter": sum(map(_local_bytes, trained)),
         # fp32 master copy, its gradient, and AdamW's two moments
-        "optimizer and gradients, to come": 16 * (-(-whole // world_size) if zero_stage else whole),
+        "optimizer and gradients, to come": 16 * learned,
     }
 
 

@@ -1,0 +1,103 @@
+"""A rank that is killed, or fails alone, ends all others within half a minute, and they say why."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import REPOSITORY
+from tests.e2e.test_run import SCRIPT, ZERO3
+
+pytestmark = pytest.mark.slow
+
+LIMIT = 30  # seconds
+PLACED = {
+    "plain": [],
+    "weights": ["experts.parallel_size=2", "experts.dispatch=weights"],
+    "tokens": ["experts.parallel_size=2", "experts.dispatch=tokens"],
+}
+# The command itself, but that rank 1 fails in its third step.
+FAILS_ALONE = """
+import os, sys
+import trainer.train
+from trainer.cli import main
+real = trainer.train.run_step
+def run_step(parts, step):
+    if os.environ["RANK"] == "1" and step == 3:
+        raise ValueError("the disk is on fire")
+    return real(parts, step)
+trainer.train.run_step = run_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def arguments(run: str, *more: str) -> list[str]:
+    return ["recipe.yaml", f"run.name={run}", "train.steps=2000", "train.eval_every=0", ZERO3, *more]
+
+
+def wait_for_steps(metrics: Path, count: int) -> None:
+    ending = time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
+        assert time.monotonic() < ending, f"{metrics} never came to {count} steps"
+        time.sleep(0.1)
+
+
+def ranks_of(run: str) -> dict[int, int]:
+    """{rank: process} of the training processes of a run."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
+        except OSError:  # it has ended
+            continue
+        if f"run.name={run}".encode() in words and b"RANK" in variables:
+            found[int(variables[b"RANK"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.parametrize("dispatch", PLACED)
+def test_a_killed_rank_ends_the_run_with_its_cause(workplace, dispatch):
+    run = f"killed_{dispatch}"
+    command = ["bash", SCRIPT, "num_gpus=2", *arguments(run, *PLACED[dispatch])]
+    output = workplace.folder / f"{run}.log"
+    with (
+        output.open("w") as log,
+        subprocess.Popen(
+            command, cwd=workplace.folder, env=environment(), stdout=log, stderr=subprocess.STDOUT
+        ) as launch,
+    ):
+        wait_for_steps(workplace.folder / "runs" / run / "metrics.jsonl", 2)
+        os.kill(ranks_of(run)[1], signal.SIGKILL)
+        assert launch.wait(LIMIT) != 0
+    assert "another rank has ended" in output.read_text() or "return code = -9" in output.read_text()
+    assert not ranks_of(run)
+
+
+@pytest.mark.parametrize("dispatch", PLACED)
+def test_a_rank_that_fails_alone_ends_the_other(workplace, dispatch):
+    run = f"alone_{dispatch}"
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + len(dispatch))}
+    command = [sys.executable, "-c", FAILS_ALONE, "train", *arguments(run, *PLACED[dispatch])]
+    ranks, logs = [], [workplace.folder / f"{run}-{rank}.log" for rank in range(2)]
+    for rank, path in enumerate(logs):
+        with path.open("w") as log:
+            variables = environment(RANK=str(rank), LOCAL_RANK=str(rank), PYTHONPATH=str(REPOSITORY), **shared)
+            ranks.append(subprocess.Popen(command, cwd=workplace.folder, env=variables, stdout=log, stderr=log))
+    try:
+        assert ranks[1].wait(180) != 0
+        assert ranks[0].wait(LIMIT) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert "the disk is on fire" in logs[1].read_text()
+    assert "error: step 3, rank 0: another rank has ended or does not answer" in logs[0].read_text()

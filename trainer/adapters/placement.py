@@ -1,0 +1,423 @@
+"""Experts on their own ranks: who owns which, and how owners and tokens meet.
+
+Rank p of an expert-parallel group of n ranks owns the experts p k/n to (p + 1) k/n of every layer: their values,
+gradients and optimizer state. Under ZeRO-3 a rank's own part is partitioned over the group's replicas, or, with
+`replicate`, whole on each of them. What all experts share (A, router, M) stays data-parallel: partitioned over all
+ranks. A token needs every expert, so
+
+    weights   whole matrices are gathered over the group, a decoder layer's at once and one layer ahead, for forward
+              and again for backward; their gradients are summed at the owners, a decoder layer's at once
+    tokens    gated activations go to the owners, which send back their share of the output
+    auto      whichever is the cheaper for the tokens of this forward, decided alike on every rank of a group
+
+A layer's shared parameters are gathered together with its experts, not module by module as ZeRO-3's hooks would.
+Gathered values live for one layer's work. What autograd sees in their place is an edge: a tensor of the right shape
+with one element behind it, whose gradient leads to the owners (`_Edges`).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+
+from trainer.adapters.exchange import TokenExchange
+from trainer.adapters.layer import Experts
+
+Dispatch = Literal["auto", "weights", "tokens"]
+SendHome = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Process groups of a placement (trainer.engine makes them).
+
+    parallel: the n ranks that share a layer's experts out. replicas: the ranks that own the same experts as this one.
+    replicate: each replica keeps its experts whole; else they are partitioned over the replicas.
+    """
+
+    parallel: dist.ProcessGroup
+    replicas: dist.ProcessGroup
+    replicate: bool
+
+    @property
+    def size(self) -> int:
+        return self.parallel.size()
+
+    @property
+    def partitions(self) -> int:
+        """Ranks over which one owner's part is cut."""
+        return 1 if self.replicate else self.replicas.size()
+
+
+class Held(nn.Module):
+    """Stands where an adapter's parameter stood, and holds what of it this rank learns, `own`.
+
+    Of a parameter by expert, [k, ...] or [k r_B, ...], that is its run of the first dimension; of one that all
+    experts share it is the whole. It has no forward, so ZeRO-3's hooks, which gather what a module's forward needs,
+    leave it alone.
+    """
+
+    def __init__(self, whole: nn.Parameter, groups: ExpertGroups, by_expert: bool) -> None:
+        super().__init__()
+        self.shape, self.groups, self.by_expert = whole.shape, groups, by_expert
+        runs = whole.detach().chunk(groups.size) if by_expert else [whole.detach()]
+        self.own = nn.Parameter(runs[groups.parallel.rank() if by_expert else 0].clone())
+        self.own_shape, self.own_numel = self.own.shape, self.own.numel()
+
+    def hide(self) -> None:
+        """Gives the parameter its shape back, without memory, where ZeRO-3 has emptied it: autograd reads the shape."""
+        if self.own.shape != self.own_shape:
+            self.own.data = self.own.data.new_empty(1).expand(self.own_shape)
+
+    def partition(self, device: torch.device) -> Tensor:
+        """What this rank stores of `own`, flat, in the compute dtype."""
+        return self.own.ds_tensor.to(device, non_blocking=True)
+
+    def of_own(self, flat: Tensor) -> Tensor:
+        """`own` from its partitions one after the other; ZeRO-3 pads the last."""
+        return flat[: self.own_numel].view(self.own_shape)
+
+    def merge(self, own: Tensor) -> Tensor:
+        """The whole from what each owner has; every rank of the group takes part."""
+        if not self.by_expert:
+            return own
+        whole = own.new_empty(self.shape)
+        dist.all_gather_into_tensor(whole, own.contiguous(), group=self.groups.parallel)
+        return whole
+
+
+class Gather:
+    """The parameters of one decoder layer's adapters on their way to this rank.
+
+    travel: for each of them, whether other owners' parts are wanted too. What is shared is gathered from all ranks, a
+    rank's own experts from its replicas, where they are cut at all, and the whole then from the owners: `advance`
+    goes from the one to the other. Ranks create, advance and finish their gathers in the same order.
+    """
+
+    def __init__(self, held: Sequence[Held], travel: Sequence[bool], device: torch.device) -> None:
+        self._held, self._travel = held, travel
+        self._groups = held[0].groups
+        self._shared = _Arrival([h.partition(device) for h in held if not h.by_expert], dist.group.WORLD)
+        by_expert = [h.partition(device) for h in held if h.by_expert]
+        self._own: list[Tensor] | None = None
+        self._cut = _Arrival(by_expert, self._groups.replicas) if self._groups.partitions > 1 else None
+        if self._cut is None:
+            self._start_whole(by_expert)
+
+    def advance(self) -> None:
+        """Starts the second gather, once the first is there."""
+        if self._own is None:
+            self._start_whole(self._cut.wait())
+
+    def wait(self) -> list[Tensor]:
+        """Values: whole where they are shared or travel, else this rank's own experts."""
+        self.advance()
+        shared, own, whole = iter(self._shared.wait()), iter(self._own), iter(self._whole.wait())
+        values = []
+        for held, travels in zip(self._held, self._travel, strict=True):
+            mine = next(own) if held.by_expert else held.of_own(next(shared))
+            values.append(next(whole).view(held.shape) if travels else mine)
+        return values
+
+    def _start_whole(self, flat: Sequence[Tensor]) -> None:
+        by_expert = [(held, travels) for held, travels in zip(self._held, self._travel, strict=True) if held.by_expert]
+        self._own = [held.of_own(values) for (held, _), values in zip(by_expert, flat, strict=True)]
+        travelling = [own.view(-1) for own, (_, travels) in zip(self._own, by_expert, strict=True) if travels]
+        self._whole = _Arrival(travelling, self._groups.parallel)
+
+
+class _Arrival:
+    """Flat tensors of every rank of a group, gathered at once; none is nothing to wait for."""
+
+    def __init__(self, mine: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        self._lengths = [tensor.numel() for tensor in mine]
+        self._work = None
+        if mine:
+            packed = torch.cat(mine) if len(mine) > 1 else mine[0]
+            self._everyone = packed.new_empty(group.size(), packed.numel())
+            self._work = dist.all_gather_into_tensor(self._everyone.view(-1), packed, group=group, async_op=True)
+
+    def wait(self) -> list[Tensor]:
+        """Each tensor's pieces joined in the order of ranks."""
+        if self._work is None:
+            return []
+        self._work.wait()
+        return [pieces.reshape(-1) for pieces in self._everyone.split(self._lengths, dim=1)]
+
+
+class PlacedLayer:
+    """The adapters' parameters of one decoder layer: gathered, and their gradients sent home, together."""
+
+    def __init__(self, placement: "Placement", index: int) -> None:
+        self.placement, self.index = placement, index
+        self.held: list[Held] = []
+        self._is_experts: list[bool] = []  # MoELoRA's A_i travel whatever the dispatch
+        self._learned: list[Tensor] = []
+        self._edges: tuple[Tensor, ...] = ()
+        self._served: set[int] = set()
+
+    def take(self, module: Experts, name: str, by_expert: bool) -> int:
+        """Holds a parameter of `module` from here on; its position in this layer."""
+        held = Held(getattr(module, name), self.placement.groups, by_expert)
+        delattr(module, name)
+        setattr(module, name, held)
+        self.held.append(held)
+        self._is_experts.append(name == "experts")
+        return len(self.held) - 1
+
+    @property
+    def experts(self) -> list[Held]:
+        return [held for held, is_experts in zip(self.held, self._is_experts, strict=True) if is_experts]
+
+    @property
+    def travel(self) -> list[bool]:
+        by_weights = self.placement.exchange is None
+        return [
+            held.by_expert and (by_weights or not experts)
+            for held, experts in zip(self.held, self._is_experts, strict=True)
+        ]
+
+    def edges(self, positions: Sequence[int]) -> list[Tensor]:
+        """The tensors that stand for parameters in autograd's graph, one set for each pass through the layer.
+
+        A parameter is asked for once in a pass: asked again, it is in another one (activation checkpointing).
+        """
+        if not self._edges or not self._served.isdisjoint(positions):
+            travel = self.travel
+            shapes = [held.shape if t else held.own_shape for held, t in zip(self.held, travel, strict=True)]
+            self._edges = _Edges.apply(shapes, partial(self._send_home, travel), *self._learned)
+            self._served = set()
+        self._served.update(positions)
+        return [self._edges[position] for position in positions]
+
+    def begin_forward(self, learned: list[Tensor]) -> None:
+        """learned: where this forward's gradient of each `own` goes."""
+        self._learned, self._edges = learned, ()
+
+    def _send_home(self, travel: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of all experts, summed over the group at their owners; with `replicate`, over replicas as well.
+
+        DeepSpeed divides by all ranks, and sums over those among which it partitions.
+        """
+        groups = self.placement.groups
+        home = list(gradients)
+        travelling = [i for i, travels in enumerate(travel) if travels]
+        if travelling:
+            parts = [gradients[i].reshape(groups.size, -1) for i in travelling]
+            summed = _sum_at_owner(torch.cat(parts, 1), groups.parallel)
+            for i, own in zip(travelling, summed.split([part.shape[1] for part in parts]), strict=True):
+                home[i] = own
+        if groups.replicate and groups.replicas.size() > 1:
+            by_expert = [i for i, held in enumerate(self.held) if held.by_expert]
+            flat = torch.cat([home[i].reshape(-1) for i in by_expert])
+            dist.all_reduce(flat, group=groups.replicas)
+            for i, own in zip(by_expert, flat.split([self.held[i].own_numel for i in by_expert]), strict=True):
+                home[i] = own
+        return [gradient.reshape(held.own_shape) for gradient, held in zip(home, self.held, strict=True)]
+
+
+class _Edges(torch.autograd.Function):
+    """What ranks learn in, stand-ins of the given shapes out; backward turns gradients of these into those of that."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: list[torch.Size], send_home: SendHome, *own: Tensor) -> tuple[Tensor, ...]:
+        ctx.send_home = send_home
+        return tuple(mine.new_empty(1).expand(shape) for mine, shape in zip(own, shapes, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.send_home(gradients)
+
+
+@dataclass(frozen=True)
+class PlacedExperts:
+    """What one `Experts` has its parameters from (trainer.adapters.fused.Placed); positions are in its layer."""
+
+    layer: PlacedLayer
+    positions: tuple[int, ...]
+
+    @property
+    def exchange(self) -> TokenExchange | None:
+        return self.layer.placement.exchange
+
+    def edges(self) -> list[Tensor]:
+        """Stand-ins for lora_a, router, experts and, where there is one, interaction."""
+        return self.layer.edges(self.positions)
+
+    def values(self, backward: bool) -> list[Tensor]:
+        """The same, as values; of the experts only this rank's own [k / n, r_B, d_out] where tokens travel."""
+        found = self.layer.placement.fetch(self.layer.index, backward)
+        return [found[position] for position in self.positions]
+
+
+class Placement:
+    """All placed matrices of a model, and what is on its way of them.
+
+    Made before the model is handed to ZeRO-3, whose shards it reads. Each forward of the model's decoder begins with a
+    small collective of the group where its token counts matter (dispatch tokens or auto).
+    """
+
+    def __init__(self, model: PeftModel, groups: ExpertGroups, dispatch: Dispatch) -> None:
+        self.groups, self.dispatch = groups, dispatch
+        self.exchange: TokenExchange | None = None
+        self.layers: list[PlacedLayer] = []
+        self._place(model)
+        # {training: the largest number of tokens a rank for which tokens travel}; `calibrate` measures it instead
+        self.tokens_up_to = {training: self._by_bytes(training) for training in (False, True)}
+        self._at: int | None = None
+        self._values: list[Tensor] = []
+        self._direction = 1
+        self._ahead: tuple[int, Gather] | None = None
+        # of the decoder, not of PEFT's model: generation does not pass through that
+        decoder = model.get_base_model().get_decoder()
+        decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+
+    @property
+    def by_expert(self) -> list[nn.Parameter]:
+        """The parameters that differ between the ranks of a group."""
+        return [held.own for layer in self.layers for held in layer.held if held.by_expert]
+
+    def describe(self) -> str:
+        """Where experts are and what travels, for a person."""
+        k = self.layers[0].experts[0].shape[0]
+        place = f"{k // self.groups.size} of {k} on each of {self.groups.size} ranks, {self.groups.replicas.size()} "
+        kept = "whole" if self.groups.replicate else "partitioned"
+        rule = f"{self.dispatch} travel"
+        if self.dispatch == "auto":
+            rule = f"tokens travel up to {self.tokens_up_to[True]} a rank ({self.tokens_up_to[False]} in evaluation)"
+            rule += ", weights above"
+        return f"{place}replicas, {kept} on each; {rule}"
+
+    def fetch(self, index: int, backward: bool) -> list[Tensor]:
+        """The matrices of one decoder layer; starts the next one's gather, in the direction of travel."""
+        if index != self._at:
+            self._direction = -1 if self._at is not None and index < self._at else 1
+            gather = self._take_ahead(index) or self._gather(index)
+            self._at, self._values = index, gather.wait()
+            self._look_ahead()
+        elif backward and self._direction > 0:  # the last layer: here forward turns into backward
+            self._direction = -1
+            self._look_ahead()
+        elif self._ahead is not None:
+            self._ahead[1].advance()
+        return self._values
+
+    def _by_bytes(self, training: bool) -> int:
+        """The largest number of tokens a rank for which `tokens` moves no more elements than `weights`."""
+        n = self.groups.size
+        experts = [held.shape for layer in self.layers for held in layer.experts]
+        weights = sum(shape.numel() for shape in experts) / n * (3 if training else 1)
+        a_token = sum(k * rank / n + width for k, rank, width in experts) * (2 if training else 1)
+        return int(weights // a_token)
+
+    def _place(self, model: nn.Module) -> None:
+        by_layer: dict[str, PlacedLayer] = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, Experts):
+                continue
+            layer = by_layer.setdefault(_decoder_layer(name), PlacedLayer(self, len(by_layer)))
+            by_expert = {"experts", *(["lora_a"] if module.a_by_expert else [])}
+            positions = [layer.take(module, name, name in by_expert) for name in module.parameter_names()]
+            module.placed = PlacedExperts(layer, tuple(positions))
+        self.layers = list(by_layer.values())
+
+    def _begin_forward(self, _model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self._take_ahead(None)
+        self._at, self._values = None, []
+        self._make_edges()
+        self.exchange = self._choose(_tokens_in(args, kwargs))
+
+    def _make_edges(self) -> None:
+        """One node of autograd's graph for all experts: their gradients reach ZeRO-3 together when backward ends.
+
+        ZeRO-3 reduces gradients in buckets, and closes one wherever the next gradient belongs to another group.
+        """
+        every = [held for layer in self.layers for held in layer.held]
+        for held in every:
+            held.hide()
+        by_expert = [held for held in every if held.by_expert]
+        shapes = [held.own_shape for held in by_expert]
+        edges = iter(_Edges.apply(shapes, tuple, *(held.own for held in by_expert)))
+        for layer in self.layers:
+            layer.begin_forward([next(edges) if held.by_expert else held.own for held in layer.held])
+
+    def _choose(self, tokens: int) -> TokenExchange | None:
+        """What this forward exchanges by; None where weights travel."""
+        up_to = self.tokens_up_to[torch.is_grad_enabled()]
+        if self.dispatch == "weights" or (self.dispatch == "auto" and up_to == 0):
+            return None
+        device = self.layers[0].held[0].own.device
+        counts = torch.empty(self.groups.size, dtype=torch.long, device=device)
+        dist.all_gather_into_tensor(counts, torch.tensor([tokens], device=device), group=self.groups.parallel)
+        if self.dispatch == "auto" and int(counts.max()) > up_to:
+            return None
+        return TokenExchange(self.groups.parallel, tuple(counts.tolist()))
+
+    def _gather(self, index: int) -> Gather:
+        layer = self.layers[index]
+        return Gather(layer.held, layer.travel, layer.held[0].own.device)
+
+    def _look_ahead(self) -> None:
+        """Starts the gather of the next layer; a wrong guess is waited for and dropped, alike on every rank."""
+        following = self._at + self._direction
+        self._take_ahead(None)
+        if 0 <= following < len(self.layers):
+            self._ahead = following, self._gather(following)
+
+    def _take_ahead(self, index: int | None) -> Gather | None:
+        if self._ahead is None:
+            return None
+        (expected, gather), self._ahead = self._ahead, None
+        if expected == index:
+            return gather
+        gather.wait()
+        return None
+
+
+def merge_own(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by parameter name, those of a rank's own experts merged, all under their names without placement.
+
+    Every rank takes part. Without placement it gives back what it was given.
+    """
+    placed = {f"{name}.own": (name, module) for name, module in model.named_modules() if isinstance(module, Held)}
+    merged = {}
+    for name, value in values.items():
+        if name in placed:
+            name, module = placed[name]
+            value = module.merge(value)
+        merged[name] = value
+    return merged
+
+
+def experts_elsewhere(model: nn.Module) -> int:
+    """Elements of the experts that the other ranks of a group own."""
+    return sum(m.shape.numel() - m.own_numel for m in model.modules() if isinstance(m, Held))
+
+
+def _decoder_layer(name: str) -> str:
+    """model.layers.11.mlp.gate_proj... -> model.layers.11; a module in no numbered layer is a layer of its own."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found.group() if found else name
+
+
+def _tokens_in(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Tokens [batch x seq] of a decoder's forward."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return ids.numel() if ids is not None else kwargs["inputs_embeds"].shape[:-1].numel()
+
+
+def _sum_at_owner(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """parts [n, length], row j for rank j -> the sum [length] of all ranks' rows for this one.
+
+    Moves what a reduce-scatter moves, (n - 1) / n of the elements; added in the order of ranks, in fp32 or better,
+    so that a rerun gives the same bits.
+    """
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32)).to(parts.dtype)
