@@ -173,7 +173,7 @@ def times(grid: list[int], repetitions: int) -> dict[str, dict[str, dict[str, li
         ids = torch.arange(tokens).remainder(VOCABULARY).view(max(1, tokens // 1024), -1)
         for kind, action, bare in (("train", train_step, bare_step), ("eval", evaluate, bare_forward)):
             runs: dict[str, list[float]] = {name: [] for name in ("bare", *engines)}
-            many = repetitions * (1 if tokens >= 1024 else 3)
+            many = repetitions * 3 if tokens < 1024 else repetitions if tokens == 1024 else -(-repetitions // 3)
             for repetition in range(many + 1):
                 for name in runs:
                     taken = seconds(bare, base, ids) if name == "bare" else seconds(action, engines[name], ids)
