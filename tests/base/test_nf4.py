@@ -48,6 +48,18 @@ def test_blocks_quantise_the_same_in_pieces_as_in_their_tensor():
     assert torch.equal(torch.cat([maxima for _, maxima in pieces]), state.absmax)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3e-39, 1e30])
+def test_values_on_and_beside_the_boundaries_quantise_as_bitsandbytes_does(scale):
+    values = bnb.get_4bit_type("nf4", device="cpu")
+    on = (values[1:] + values[:-1]) / 2
+    beside = [torch.nextafter(on, torch.full_like(on, side)) for side in (-1.0, 1.0)]
+    blocks = torch.cat([torch.cat([on, *beside, values, torch.tensor([1.0, -1.0, 0.0])]), torch.zeros(64)]) * scale
+    packed, state = bnb.quantize_4bit(blocks, blocksize=64, compress_statistics=False, quant_type="nf4")
+    [(ours, maxima)] = quantize_blocks([blocks])
+    assert torch.equal(ours, packed.reshape(-1))
+    assert torch.equal(maxima, state.absmax)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dequantised_weight_equals_table_look_up_also_where_rows_are_no_whole_number_of_blocks(shape):
     layer = linear(*shape)
