@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data_prep.errors import UserError
-from trainer.adapters.placement import merge_own
+from trainer.adapters.held import merge_own
 from trainer.batches import BatchPlan
 from trainer.faults import TrainingFault
 from trainer.recipe import Recipe, TrainConfig

@@ -14,7 +14,7 @@ from deepspeed.utils import groups as tables
 from torch import nn
 
 from data_prep.errors import UserError
-from trainer.adapters.placement import ExpertGroups
+from trainer.adapters.held import ExpertGroups
 from trainer.recipe import ExpertsConfig
 
 

@@ -20,7 +20,7 @@ from data_prep.errors import UserError
 from tests.distributed import scene
 from tests.tiny_models import FAMILIES
 from trainer.adapters.attach import attach_adapter
-from trainer.adapters.placement import merge_own
+from trainer.adapters.held import merge_own
 from trainer.adapters.save import save_adapter
 from trainer.base.load import load_opened
 from trainer.base.match import open_base

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.adapters.exchange import TokenExchange
-from trainer.adapters.placement import Gather, Placement
+from trainer.adapters.held import Gather
+from trainer.adapters.placement import Placement
 
 FEW, MANY = 1, 512  # tokens a rank
 WARM_UP, REPETITIONS = 3, 9

@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import nn
 
-from trainer.adapters.placement import experts_elsewhere
+from trainer.adapters.held import experts_elsewhere
 from trainer.batches import BatchPlan
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
