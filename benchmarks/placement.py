@@ -26,7 +26,7 @@ import torch
 from benchmarks.placement_rank import EXPERT_RANK, FOR_BYTES, NUM_EXPERTS
 from benchmarks.ranks import run_ranks
 
-GRID = [8, 64, 512, 1024, 4096]
+GRID = [8, 64, 512, 1024]
 FULL_GRID = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 ELEMENT = 2  # bytes, bf16
 BYTES_TOKENS = 256  # a rank, in the runs that count bytes
