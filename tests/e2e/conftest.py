@@ -23,10 +23,14 @@ class Workplace:
     folder: Path
     recipe: Path
 
-    def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess:
-        """Runs a command in the folder, with this environment's programs first on the PATH."""
+    def environment(self, **more: str) -> dict[str, str]:
+        """For a command of one thread, with this environment's programs first on the PATH."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+    def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess:
+        """Runs a command in the folder."""
+        env = self.environment()
         return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300, **options)
 
     def teamlora(self, *arguments: str) -> subprocess.CompletedProcess:

@@ -35,11 +35,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def environment(**more: str) -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
-
-
 def arguments(run: str, *more: str) -> list[str]:
     return ["recipe.yaml", f"run.name={run}", "train.steps=2000", "train.eval_every=0", ZERO3, *more]
 
@@ -73,7 +68,7 @@ def test_a_killed_rank_ends_the_run_with_its_cause(workplace, dispatch):
     with (
         output.open("w") as log,
         subprocess.Popen(
-            command, cwd=workplace.folder, env=environment(), stdout=log, stderr=subprocess.STDOUT
+            command, cwd=workplace.folder, env=workplace.environment(), stdout=log, stderr=subprocess.STDOUT
         ) as launch,
     ):
         wait_for_steps(workplace.folder / "runs" / run / "metrics.jsonl", 2)
@@ -86,12 +81,17 @@ def test_a_killed_rank_ends_the_run_with_its_cause(workplace, dispatch):
 @pytest.mark.parametrize("dispatch", PLACED)
 def test_a_rank_that_fails_alone_ends_the_other(workplace, dispatch):
     run = f"alone_{dispatch}"
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + len(dispatch))}
+    shared = {
+        "PYTHONPATH": str(REPOSITORY),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29600 + len(dispatch)),
+    }
     command = [sys.executable, "-c", FAILS_ALONE, "train", *arguments(run, *PLACED[dispatch])]
     ranks, logs = [], [workplace.folder / f"{run}-{rank}.log" for rank in range(2)]
     for rank, path in enumerate(logs):
         with path.open("w") as log:
-            variables = environment(RANK=str(rank), LOCAL_RANK=str(rank), PYTHONPATH=str(REPOSITORY), **shared)
+            variables = workplace.environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
             ranks.append(subprocess.Popen(command, cwd=workplace.folder, env=variables, stdout=log, stderr=log))
     try:
         assert ranks[1].wait(180) != 0

@@ -71,9 +71,11 @@ class Placed(Protocol):
 
     exchange: Exchange | None
 
-    def values(self, backward: bool) -> list[Tensor]:
-        """lora_a, router, experts and, where there is one, interaction. With an exchange the experts are this rank's
-        own [k / n, r_B, d_out]."""
+    def edges(self) -> list[Tensor | None]:
+        """Stand-ins for lora_a, router, interaction (None where there is none) and experts."""
+
+    def values(self, backward: bool) -> list[Tensor | None]:
+        """The same, as values; with an exchange the experts are this rank's own [k / n, r_B, d_out]."""
 
 
 class GatedExperts(torch.autograd.Function):
@@ -98,7 +100,7 @@ class GatedExperts(torch.autograd.Function):
         # parameters' data in between; it gathers them into the same tensors again before backward.
         kept = a, router, interaction, experts
         if placed is not None:
-            a, router, experts, interaction = _with_interaction(placed.values(backward=False))
+            a, router, interaction, experts = placed.values(backward=False)
         projected = torch.cat((a, router)).to(dtype) @ _rows(x, dtype).t()
         z, logits = _split(projected, len(a), gate)
         phi = _softmax(logits)
@@ -120,7 +122,7 @@ class GatedExperts(torch.autograd.Function):
         x, projected, a, router, interaction, experts, received = ctx.saved_tensors
         gate, dtype = ctx.gate, ctx.dtype
         if ctx.placed is not None:
-            a, router, experts, interaction = _with_interaction(ctx.placed.values(backward=True))
+            a, router, interaction, experts = ctx.placed.values(backward=True)
         want_x, want_y, want_a, want_router, want_interaction, want_experts = ctx.needs_input_grad[:6]
         grad_x = grad_a = grad_router = grad_experts = None
         grad = _rows(grad_out, dtype)
@@ -182,11 +184,6 @@ def gated_experts(
     # autocast does not reach the backward of a custom function: the dtype is decided here, for both
     with torch.autocast(device, enabled=False):
         return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, probe, placed)
-
-
-def _with_interaction(values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    a, router, experts, *interaction = values
-    return a, router, experts, interaction[0] if interaction else None
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -72,16 +72,11 @@ class Experts(nn.Module):
             )
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        a, router, experts, *interaction = self._parameters_in_graph()
-        return gated_experts(x, y, a, router, *(interaction or [None]), experts, self.gate, probe, self.placed)
-
-    def parameter_names(self) -> tuple[str, ...]:
-        return ("lora_a", "router", "experts", *(("interaction",) if self.interaction is not None else ()))
-
-    def _parameters_in_graph(self) -> list[Tensor]:
-        if self.placed is not None:
-            return self.placed.edges()
-        return [getattr(self, name) for name in self.parameter_names()]
+        if self.placed is None:
+            parameters = self.lora_a, self.router, self.interaction, self.experts
+        else:
+            parameters = self.placed.edges()
+        return gated_experts(x, y, *parameters, self.gate, probe, self.placed)
 
 
 class ExpertLayer(nn.Module, BaseTunerLayer):

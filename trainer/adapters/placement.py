@@ -31,6 +31,7 @@ from trainer.adapters.held import ExpertGroups, Gather, Held
 from trainer.adapters.layer import Experts
 
 Dispatch = Literal["auto", "weights", "tokens"]
+PARAMETERS = ("lora_a", "router", "interaction", "experts")  # of `Experts`, as `gated_experts` takes them
 SendHome = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -45,8 +46,10 @@ class PlacedLayer:
         self._edges: tuple[Tensor, ...] = ()
         self._served: set[int] = set()
 
-    def take(self, module: Experts, name: str, by_expert: bool) -> int:
-        """Holds a parameter of `module` from here on; its position in this layer."""
+    def take(self, module: Experts, name: str, by_expert: bool) -> int | None:
+        """Holds a parameter of `module` from here on; its position in this layer. None: there is no such parameter."""
+        if getattr(module, name) is None:
+            return None
         held = Held(getattr(module, name), self.placement.groups, by_expert)
         delattr(module, name)
         setattr(module, name, held)
@@ -66,18 +69,19 @@ class PlacedLayer:
             for held, experts in zip(self.held, self._is_experts, strict=True)
         ]
 
-    def edges(self, positions: Sequence[int]) -> list[Tensor]:
+    def edges(self, asking: int) -> tuple[Tensor, ...]:
         """The tensors that stand for parameters in autograd's graph, one set for each pass through the layer.
 
-        A parameter is asked for once in a pass: asked again, it is in another one (activation checkpointing).
+        asking: position of the first parameter that is wanted. It is asked for once in a pass: asked for again, it is
+        in another one (activation checkpointing).
         """
-        if not self._edges or not self._served.isdisjoint(positions):
+        if not self._edges or asking in self._served:
             travel = self.travel
             shapes = [held.shape if t else held.own_shape for held, t in zip(self.held, travel, strict=True)]
             self._edges = _Edges.apply(shapes, partial(self._send_home, travel), *self._learned)
             self._served = set()
-        self._served.update(positions)
-        return [self._edges[position] for position in positions]
+        self._served.add(asking)
+        return self._edges
 
     def begin_forward(self, learned: list[Tensor]) -> None:
         """learned: where this forward's gradient of each `own` goes."""
@@ -123,20 +127,20 @@ class PlacedExperts:
     """What one `Experts` has its parameters from (trainer.adapters.fused.Placed); positions are in its layer."""
 
     layer: PlacedLayer
-    positions: tuple[int, ...]
+    positions: tuple[int | None, ...]  # None where there is no such parameter
 
     @property
     def exchange(self) -> TokenExchange | None:
         return self.layer.placement.exchange
 
-    def edges(self) -> list[Tensor]:
-        """Stand-ins for lora_a, router, experts and, where there is one, interaction."""
-        return self.layer.edges(self.positions)
+    def edges(self) -> list[Tensor | None]:
+        return self._mine(self.layer.edges(self.positions[0]))
 
-    def values(self, backward: bool) -> list[Tensor]:
-        """The same, as values; of the experts only this rank's own [k / n, r_B, d_out] where tokens travel."""
-        found = self.layer.placement.fetch(self.layer.index, backward)
-        return [found[position] for position in self.positions]
+    def values(self, backward: bool) -> list[Tensor | None]:
+        return self._mine(self.layer.placement.fetch(self.layer.index, backward))
+
+    def _mine(self, of_layer: Sequence[Tensor]) -> list[Tensor | None]:
+        return [None if position is None else of_layer[position] for position in self.positions]
 
 
 class Placement:
@@ -206,7 +210,7 @@ class Placement:
                 continue
             layer = by_layer.setdefault(_decoder_layer(name), PlacedLayer(self, len(by_layer)))
             by_expert = {"experts", *(["lora_a"] if module.a_by_expert else [])}
-            positions = [layer.take(module, name, name in by_expert) for name in module.parameter_names()]
+            positions = [layer.take(module, name, name in by_expert) for name in PARAMETERS]
             module.placed = PlacedExperts(layer, tuple(positions))
         self.layers = list(by_layer.values())
 
