@@ -73,6 +73,12 @@ PARITY |= {
     "tokens_hydralora": (1, 2, placed(2, "tokens", adapter__method="hydralora")),
     "auto": (1, 2, placed(2, "auto")),  # micro-batches on both sides of where it switches
 }
+# in bf16 nothing equals one process to 1e-5; placed ranks are compared with the same ranks without placement
+BF16: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "bf16_unplaced": (2, 1, placed(1, "auto", base__dtype="bf16")),
+    "bf16_weights": (2, 1, placed(2, "weights", base__dtype="bf16")),
+    "bf16_tokens": (2, 1, placed(2, "tokens", base__dtype="bf16")),
+}
 # changes of the recipe under which saving, generation and held-out losses are tried
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "unplaced": {},
@@ -93,7 +99,7 @@ UNLABELLED_ROW = 2  # in one micro-batch of some rank nothing is labelled
 def main(base: Path, folder: Path) -> None:
     quiet_libraries()
     device = start_process_group()
-    for name in cases(dist.get_world_size()):
+    for name in (*cases(dist.get_world_size()), *BF16):
         parity(parity_recipe(base, name, dist.get_world_size()), folder / name, device)
     for case in (shards, held_out, saving, mistakes, faults):
         case(base, folder, device)
@@ -124,7 +130,7 @@ def parity(recipe: Recipe, folder: Path, device: torch.device) -> None:
 
 
 def parity_recipe(base: Path, name: str, world: int) -> Recipe:
-    micro, accumulation, changes = PARITY[name]
+    micro, accumulation, changes = (PARITY | BF16)[name]
     return scene.recipe(
         base, train__global_batch_size=world * micro * accumulation, train__micro_batch_size=micro, **changes
     )
