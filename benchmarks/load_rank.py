@@ -19,7 +19,7 @@ from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.base.nf4 import NF4Linear
 from trainer.base.zero3 import ZeroShards
-from trainer.engine import start_process_group
+from trainer.engine import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import BaseModelConfig
 
@@ -92,8 +92,7 @@ def anonymous_bytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def measure(way: str, folder: str) -> dict[str, Any]:
-    device = start_process_group()
+def measure(way: str, folder: str, device: torch.device) -> dict[str, Any]:
     dist.barrier()
     watcher = subprocess.Popen(
         [sys.executable, "-S", "-c", WATCHER, str(os.getpid())],
@@ -119,9 +118,10 @@ def measure(way: str, folder: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     quiet_libraries()
-    found = measure(sys.argv[1], sys.argv[2])
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    if dist.get_rank() == 0:
-        Path(sys.argv[3]).write_text(json.dumps(everyone))
-    dist.barrier()
+    with process_group() as device:
+        found = measure(sys.argv[1], sys.argv[2], device)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+        if dist.get_rank() == 0:
+            Path(sys.argv[3]).write_text(json.dumps(everyone))
+        dist.barrier()

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainer.adapters.calibrate import calibrate
 from trainer.adapters.config import TeamLoraConfig
 from trainer.adapters.placement import Placement
-from trainer.engine import start_process_group
+from trainer.engine import process_group
 from trainer.expert_groups import make_groups, tag_experts
 from trainer.quiet import quiet_libraries
 from trainer.recipe import ExpertsConfig
@@ -40,6 +40,7 @@ class Shape:
     feed_forward: int
     layers: int
     targets: tuple[str, ...]
+    expert_rank: int = EXPERT_RANK
 
 
 FOR_TIMES = Shape(576, 1536, 4, ("gate_proj", "up_proj", "down_proj"))
@@ -92,7 +93,7 @@ def bare_base(shape: Shape) -> LlamaForCausalLM:
 
 def adapted(shape: Shape) -> PeftModel:
     config = TeamLoraConfig(
-        num_experts=NUM_EXPERTS, expert_rank=EXPERT_RANK, target_modules=list(shape.targets), init_weights=False
+        num_experts=NUM_EXPERTS, expert_rank=shape.expert_rank, target_modules=list(shape.targets), init_weights=False
     )
     model = get_peft_model(bare_base(shape), config, autocast_adapter_dtype=False)
     for module in list(model.modules()):
@@ -246,14 +247,14 @@ def keep_gradients(engine: Any, ids: Tensor) -> None:
 
 def main(mode: str, argument: str, output: str) -> None:
     quiet_libraries()
-    start_process_group()
-    given = json.loads(argument)
-    found = times(**given) if mode == "times" else bytes_and_state(**given)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(everyone))
-    dist.barrier()
+    with process_group():
+        given = json.loads(argument)
+        found = times(**given) if mode == "times" else bytes_and_state(**given)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+        if dist.get_rank() == 0:
+            Path(output).write_text(json.dumps(everyone))
+        dist.barrier()
 
 
 if __name__ == "__main__":

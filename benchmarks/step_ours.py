@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from datasets import Dataset, load_from_disk
 
@@ -13,8 +14,8 @@ from data_prep.reader import PreparedSet
 from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.batches import plan_batches, rows_of_step
-from trainer.engine import read_deepspeed_config, start_process_group
-from trainer.loop import Parts, run_step
+from trainer.engine import process_group, read_deepspeed_config
+from trainer.loop import Parts, StepReport, run_step
 from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
 from trainer.train import assemble, shards_for
@@ -57,7 +58,15 @@ def in_order_of_steps(rows: Dataset, seed: int) -> Dataset:
 
 def main(base: str, rows: str, setting: Setting, output: Path) -> None:
     quiet_libraries()
-    device = start_process_group()
+    with process_group() as device:
+        reports = train(base, rows, setting, device)
+        if dist.get_rank() == 0:
+            found = {"seconds": [r.seconds for r in reports], "losses": [r.losses.mean() for r in reports]}
+            output.write_text(json.dumps(found))
+        dist.barrier()
+
+
+def train(base: str, rows: str, setting: Setting, device: torch.device) -> list[StepReport]:
     recipe = recipe_of(base, setting, dist.get_world_size())
     plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
     config = read_deepspeed_config(recipe, plan)
@@ -67,10 +76,7 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
     train = in_order_of_steps(load_from_disk(rows), recipe.run.seed).with_format("numpy")
     prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, train, [])
     parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
-    reports = [run_step(parts, step) for step in range(1, setting.steps + 1)]
-    if dist.get_rank() == 0:
-        found = {"seconds": [r.seconds for r in reports], "losses": [r.losses.mean() for r in reports]}
-        output.write_text(json.dumps(found))
+    return [run_step(parts, step) for step in range(1, setting.steps + 1)]
 
 
 if __name__ == "__main__":

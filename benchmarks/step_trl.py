@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
@@ -96,6 +97,8 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
     trainer.train()
     if config.process_index == 0:
         output.write_text(json.dumps({"seconds": clock.seconds(), "losses": clock.losses}))
+    dist.barrier()
+    dist.destroy_process_group()  # with its threads alive a process may abort at its end
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 ''':'
 # Trains a recipe. Shell and Python at once, so that every launcher can be given this one file:
-#   bash launch/train.sh RECIPE [num_gpus=N] [key.path=value ...]    all GPUs here, or num_gpus of them (or CPU ranks)
+#   bash launch/train.sh RECIPE [num_gpus=N] [retries=N] [key.path=value ...]
+#       on all GPUs here, or num_gpus of them (or CPU ranks); started again after a fault, up to `retries` times.
+#       SIGTERM, SIGUSR1 or Ctrl-C: every rank saves and ends, exit status 75; the next start goes on from there
 #   deepspeed [--num_gpus N | --hostfile F] launch/train.sh RECIPE [key.path=value ...]
 #   deepspeed --no_python launch/train.sh RECIPE ...                 starts it as a program of its own
 #   torchrun --nproc_per_node N launch/train.sh RECIPE ...
@@ -11,15 +13,7 @@ python="$here/.venv/bin/python"
 [ -x "$python" ] || python="$(command -v python3)"
 # A launcher has set RANK: this is one rank of a run. Otherwise this is the launch.
 if [ -n "${RANK:-}" ]; then exec "$python" "${BASH_SOURCE[0]}" "$@"; fi
-launcher=(--log_level warning)
-arguments=()
-for argument in "$@"; do
-  case "$argument" in
-    num_gpus=*) launcher+=(--num_gpus "${argument#num_gpus=}") ;;
-    *) arguments+=("$argument") ;;
-  esac
-done
-exec "$python" -m deepspeed.launcher.runner "${launcher[@]}" "${BASH_SOURCE[0]}" "${arguments[@]}"
+exec "$python" "$here/launch/supervise.py" "$@"
 : <<'# __END__'
 '''
 import sys

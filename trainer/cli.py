@@ -7,24 +7,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import UserError
-from trainer.faults import TrainingFault
+from trainer.faults import Stopped, TrainingFault
 from trainer.quiet import quiet_libraries
 from trainer.recipe import load_recipe
+from trainer.signals import StopSignal
 
 MISTAKE = 2  # exit status after a person's mistake
 FAULT = 1  # exit status after a fault while running
+STOPPED = 75  # exit status of a run that saved and ended as a signal asked: sysexits' EX_TEMPFAIL, "run me again"
+STATUS_FILE = "TEAMLORA_STATUS_FILE"  # variable: where rank 0 leaves its exit status, which a launcher may not pass on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; a mistake is one line on the first rank of each machine."""
     options = _parser().parse_args(arguments)
     quiet_libraries()
+    status = _run(options)
+    if STATUS_FILE in os.environ and os.environ.get("RANK", "0") == "0":
+        Path(os.environ[STATUS_FILE]).write_text(str(status))
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         options.run(options)
     except (UserError, TrainingFault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return MISTAKE if isinstance(error, UserError) else FAULT
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, flush=True)
+        return STOPPED
     return 0
 
 
@@ -79,10 +93,11 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    stop = StopSignal()  # first of all: imports take seconds, in which a scheduler may ask
     recipe = load_recipe(options.recipe, options.overrides)
     from trainer.train import train
 
-    train(recipe)
+    train(recipe, stop)
 
 
 def _generate(options: argparse.Namespace) -> None:

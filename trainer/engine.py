@@ -3,7 +3,10 @@
 import contextlib
 import json
 import os
+import traceback
 from collections.abc import Iterator
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +88,25 @@ def _refuse_what_the_recipe_owns(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: fp16.enabled=true: expected base.dtype bf16 or fp32; remove fp16 from the file")
 
 
+def use_deterministic_kernels() -> None:
+    """Refuses operations whose reruns may differ in their last bits. Before anything runs on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's notes on reproducibility ask
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 @contextlib.contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
     """Joins the ranks that the launcher started (or makes a group of one) and gives this rank's device.
+
+    timeout: how long a collective waits for a rank that does not answer; None: torch's half hour.
 
     Left in good order also after an error that every rank raises: with its threads alive a process would abort.
     """
     alone = {} if "RANK" in os.environ else ALONE
     os.environ.update(alone)
     try:
-        yield start_process_group()
+        yield _start_process_group(timeout)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -102,7 +114,7 @@ def process_group() -> Iterator[torch.device]:
             del os.environ[name]
 
 
-def start_process_group() -> torch.device:
+def _start_process_group(timeout: timedelta | None = None) -> torch.device:
     """Joins the ranks that the environment tells of and returns this rank's device."""
     import deepspeed
 
@@ -111,7 +123,8 @@ def start_process_group() -> torch.device:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    limit = {"timeout": timeout} if timeout is not None else {}
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
@@ -144,9 +157,18 @@ def naming_lost_ranks(doing: str) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST):
             raise
         raise TrainingFault(
-            f"{doing}, rank {dist.get_rank()}: another rank has ended or does not answer ({text[:200]}); "
-            "what it says itself is the cause; if it says nothing, it was killed (out of memory?)"
+            f"{doing}, rank {dist.get_rank()}: another rank has ended or does not answer in {_operation(error)} "
+            f"({text[:200]}); what it says itself is the cause; if it says nothing, it was killed (out of memory?)"
         ) from error
+
+
+def _operation(error: BaseException) -> str:
+    """The call into torch.distributed that raised it, as the traceback names it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    calls = [frame.name for frame in frames if Path(frame.filename).name == "distributed_c10d.py"]
+    if calls:
+        return calls[-1]
+    return f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}, {frames[-1].name}"
 
 
 def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -199,7 +221,25 @@ def initialize(module: nn.Module, train: TrainConfig, config: dict[str, Any], st
         lr_scheduler=build_scheduler(train, optimizer, steps),
         config=config,
     )
+    _undo_first_step(engine.optimizer)
     return engine
+
+
+def fp32_copies(wrapper: Any) -> dict[nn.Parameter, torch.Tensor]:
+    """What is stepped in each parameter's place where DeepSpeed trains in bf16 without ZeRO; else nothing.
+
+    wrapper: the engine's optimizer.
+    """
+    computed, stepped = getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ())
+    return dict(zip(chain.from_iterable(computed), chain.from_iterable(stepped), strict=True)) if stepped else {}
+
+
+@torch.no_grad()
+def _undo_first_step(wrapper: Any) -> None:
+    """There DeepSpeed makes a step with zero gradients, to have the optimizer's state: it counts and decays weights."""
+    for parameter, stepped in fp32_copies(wrapper).items():
+        stepped.copy_(parameter)
+        wrapper.state.pop(stepped, None)
 
 
 def apply_gradients(engine: Any) -> float | None:

@@ -3,3 +3,7 @@
 
 class TrainingFault(RuntimeError):
     """Training cannot go on; the text says step, ranks and cause. Raised on every rank, weights untouched."""
+
+
+class Stopped(Exception):
+    """The run was asked to end and has saved where it stands; the text says so. Raised on every rank."""

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from data_prep.reader import PreparedSet
 from trainer.adapters.routing import RouterReport, Routing
 from trainer.batches import Batch, BatchPlan, collate, empty_batch, micro_batches_of, rows_of_step
+from trainer.blame import first_layers
 from trainer.engine import NonFiniteGradient, apply_gradients
 from trainer.faults import TrainingFault
 from trainer.loss import TaskLosses, count_tokens, real_tokens
@@ -55,22 +57,22 @@ def run_step(parts: Parts, step: int) -> StepReport:
     """
     started = time.perf_counter()
     engine, routing, plan = parts.engine, parts.routing, parts.plan
-    batches = list(_batches_of_step(parts, step))
+    _seed_dropout(parts.seed, step)
+    batches = [_to(batch, parts.device) for batch in _batches_of_step(parts, step)]
     labelled_tokens, tokens = _sum_over_ranks(count_tokens(batches), parts.device)
     learning_rate = engine.get_lr()[0]
     routing.begin_step(tokens, measure=step % parts.router_every == 0)
     scale = float(plan.world_size * plan.gradient_accumulation_steps)  # what DeepSpeed divides by
     sums = TaskLosses.zeros(len(parts.prepared.tasks), parts.device)
     for batch in batches:
-        batch = _to(batch, parts.device)
         routing.begin_micro_batch(real_tokens(batch))
         loss, by_task = engine(batch, max(labelled_tokens, 1), scale)
         engine.backward(loss)
         routing.end_micro_batch()
         sums += by_task
         if engine.is_gradient_accumulation_boundary():
-            sums = _checked(sums, parts, step)
-        grad_norm = _apply(engine, step)
+            sums = _checked(sums, parts, step, batches)
+        grad_norm = _apply(engine, step, batches)
     return StepReport(
         step=step,
         losses=sums,
@@ -81,6 +83,12 @@ def run_step(parts: Parts, step: int) -> StepReport:
         router=routing.end_step(),
         seconds=time.perf_counter() - started,
     )
+
+
+def _seed_dropout(seed: int, step: int) -> None:
+    """Random numbers too are a function of (seed, step), so no generator's state is kept; each rank has its own."""
+    (value,) = np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(value))
 
 
 @torch.no_grad()
@@ -110,7 +118,7 @@ def _batches_of_step(parts: Parts, step: int) -> Iterator[Batch]:
         yield collate([rows[i] for i in micro_batch])
 
 
-def _checked(sums: TaskLosses, parts: Parts, step: int) -> TaskLosses:
+def _checked(sums: TaskLosses, parts: Parts, step: int, batches: list[Batch]) -> TaskLosses:
     """The sums over all ranks; raises TrainingFault, on every rank, where a loss is not finite."""
     total = _reduced(sums)
     if torch.isfinite(total.loss).all():
@@ -119,16 +127,22 @@ def _checked(sums: TaskLosses, parts: Parts, step: int) -> TaskLosses:
     mine = [t for t, loss in zip(parts.prepared.tasks, sums.loss.tolist(), strict=True) if loss - loss != 0]
     dist.all_gather_object(found, mine)
     where = "; ".join(f"rank {rank}: task {', '.join(tasks)}" for rank, tasks in enumerate(found) if tasks)
-    raise TrainingFault(f"step {step}: the loss is not finite ({where}); the weights are those of step {step - 1}")
+    layers = first_layers(parts.engine, batches, backward=False)
+    raise TrainingFault(
+        f"step {step}: the loss is not finite ({where}); first layer: {layers or 'none, only the loss itself'}; the "
+        f"weights are those of step {step - 1}"
+    )
 
 
-def _apply(engine: Any, step: int) -> float | None:
+def _apply(engine: Any, step: int, batches: list[Batch]) -> float | None:
     try:
         return apply_gradients(engine)
     except NonFiniteGradient:
+        layers = first_layers(engine, batches, backward=True)
         raise TrainingFault(
-            f"step {step}: the gradient is not finite while the loss is; the weights are those of step {step - 1}; "
-            "lower train.learning_rate, or set base.dtype: fp32"
+            f"step {step}: the gradient is not finite while the loss is; first at the output of: "
+            f"{layers or 'no layer, only in parameters'}; the weights are those of step {step - 1}; lower "
+            "train.learning_rate, or set base.dtype: fp32"
         ) from None
 
 

@@ -20,6 +20,10 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[\w-][\w.-]*$", description="folder of the run inside output_dir")
     output_dir: Path = Field(Path("runs"), description="parent folder of all runs")
     seed: int = Field(0, ge=0, description="seeds adapter initial values, dropout and the order of rows")
+    deterministic: bool = Field(False, description="only kernels that give the same bits in every rerun; slower")
+    collective_timeout: PositiveFloat = Field(
+        1800.0, description="seconds after which ranks that wait for another give up"
+    )
 
     @property
     def directory(self) -> Path:
@@ -127,6 +131,12 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(False, description="recompute decoder layers in backward")
     eval_every: int = Field(0, ge=0, description="steps between losses on the held-out rows; 0: at the end only")
     eval_rows: PositiveInt | None = Field(None, description="held-out rows taken for that loss; null: all")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="end after so many held-out losses in a row that are no better than the best; null: never"
+    )
+    resume: str = Field(
+        "auto", description="auto: go on where this run stopped; never; or a checkpoint's folder to go on from"
+    )
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "TrainConfig":
@@ -134,11 +144,25 @@ class TrainConfig(Section):
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}: expected exactly one; remove or add one")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("warmup_steps and warmup_ratio are both given: expected at most one; remove one")
+        if self.early_stopping_patience is not None and not self.eval_every:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} needs held-out losses on the way; "
+                "set eval_every"
+            )
         return self
 
 
 class DeepSpeedConfig(Section):
     config: Path = Field(description='DeepSpeed JSON; its "auto" values are filled from this recipe')
+
+
+class CheckpointConfig(Section):
+    """Which steps of a run can be gone back to. What one holds: trainer.checkpoint."""
+
+    save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only when asked to stop")
+    keep_last: PositiveInt = Field(2, description="the newest ones that stay")
+    keep_every: PositiveInt | None = Field(None, description="those at multiples of it stay as well; null: none")
+    keep_best: bool = Field(True, description="save where the held-out loss is the best so far, and keep the last such")
 
 
 class ReportConfig(Section):
@@ -154,6 +178,7 @@ class Recipe(Section):
     data: DataConfig
     train: TrainConfig
     deepspeed: DeepSpeedConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
 
     @model_validator(mode="after")

@@ -16,35 +16,36 @@ ADAPTER = "adapter"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
 
 
-def is_finished(recipe: Recipe) -> bool:
-    """Whether this recipe's run has already come to its end.
+def find(recipe: Recipe) -> Recipe | None:
+    """The recipe of the run that the directory holds, or None where it is empty or absent.
 
-    Raises UserError where the directory holds a run of another recipe, an unfinished one, or files of no run.
+    Raises UserError where it holds files of no run.
     """
     directory = recipe.run.directory
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return False
-    other = f"give another run.name, such as run.name={recipe.run.name}-2"
+        return None
     if not (directory / RECIPE).is_file():
-        raise UserError(f"run.name={recipe.run.name}: {directory} holds files that belong to no run; {other}")
-    if load_recipe(directory / RECIPE) != recipe:
-        raise UserError(f"run.name={recipe.run.name}: {directory} holds a run of another recipe; {other}")
-    if not (directory / ADAPTER).is_dir():
         raise UserError(
-            f"run.name={recipe.run.name}: {directory} holds an unfinished run of this recipe; remove it, or {other}"
+            f"run.name={recipe.run.name}: {directory} holds files that belong to no run; {name_another(recipe)}"
         )
-    return True
+    return load_recipe(directory / RECIPE)
+
+
+def name_another(recipe: Recipe) -> str:
+    """A remedy, where a run's directory is taken."""
+    return f"give another run.name, such as run.name={recipe.run.name}-2"
 
 
 def create(recipe: Recipe, environment: dict[str, Any]) -> None:
-    """Makes the directory with recipe.yaml as resolved and environment.json. On rank 0 alone.
+    """Makes the directory with recipe.yaml as resolved and environment.json, of every start. On rank 0 alone.
 
     Raises UserError where the place cannot be written.
     """
     directory = recipe.run.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / ENVIRONMENT).write_text(json.dumps({**_environment(), **environment}, indent=2) + "\n")
+        starts = [*_earlier_starts(directory / ENVIRONMENT), {**_environment(), **environment}]
+        (directory / ENVIRONMENT).write_text(json.dumps(starts, indent=2) + "\n")
         (directory / RECIPE).write_text(dump_recipe(recipe))
     except OSError as error:
         raise UserError(
@@ -60,6 +61,13 @@ def open_run(directory: Path) -> Recipe:
     if not (directory / ADAPTER).is_dir():
         raise UserError(f"{directory}: the run has not finished, so it has no {ADAPTER}/; train it to its end")
     return load_recipe(directory / RECIPE)
+
+
+def _earlier_starts(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
 
 
 def _environment() -> dict[str, Any]:

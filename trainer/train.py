@@ -1,6 +1,7 @@
 """One training run: build its parts, run its steps, publish the adapter."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from data_prep.errors import UserError
 from data_prep.reader import PreparedSet, open_prepared
 from trainer import rundir
 from trainer.adapters.attach import attach_adapter, check_adapter
@@ -23,22 +25,28 @@ from trainer.base.shards import Shards, Whole
 from trainer.base.source import load_tokenizer
 from trainer.base.zero3 import ZeroShards, check_config
 from trainer.batches import BatchPlan, plan_batches, steps_in
+from trainer.checkpoint.checkpoints import FOLDER, Checkpoints
+from trainer.checkpoint.files import sweep
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.state import TrainedState
 from trainer.engine import (
     agreeing,
     check_optimizer,
     gather_trainable,
     initialize,
-    naming_lost_ranks,
     process_group,
     read_deepspeed_config,
+    use_deterministic_kernels,
 )
 from trainer.expert_groups import check_placement, everyones_local_rank, make_groups, tag_experts
-from trainer.loop import Parts, held_out_losses, run_step
+from trainer.loop import Parts
 from trainer.loss import LabelledLoss
 from trainer.recipe import Recipe
 from trainer.report.facts import StartClock, describe_run
-from trainer.report.metrics import MetricsWriter, step_record
-from trainer.report.progress import LoadProgress, StepProgress
+from trainer.report.progress import LoadProgress
+from trainer.resume import Beginning, check_ground, find_beginning
+from trainer.signals import StopSignal
+from trainer.steps import Course
 
 
 @dataclass(frozen=True)
@@ -52,22 +60,26 @@ class _Checked:
     steps: int
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, stop: StopSignal) -> None:
     """Runs the recipe on the ranks that the launcher started, and leaves run.output_dir/run.name.
 
-    Raises UserError on every rank for a person's mistake, TrainingFault for a loss or gradient that is not finite.
+    Raises on every rank: UserError for a person's mistake, TrainingFault where training cannot go on, Stopped where
+    `stop` has heard a signal and the run has saved where it stands.
     """
     clock = StartClock()
-    with process_group() as device:
+    if recipe.run.deterministic:
+        use_deterministic_kernels()
+    with process_group(timedelta(seconds=recipe.run.collective_timeout)) as device:
         clock.lap("process group")
-        _train(recipe, device, clock)
+        _train(recipe, stop, device, clock)
 
 
-def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
+def _train(recipe: Recipe, stop: StopSignal, device: torch.device, clock: StartClock) -> None:
     first = dist.get_rank() == 0
     with agreeing():
-        finished = rundir.is_finished(recipe) if first else False
-    if _from_first_rank(finished):
+        found = find_beginning(recipe) if first else None
+    beginning = _from_first_rank(found)
+    if beginning.finished:
         if first:
             print(f"{recipe.run.directory} is finished: nothing to do; see {recipe.run.directory / rundir.ADAPTER}")
         return
@@ -76,10 +88,20 @@ def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
         checked = _check(recipe, local_ranks)
     plan, config, prepared = checked.plan, checked.config, checked.prepared
     fingerprint = checked.opened.fingerprint
+    fixed = {
+        "recipe": recipe.model_dump(mode="json"),
+        "world_size": plan.world_size,
+        "base_fingerprint": fingerprint,
+        "prepared_key": prepared.manifest["key"],
+    }
     with agreeing():
+        check_ground(beginning, fixed)
         if first:
             found = {"world_size": plan.world_size, "device": str(device), "base_fingerprint": fingerprint}
-            rundir.create(recipe, found)
+            rundir.create(recipe, {**found, "step": beginning.step})
+            sweep(recipe.run.directory / FOLDER)
+    if first and beginning.notes:
+        print("\n".join(beginning.notes), flush=True)
     clock.lap("checks")
     base = _load(checked.opened, shards_for(config, device), show=first)
     clock.lap("base")
@@ -90,7 +112,12 @@ def _train(recipe: Recipe, device: torch.device, clock: StartClock) -> None:
     if first:
         mean_row = prepared.manifest["splits"]["train"]["tokens"] / len(prepared.train)
         print(describe_run(model, engine, plan, checked.steps, recipe.run.directory, mean_row), flush=True)
-    _run(recipe, parts, checked.steps, clock)
+    saver = Saver(TrainedState(engine, model), timedelta(seconds=recipe.run.collective_timeout))
+    if beginning.checkpoint is not None:
+        restore(beginning, saver, engine, routing)
+        clock.lap("checkpoint")
+    checkpoints = Checkpoints(saver, recipe.run.directory / FOLDER, recipe.checkpoint)
+    Course(recipe, parts, checked.steps, beginning, checkpoints, stop, fixed).run(clock)
     parameters = gather_trainable(model)
     if first:
         record_base = partial(write_base_file, model=recipe.base.model, found=fingerprint)
@@ -148,36 +175,24 @@ def assemble(
             calibrate(placement)
         if dist.get_rank() == 0:
             print(f"experts         {placement.describe()}", flush=True)
-    torch.manual_seed(recipe.run.seed + dist.get_rank())  # from here on dropout, which differs by rank
     return model, routing, engine
 
 
-def _run(recipe: Recipe, parts: Parts, steps: int, clock: StartClock) -> None:
-    first = dist.get_rank() == 0
-    writer = MetricsWriter(recipe.run.directory, recipe.report.tensorboard) if first else None
-    progress = StepProgress(steps, enabled=first)
-    try:
-        for step in range(1, steps + 1):
-            with naming_lost_ranks(f"step {step}"):
-                report = run_step(parts, step)
-            if step == 1:
-                clock.lap("first step")
-                if first:
-                    print(clock, flush=True)
-            due = step == steps or (recipe.train.eval_every and step % recipe.train.eval_every == 0)
-            with naming_lost_ranks(f"held-out loss after step {step}"):
-                held_out = held_out_losses(parts) if due and parts.held_out_rows else None
-            if writer is not None:
-                record = step_record(report, parts.prepared.tasks, held_out)
-                writer.write(record)
-                progress.show(record)
-    finally:
-        progress.close()
-        if writer is not None:
-            writer.close()
+def restore(beginning: Beginning, saver: Saver, engine: Any, routing: Routing) -> None:
+    """Puts the run where its checkpoint was; every rank takes part. Raises UserError where its tensors do not fit."""
+    with agreeing():
+        problem = saver.check(beginning.checkpoint) if dist.get_rank() == 0 else None
+        if problem is not None:
+            raise UserError(f"train.resume: {beginning.checkpoint} is of another adapter ({problem}); remove it")
+    saver.restore(beginning.checkpoint)
+    saver.state.set_step(beginning.step)
+    engine.lr_scheduler.load_state_dict(beginning.facts["scheduler"])
+    for group, rate in zip(engine.basic_optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    routing.means.copy_(torch.tensor(beginning.facts["router_means"]))
 
 
-def _from_first_rank(value: bool) -> bool:
+def _from_first_rank(value: Any) -> Any:
     """Rank 0's value on every rank; every rank takes part."""
     box = [value]
     dist.broadcast_object_list(box, src=0)

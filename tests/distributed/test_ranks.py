@@ -71,4 +71,6 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank_before_the_weigh
     text, unmoved = json.loads((folder / "faults.json").read_text())[f"{stage}-{dtype}-{kind}"]
     assert text.startswith(f"step 2: the {kind} is not finite")
     assert kind == "gradient" or f"rank {world - 1}: task" in text
+    layer = {"loss": "first layer: ", "gradient": "first at the output of: "}[kind]
+    assert f"{layer}rank {world - 1}: {'lm_head' if kind == 'loss' else 'model.norm'};" in text
     assert unmoved

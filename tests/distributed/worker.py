@@ -26,7 +26,7 @@ from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.base.zero3 import ZeroShards
 from trainer.batches import plan_batches
-from trainer.engine import agreeing, gather_trainable, read_deepspeed_config, start_process_group
+from trainer.engine import agreeing, gather_trainable, process_group, read_deepspeed_config
 from trainer.faults import TrainingFault
 from trainer.loop import Parts, held_out_losses, run_step
 from trainer.quiet import quiet_libraries
@@ -98,12 +98,12 @@ UNLABELLED_ROW = 2  # in one micro-batch of some rank nothing is labelled
 
 def main(base: Path, folder: Path) -> None:
     quiet_libraries()
-    device = start_process_group()
-    for name in (*cases(dist.get_world_size()), *BF16):
-        parity(parity_recipe(base, name, dist.get_world_size()), folder / name, device)
-    for case in (shards, held_out, saving, mistakes, faults):
-        case(base, folder, device)
-    dist.barrier()
+    with process_group() as device:
+        for name in (*cases(dist.get_world_size()), *BF16):
+            parity(parity_recipe(base, name, dist.get_world_size()), folder / name, device)
+        for case in (shards, held_out, saving, mistakes, faults):
+            case(base, folder, device)
+        dist.barrier()
 
 
 def cases(world: int) -> list[str]:

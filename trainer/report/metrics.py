@@ -1,9 +1,10 @@
 """What a run leaves to be read: metrics.jsonl, a line each optimizer step, and the same numbers in TensorBoard."""
 
+import contextlib
 import json
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +51,54 @@ def peak_memory() -> int:
 
 
 class MetricsWriter:
-    """Writes records as they come, so that a run that dies leaves all its finished steps."""
+    """Writes records as they come, so that a run that dies leaves all its finished steps.
 
-    def __init__(self, directory: Path, tensorboard: bool) -> None:
-        self._file = (directory / METRICS).open("a", buffering=1)
+    step: those that are done, where the run goes on; keep: bytes of metrics.jsonl that tell of them. What is there
+    beyond is cut off, and TensorBoard told to forget it.
+    """
+
+    def __init__(self, directory: Path, tensorboard: bool, step: int = 0, keep: int = 0) -> None:
+        self._file = (directory / METRICS).open("ab")
+        self._file.truncate(keep)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(directory / TENSORBOARD), flush_secs=10)
+            self._board = SummaryWriter(str(directory / TENSORBOARD), flush_secs=10, purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for tag, value in scalars(record):
+        """A full disk ends no training: the lines wait in memory for room, and TensorBoard's are given up."""
+        with self._loudly(METRICS):
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        with self._loudly(TENSORBOARD):
+            for tag, value in scalars(record) if self._board is not None else ():
                 self._board.add_scalar(tag, value, record["step"])
 
+    def position(self) -> int:
+        """Bytes of metrics.jsonl so far; all that was written is handed to the system, TensorBoard's events too."""
+        with self._loudly(TENSORBOARD):
+            if self._board is not None:
+                self._board.flush()
+        return self._file.tell()
+
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with self._loudly(METRICS):
+            self._file.close()
+        with self._loudly(TENSORBOARD):
+            if self._board is not None:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _loudly(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            print(
+                f"warning: {what} cannot be written ({error.strerror}); training goes on", file=sys.stderr, flush=True
+            )
+            if what == TENSORBOARD:
+                self._board = None
 
 
 def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:

@@ -48,10 +48,10 @@ class LoadProgress:
 
 
 class StepProgress:
-    """Shows the steps of a run on rank 0; `enabled=False` shows nothing."""
+    """Shows the steps of a run on rank 0; `enabled=False` shows nothing. done: those of an earlier part of it."""
 
-    def __init__(self, steps: int, enabled: bool) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, enabled: bool, done: int = 0) -> None:
+        self._steps, self._done = steps, done
         self._enabled = enabled
         self._last_line = 0.0
         self._started = time.perf_counter()
@@ -59,7 +59,7 @@ class StepProgress:
         if enabled and (console := Console()).is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[now]}"))
             self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-            self._task = self._bar.add_task("train", total=steps, now="")
+            self._task = self._bar.add_task("train", total=steps, completed=done, now="")
             self._bar.start()
 
     def show(self, record: dict[str, Any]) -> None:
@@ -75,10 +75,10 @@ class StepProgress:
 
     def _line(self, record: dict[str, Any]) -> None:
         now, step = time.perf_counter(), record["step"]
-        notable = step in (1, self._steps) or "held_out_loss" in record
+        notable = step in (self._done + 1, self._steps) or "held_out_loss" in record
         if notable or now - self._last_line >= LINE_EVERY:
             self._last_line = now
-            left = (now - self._started) / step * (self._steps - step)
+            left = (now - self._started) / (step - self._done) * (self._steps - step)
             print(f"step {step}/{self._steps}  {_now(record)}  {left:.0f} s left", flush=True)
 
 

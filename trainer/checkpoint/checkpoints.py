@@ -1,0 +1,48 @@
+"""The checkpoints of one run: what each holds beside tensors, which are kept, and which is the best."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import files
+from trainer.checkpoint.saver import Saver
+from trainer.recipe import CheckpointConfig
+
+FOLDER = "checkpoints"
+FACTS = "run.json"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Saves into `folder` what `saver` holds, and facts of the run as JSON beside it. On every rank."""
+
+    saver: Saver
+    folder: Path
+    config: CheckpointConfig
+
+    def save(self, step: int, facts: dict[str, Any], best: int | None) -> None:
+        """Every rank takes part; returns once the state is copied. best: the step with the least held-out loss."""
+        self.saver.save(
+            start=partial(self._start, step, json.dumps(facts)),
+            finish=partial(self._finish, best),
+            name=files.folder_name(step),
+        )
+
+    def _start(self, step: int, facts: str) -> files.Draft:
+        draft = files.Draft(self.folder, step)
+        draft.add(FACTS, facts.encode())
+        return draft
+
+    def _finish(self, best: int | None, draft: files.Draft) -> None:
+        draft.publish()
+        kept = [best] if self.config.keep_best and best in files.steps_in(self.folder) else []
+        for step in kept:
+            files.point(self.folder, files.BEST, files.folder_name(step))
+        files.prune(self.folder, self.config.keep_last, self.config.keep_every, kept)
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given. Raises OSError or ValueError."""
+    return json.loads((checkpoint / FACTS).read_text())

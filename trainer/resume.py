@@ -1,0 +1,136 @@
+"""Where a run begins: at its first step, from a checkpoint of its own or another's, or not at all, being finished."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from trainer import rundir
+from trainer.checkpoint import files
+from trainer.checkpoint.checkpoints import FOLDER, read_facts
+from trainer.recipe import Recipe
+
+# Keys that may change between the parts of a run: they alter where and how fast it computes, not what.
+HARMLESS = (
+    "run.name",
+    "run.output_dir",
+    "run.deterministic",
+    "run.collective_timeout",
+    "base.attention",
+    "experts",
+    "data.prepared_dir",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.early_stopping_patience",
+    "train.resume",
+    "deepspeed",
+    "checkpoint",
+    "report",
+)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """facts: run.json of the checkpoint, empty where the run begins anew. notes: lines to tell a person."""
+
+    finished: bool = False
+    checkpoint: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.facts.get("step", 0)
+
+    def metrics_bytes(self, directory: Path) -> int:
+        """Bytes of the directory's metrics.jsonl that tell of those steps; another run's checkpoint tells of none."""
+        own = self.checkpoint is not None and self.checkpoint.is_relative_to(directory)
+        return self.facts["metrics_bytes"] if own else 0
+
+
+def find_beginning(recipe: Recipe) -> Beginning:
+    """What the run directory and train.resume say. Reads files only; on rank 0.
+
+    Raises UserError where the directory is another's, or the recipe has changed in what a run learns.
+    """
+    found = rundir.find(recipe)
+    resume, directory = recipe.train.resume, recipe.run.directory
+    notes: list[str] = []
+    if found is not None:
+        notes += accept_changes(
+            found, recipe, f"{directory} holds a run of another recipe", rundir.name_another(recipe)
+        )
+        if (directory / rundir.ADAPTER).is_dir():
+            return Beginning(finished=True)
+    if resume == "never":
+        if found is not None:
+            raise UserError(
+                f"train.resume=never: {directory} holds an unfinished run of this recipe; remove it, set train.resume="
+                f"auto, or {rundir.name_another(recipe)}"
+            )
+        return Beginning()
+    if resume == "auto":
+        return find_newest(directory / FOLDER, notes) if found is not None else Beginning()
+    return _given(Path(resume), recipe, notes)
+
+
+def find_newest(checkpoints: Path, notes: list[str]) -> Beginning:
+    """From the newest whole checkpoint in a folder of them, or from the first step. notes: lines that come before."""
+    for folder, problem in files.newest_good(checkpoints):
+        if problem is None:
+            facts = read_facts(folder)
+            return Beginning(False, folder, facts, (*notes, f"resume          {folder}, at step {facts['step']}"))
+        notes.append(f"warning: {folder} is passed over: {problem}")
+    return Beginning(notes=(*notes, f"resume          no checkpoint in {checkpoints}: from the first step"))
+
+
+def _given(path: Path, recipe: Recipe, notes: list[str]) -> Beginning:
+    """From one checkpoint, or the newest of a run directory or a folder of checkpoints."""
+    if not (path / files.INDEX).is_file():
+        inside = path / FOLDER if (path / FOLDER).is_dir() else path
+        beginning = find_newest(inside, notes)
+        if beginning.checkpoint is None:
+            raise UserError(f"train.resume={path}: no whole checkpoint there; give a folder such as {path}/step-000100")
+    else:
+        if problem := files.damage(path):
+            raise UserError(f"train.resume={path}: {problem}; give another checkpoint, or train.resume=auto")
+        facts = read_facts(path)
+        beginning = Beginning(False, path, facts, (*notes, f"resume          {path}, at step {facts['step']}"))
+    old = Recipe.model_validate(beginning.facts["recipe"])
+    changes = accept_changes(old, recipe, f"train.resume={path} is of another recipe", "start from its adapter instead")
+    return Beginning(False, beginning.checkpoint, beginning.facts, (*changes, *beginning.notes))
+
+
+def check_ground(beginning: Beginning, now: dict[str, Any]) -> None:
+    """Raises UserError where the base or the prepared set is not what the checkpoint was trained on."""
+    for key, what in (("base_fingerprint", "base.model"), ("prepared_key", "data.prepared_dir")):
+        if beginning.checkpoint is not None and beginning.facts[key] != now[key]:
+            raise UserError(
+                f"{what} holds something else than when {beginning.checkpoint} was saved; put that back, or start "
+                "anew with train.resume=never and another run.name"
+            )
+
+
+def accept_changes(old: Recipe, new: Recipe, refusal: str, remedy: str) -> list[str]:
+    """Lines about harmless changes. Raises UserError that begins with `refusal` and names those that are not."""
+    lines, refused = [], []
+    for key, before, now in differences(old.model_dump(mode="json"), new.model_dump(mode="json")):
+        harmless = any(key == known or key.startswith(f"{known}.") for known in HARMLESS)
+        (lines if harmless else refused).append(f"{key} was {before!r} and is {now!r}")
+    if refused:
+        raise UserError(f"{refusal}: {'; '.join(refused)}; undo that or {remedy}")
+    return [f"changed         {line}" for line in lines]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) wherever two resolved recipes differ."""
+    for key in dict.fromkeys((*old, *new)):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            yield f"{prefix}{key}", before, now

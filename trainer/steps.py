@@ -1,0 +1,146 @@
+"""The steps of a run in their order: train, look at held-out rows, report, save, and end when asked to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.engine import naming_lost_ranks
+from trainer.faults import Stopped, TrainingFault
+from trainer.loop import Parts, held_out_losses, run_step
+from trainer.loss import TaskLosses
+from trainer.recipe import Recipe
+from trainer.report.facts import StartClock
+from trainer.report.metrics import MetricsWriter, step_record
+from trainer.report.progress import StepProgress
+from trainer.resume import Beginning
+from trainer.signals import StopSignal
+
+LAST_WORDS = 10.0  # seconds for a save under way when a fault ends the run
+
+
+@dataclass
+class HeldOutHistory:
+    """The best held-out loss so far, its step, and how many have come after it."""
+
+    best_loss: float | None = None
+    best_step: int | None = None
+    since: int = 0
+
+    def see(self, step: int, loss: float) -> bool:
+        """Whether this one is the best."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.since = loss, step, 0
+            return True
+        self.since += 1
+        return False
+
+
+@dataclass
+class Course:
+    """One run on one rank, from where it begins to its last step. fixed: facts that every checkpoint repeats."""
+
+    recipe: Recipe
+    parts: Parts
+    steps: int
+    beginning: Beginning
+    checkpoints: Checkpoints
+    stop: StopSignal
+    fixed: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.first = dist.get_rank() == 0
+        self.history = HeldOutHistory(**self.beginning.facts.get("held_out", {}))
+        self.saved = self.beginning.step
+        self.writer: MetricsWriter | None = None
+
+    def run(self, clock: StartClock) -> None:
+        """Raises TrainingFault, and Stopped when a signal asked for it and the state is saved; on every rank."""
+        begun = self.beginning.step
+        with self._reporting() as progress:
+            for step in range(begun + 1, self.steps + 1):
+                self._end_if_asked(step - 1)
+                with naming_lost_ranks(f"step {step}"):
+                    report = run_step(self.parts, step)
+                if step == begun + 1:
+                    clock.lap("first step")
+                    if self.first:
+                        print(clock, flush=True)
+                held_out = self._held_out(step)
+                if self.writer is not None:
+                    record = step_record(report, self.parts.prepared.tasks, held_out)
+                    self.writer.write(record)
+                    progress.show(record)
+                if self._look_and_save(step, held_out):
+                    break
+            self.checkpoints.saver.finish()
+
+    @contextmanager
+    def _reporting(self) -> Iterator[StepProgress]:
+        begun, keep = self.beginning.step, self.beginning.metrics_bytes(self.recipe.run.directory)
+        progress = StepProgress(self.steps, enabled=self.first, done=begun)
+        if self.first:
+            self.writer = MetricsWriter(self.recipe.run.directory, self.recipe.report.tensorboard, begun, keep)
+        try:
+            yield progress
+        except TrainingFault:
+            self.checkpoints.saver.abandon(LAST_WORDS)
+            raise
+        finally:
+            progress.close()
+            if self.writer is not None:
+                self.writer.close()
+
+    def _held_out(self, step: int) -> TaskLosses | None:
+        every = self.recipe.train.eval_every
+        if not self.parts.held_out_rows or not (step == self.steps or (every and step % every == 0)):
+            return None
+        with naming_lost_ranks(f"held-out loss after step {step}"):
+            return held_out_losses(self.parts)
+
+    def _look_and_save(self, step: int, held_out: TaskLosses | None) -> bool:
+        """Saves where it is due; whether the run ends here because the held-out loss no longer falls."""
+        config, patience = self.recipe.checkpoint, self.recipe.train.early_stopping_patience
+        best = held_out is not None and self.history.see(step, held_out.mean())
+        if (config.save_every and step % config.save_every == 0) or (best and config.keep_best):
+            self._save(step)
+        if patience is None or self.history.since < patience:
+            return False
+        if self.first:
+            print(
+                f"early stop      step {step}: no held-out loss below that of step {self.history.best_step}", flush=True
+            )
+        return True
+
+    def _save(self, step: int) -> None:
+        engine, routing = self.parts.engine, self.parts.routing
+        facts = {
+            **self.fixed,
+            "step": step,
+            "metrics_bytes": self.writer.position() if self.writer is not None else 0,
+            "scheduler": engine.lr_scheduler.state_dict(),
+            "router_means": routing.means.tolist(),
+            "held_out": asdict(self.history),
+        }
+        with naming_lost_ranks(f"checkpoint of step {step}"):
+            self.checkpoints.save(step, facts, self.history.best_step)
+        self.saved = step
+
+    def _end_if_asked(self, done: int) -> None:
+        """Every rank takes part in one small all-reduce: a signal at any of them ends all, after the same step."""
+        asked = torch.tensor(self.stop.name is not None, dtype=torch.int32, device=self.parts.device)
+        with naming_lost_ranks(f"after step {done}"):
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if not asked.item():
+            return
+        if done > self.saved:
+            self._save(done)
+        saver = self.checkpoints.saver
+        if problem := saver.finish():
+            raise TrainingFault(f"asked to stop after step {done}, which could not be saved: {problem}")
+        where = f"saved in {self.checkpoints.folder}" if done else "nothing was trained yet"
+        raise Stopped(f"stopped after step {done} of {self.steps} as a signal asked; {where}; start again to go on")
