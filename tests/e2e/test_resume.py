@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or robbed of their disk, by the real commands; and how they go on."""
 
+import functools
 import os
 import shutil
 import signal
@@ -49,12 +50,17 @@ class Launched:
         return self.log.read_text()
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
-def unbroken(request, workplace):
-    """(dtype, the run that nothing happened to)."""
-    run = Launched(workplace, f"unbroken-{request.param}", f"base.dtype={request.param}")
-    assert run.status() == 0, run.said()
-    return request.param, run
+@pytest.fixture(scope="module")
+def unbroken(workplace):
+    """Gives the run, in a dtype, that nothing happened to."""
+
+    @functools.cache
+    def run(dtype: str = "fp32") -> Launched:
+        launched = Launched(workplace, f"unbroken-{dtype}", f"base.dtype={dtype}")
+        assert launched.status() == 0, launched.said()
+        return launched
+
+    return run
 
 
 def assert_equal_runs(workplace, found: Launched, expected: Launched) -> None:
@@ -68,19 +74,19 @@ def assert_equal_runs(workplace, found: Launched, expected: Launched) -> None:
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
 
 
-def test_stopped_twice_a_run_ends_as_the_unbroken_one(workplace, unbroken):
-    dtype, expected = unbroken
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_stopped_twice_a_run_ends_as_the_unbroken_one(workplace, unbroken, dtype):
     name = f"stopped-{dtype}"
-    for step in (40, 130):
+    for step, rank, number in ((40, 1, signal.SIGTERM), (130, 0, signal.SIGUSR1)):
         run = Launched(workplace, name, f"base.dtype={dtype}")
         run.come_to(step)
-        os.kill(ranks_of(name)[1], signal.SIGTERM)
+        os.kill(ranks_of(name)[rank], number)
         assert run.status(LIMIT) == 75, run.said()
         assert not ranks_of(name)
     run = Launched(workplace, name, f"base.dtype={dtype}")
     assert run.status() == 0, run.said()
     assert run.said().count("as a signal asked") == 2
-    assert_equal_runs(workplace, run, expected)
+    assert_equal_runs(workplace, run, unbroken(dtype))
 
 
 def process(run: Launched, words: str) -> int:
@@ -92,10 +98,8 @@ def process(run: Launched, words: str) -> int:
 
 
 SIGNALLED: dict[str, tuple[signal.Signals, Callable[[Launched], list[int]]]] = {
-    "one rank": (signal.SIGUSR1, lambda run: [ranks_of(run.run)[0]]),
     "all ranks": (signal.SIGTERM, lambda run: list(ranks_of(run.run).values())),
     "train.sh": (signal.SIGTERM, lambda run: [run.process.pid]),
-    "train.sh, SIGUSR1": (signal.SIGUSR1, lambda run: [run.process.pid]),
     "train.sh, Ctrl-C": (signal.SIGINT, lambda run: [run.process.pid]),
     "DeepSpeed's first process": (signal.SIGTERM, lambda run: [process(run, "deepspeed.launcher.runner")]),
     "DeepSpeed's second process": (signal.SIGTERM, lambda run: [process(run, "deepspeed.launcher.launch")]),
@@ -126,8 +130,7 @@ def test_a_signal_before_the_first_step_ends_it_with_75_and_the_next_start_begin
 
 
 def test_retries_start_again_from_the_last_checkpoint_after_a_kill(workplace, unbroken):
-    dtype, expected = unbroken
-    run = Launched(workplace, f"killed-{dtype}", f"base.dtype={dtype}", "retries=2")
+    run = Launched(workplace, "killed", "retries=2")
     for step in (70, 160):
         run.come_to(step)
         os.kill(ranks_of(run.run)[step % 2], signal.SIGKILL)
@@ -135,7 +138,7 @@ def test_retries_start_again_from_the_last_checkpoint_after_a_kill(workplace, un
             time.sleep(0.2)
     assert run.status() == 0, run.said()
     assert run.said().count("starting again") == 2
-    assert_equal_runs(workplace, run, expected)
+    assert_equal_runs(workplace, run, unbroken())
 
 
 def test_a_stalled_rank_ends_the_others_in_the_set_time_with_the_operation_named(workplace):
@@ -203,8 +206,7 @@ def test_a_disk_that_fails_while_saving_ends_nothing_and_costs_no_checkpoint(wor
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(workplace, unbroken):
-    dtype, expected = unbroken
-    run = Launched(workplace, f"damaged-{dtype}", f"base.dtype={dtype}")
+    run = Launched(workplace, "damaged")
     run.come_to(70)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.status(LIMIT) == 75
@@ -213,10 +215,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(w
     spoilt = bytearray(state.read_bytes())
     spoilt[-1] ^= 1
     state.write_bytes(spoilt)
-    run = Launched(workplace, f"damaged-{dtype}", f"base.dtype={dtype}")
+    run = Launched(workplace, "damaged")
     assert run.status() == 0, run.said()
     assert f"{newest.name} is passed over: state-00001.safetensors is not what was written" in run.said()
-    assert_equal_runs(workplace, run, expected)
+    assert_equal_runs(workplace, run, unbroken())
 
 
 @pytest.fixture(scope="module")
