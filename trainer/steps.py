@@ -20,6 +20,7 @@ from trainer.report.progress import StepProgress
 from trainer.resume import Beginning
 from trainer.signals import StopSignal
 
+NO_CHECKPOINTS = "8-bit optimizers keep state that no checkpoint holds yet; use train.optimizer=adamw"
 LAST_WORDS = 10.0  # seconds for a save under way when a fault ends the run
 
 
@@ -48,7 +49,7 @@ class Course:
     parts: Parts
     steps: int
     beginning: Beginning
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | None  # None: the optimizer's state cannot be saved
     stop: StopSignal
     fixed: dict[str, Any]
 
@@ -63,6 +64,8 @@ class Course:
         begun = self.beginning.step
         with self._reporting() as progress:
             for step in range(begun + 1, self.steps + 1):
+                if self._out_of_patience(step - 1):
+                    break
                 self._end_if_asked(step - 1)
                 with naming_lost_ranks(f"step {step}"):
                     report = run_step(self.parts, step)
@@ -75,9 +78,9 @@ class Course:
                     record = step_record(report, self.parts.prepared.tasks, held_out)
                     self.writer.write(record)
                     progress.show(record)
-                if self._look_and_save(step, held_out):
-                    break
-            self.checkpoints.saver.finish()
+                self._save_if_due(step, held_out)
+            if self.checkpoints is not None:
+                self.checkpoints.saver.finish()
 
     @contextmanager
     def _reporting(self) -> Iterator[StepProgress]:
@@ -88,7 +91,8 @@ class Course:
         try:
             yield progress
         except TrainingFault:
-            self.checkpoints.saver.abandon(LAST_WORDS)
+            if self.checkpoints is not None:
+                self.checkpoints.saver.abandon(LAST_WORDS)
             raise
         finally:
             progress.close()
@@ -102,21 +106,24 @@ class Course:
         with naming_lost_ranks(f"held-out loss after step {step}"):
             return held_out_losses(self.parts)
 
-    def _look_and_save(self, step: int, held_out: TaskLosses | None) -> bool:
-        """Saves where it is due; whether the run ends here because the held-out loss no longer falls."""
-        config, patience = self.recipe.checkpoint, self.recipe.train.early_stopping_patience
-        best = held_out is not None and self.history.see(step, held_out.mean())
-        if (config.save_every and step % config.save_every == 0) or (best and config.keep_best):
-            self._save(step)
+    def _out_of_patience(self, done: int) -> bool:
+        patience = self.recipe.train.early_stopping_patience
         if patience is None or self.history.since < patience:
             return False
         if self.first:
-            print(
-                f"early stop      step {step}: no held-out loss below that of step {self.history.best_step}", flush=True
-            )
+            best_step = self.history.best_step
+            print(f"early stop      after step {done}: no held-out loss below that of step {best_step}", flush=True)
         return True
 
+    def _save_if_due(self, step: int, held_out: TaskLosses | None) -> None:
+        config = self.recipe.checkpoint
+        best = held_out is not None and self.history.see(step, held_out.mean())
+        if (config.save_every and step % config.save_every == 0) or (best and config.keep_best):
+            self._save(step)
+
     def _save(self, step: int) -> None:
+        if self.checkpoints is None:
+            return
         engine, routing = self.parts.engine, self.parts.routing
         facts = {
             **self.fixed,
@@ -137,10 +144,11 @@ class Course:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if not asked.item():
             return
+        if self.checkpoints is None:
+            raise TrainingFault(f"asked to stop after step {done}; nothing is saved: {NO_CHECKPOINTS}")
         if done > self.saved:
             self._save(done)
-        saver = self.checkpoints.saver
-        if problem := saver.finish():
+        if problem := self.checkpoints.saver.finish():
             raise TrainingFault(f"asked to stop after step {done}, which could not be saved: {problem}")
         where = f"saved in {self.checkpoints.folder}" if done else "nothing was trained yet"
         raise Stopped(f"stopped after step {done} of {self.steps} as a signal asked; {where}; start again to go on")

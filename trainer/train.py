@@ -46,7 +46,7 @@ from trainer.report.facts import StartClock, describe_run
 from trainer.report.progress import LoadProgress
 from trainer.resume import Beginning, check_ground, find_beginning
 from trainer.signals import StopSignal
-from trainer.steps import Course
+from trainer.steps import NO_CHECKPOINTS, Course
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,15 @@ def _train(recipe: Recipe, stop: StopSignal, device: torch.device, clock: StartC
     if first:
         mean_row = prepared.manifest["splits"]["train"]["tokens"] / len(prepared.train)
         print(describe_run(model, engine, plan, checked.steps, recipe.run.directory, mean_row), flush=True)
-    saver = Saver(TrainedState(engine, model), timedelta(seconds=recipe.run.collective_timeout))
+    checkpoints = None
+    if recipe.train.optimizer == "adamw":
+        saver = Saver(TrainedState(engine, model), timedelta(seconds=recipe.run.collective_timeout))
+        checkpoints = Checkpoints(saver, recipe.run.directory / FOLDER, recipe.checkpoint)
+    elif first:
+        print(f"checkpoints     none: {NO_CHECKPOINTS}", flush=True)
     if beginning.checkpoint is not None:
-        restore(beginning, saver, engine, routing)
+        restore(beginning, checkpoints.saver, engine, routing)
         clock.lap("checkpoint")
-    checkpoints = Checkpoints(saver, recipe.run.directory / FOLDER, recipe.checkpoint)
     Course(recipe, parts, checked.steps, beginning, checkpoints, stop, fixed).run(clock)
     parameters = gather_trainable(model)
     if first:

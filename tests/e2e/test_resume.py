@@ -274,7 +274,7 @@ def test_early_stopping_ends_a_run_whose_held_out_loss_no_longer_falls_and_keeps
     losses = {r["step"]: r["held_out_loss"] for r in workplace.records("patient") if "held_out_loss" in r}
     best = min(losses, key=losses.get)
     assert max(losses) == best + 6
-    assert f"early stop      step {best + 6}" in done.stdout
+    assert f"early stop      after step {best + 6}" in done.stdout
     assert (workplace.folder / "runs/patient/checkpoints/best").read_text() == f"step-{best:06d}\n"
 
 
