@@ -199,15 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise RuntimeError(unbroken.stdout + unbroken.stderr)
         found, _ = kill_again_and_again(place, options.kills, options.seed)
         equal = equal_runs(place)
-    print(
-        f"\n{found.kills} kills, {found.during_a_save} of them during a save; {found.resumed} starts went on, all but"
-    )
-    print(f"{found.lost_checkpoints} of them not from the newest checkpoint; equal to the unbroken run: {equal}")
+    print(f"\n{found.kills} kills, {found.during_a_save} during a save; {found.resumed} starts went on, ", end="")
+    print(f"{found.lost_checkpoints} of them from behind a whole checkpoint; equal to the unbroken run: {equal}")
     waits, saves = timed["stall"], timed["blocking"]
-    print(
-        f"save of {timed['parameters'] / 1e6:.0f} M parameters: training waits {statistics.median(waits):.2f} s (first"
-    )
-    print(f"(the first time {waits[0]:.2f}), and it is done after {statistics.median(saves):.2f} s")
+    print(f"saves of {timed['parameters'] / 1e6:.0f} M parameters, seconds: training waits ", end="")
+    print(f"{statistics.median(waits):.2f} (the first time {waits[0]:.2f}) of {statistics.median(saves):.2f}")
     numbers = {
         "kills": found.kills,
         "kills_during_a_save": found.during_a_save,

@@ -58,7 +58,8 @@ class Saver:
         self._rank = dist.get_rank()
         self.parcels = _parcels(state.keys, self._everyones_pieces())
         pinned = torch.cuda.is_available()
-        self._copies = [torch.empty(p.numel_of(self._rank), pin_memory=pinned) for p in self.parcels]
+        # written once, so that the first save does not wait for the system to find the memory
+        self._copies = [torch.empty(p.numel_of(self._rank), pin_memory=pinned).zero_() for p in self.parcels]
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
