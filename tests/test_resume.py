@@ -1,11 +1,17 @@
 """Whether a changed recipe may go on with a run."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from data_prep.errors import UserError
 from tests.distributed import scene
+from trainer import rundir
+from trainer.checkpoint import files
+from trainer.checkpoint.checkpoints import FACTS, FOLDER
 from trainer.recipe import Recipe
-from trainer.resume import HARMLESS, accept_changes, differences
+from trainer.resume import HARMLESS, accept_changes, differences, find_beginning
 
 BASE = "base"
 
@@ -38,6 +44,45 @@ def test_every_harmless_key_is_a_key_of_the_recipe():
     for key in HARMLESS:
         section, _, name = key.partition(".")
         assert not name or name in resolved[section], key
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that was stopped, with checkpoints of steps 2 and 4."""
+    recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
+    rundir.create(recipe, {})
+    for step in (2, 4):
+        draft = files.Draft(recipe.run.directory / FOLDER, step)
+        facts = {"step": step, "recipe": recipe.model_dump(mode="json"), "metrics_bytes": 10 * step}
+        draft.add(FACTS, json.dumps(facts).encode())
+        draft.publish()
+    return recipe.run.directory
+
+
+def begin(run, resume, name="test"):
+    changes = {"run__output_dir": str(run.parent), "run__name": name, "train__resume": str(resume)}
+    return find_beginning(scene.recipe(BASE, **changes))
+
+
+def test_a_run_goes_on_from_its_newest_whole_checkpoint(run):
+    assert (begin(run, "auto").step, begin(run, "auto").metrics_bytes(run)) == (4, 40)
+    (run / FOLDER / "step-000004" / FACTS).write_text("{}")
+    beginning = begin(run, "auto")
+    assert (beginning.step, beginning.metrics_bytes(run)) == (2, 20)
+    assert "step-000004 is passed over: run.json has 2 bytes" in "".join(beginning.notes)
+
+
+def test_a_run_is_recognised_by_whatever_path_its_checkpoint_is_given(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert begin(run, run / FOLDER / "step-000004").metrics_bytes(Path("test")) == 40
+    assert begin(run, "test", name="fork").metrics_bytes(Path("fork")) == 0
+
+
+def test_going_back_within_a_run_is_refused_and_works_in_another(run):
+    earlier = run / FOLDER / "step-000002"
+    with pytest.raises(UserError, match="has a later checkpoint, of step 4; remove it, or go on in a run of its own"):
+        begin(run, earlier)
+    assert begin(run, earlier, name="fork").step == 2
 
 
 def test_differences_are_found_at_any_depth():

@@ -48,8 +48,12 @@ class Beginning:
 
     def metrics_bytes(self, directory: Path) -> int:
         """Bytes of the directory's metrics.jsonl that tell of those steps; another run's checkpoint tells of none."""
-        own = self.checkpoint is not None and self.checkpoint.is_relative_to(directory)
+        own = self.checkpoint is not None and _within(self.checkpoint, directory)
         return self.facts["metrics_bytes"] if own else 0
+
+
+def _within(path: Path, directory: Path) -> bool:
+    return path.resolve().is_relative_to(directory.resolve())
 
 
 def find_beginning(recipe: Recipe) -> Beginning:
@@ -100,9 +104,20 @@ def _given(path: Path, recipe: Recipe, notes: list[str]) -> Beginning:
             raise UserError(f"train.resume={path}: {problem}; give another checkpoint, or train.resume=auto")
         facts = read_facts(path)
         beginning = Beginning(False, path, facts, (*notes, f"resume          {path}, at step {facts['step']}"))
+    _refuse_to_leave_behind(path, beginning, recipe)
     old = Recipe.model_validate(beginning.facts["recipe"])
     changes = accept_changes(old, recipe, f"train.resume={path} is of another recipe", "start from its adapter instead")
     return Beginning(False, beginning.checkpoint, beginning.facts, (*changes, *beginning.notes))
+
+
+def _refuse_to_leave_behind(path: Path, beginning: Beginning, recipe: Recipe) -> None:
+    """A run that went back within its directory would have later checkpoints, and metrics, of another course."""
+    later = [step for step in files.steps_in(recipe.run.directory / FOLDER) if step > beginning.step]
+    if later:
+        raise UserError(
+            f"train.resume={path}: {recipe.run.directory} has a later checkpoint, of step {max(later)}; remove it, or "
+            f"go on in a run of its own: {rundir.name_another(recipe)}"
+        )
 
 
 def check_ground(beginning: Beginning, now: dict[str, Any]) -> None:

@@ -56,7 +56,6 @@ class TrainedState:
         self._optimizer = engine.basic_optimizer
         self._copies = fp32_copies(engine.optimizer)
         self._parameters = {whole.name: whole for whole in _whole_parameters(model)}
-        self._flats: dict[int, Tensor] = {}
         self.runs = {run.key: run for whole in self._parameters.values() for run in self._runs_of(whole)}
 
     @property
@@ -76,8 +75,8 @@ class TrainedState:
 
     def set_step(self, step: int) -> None:
         """The number of updates that AdamW corrects its moments' bias by."""
-        for flat in self._flats.values():
-            self._optimizer.state[flat]["step"].fill_(step)
+        for state in self._optimizer.state.values():
+            state["step"].fill_(step)
 
     def _runs_of(self, whole: "_Whole") -> Iterator[Run]:
         found = _flat_of(whole.parameter, self._optimizer, self._copies)
@@ -85,7 +84,6 @@ class TrainedState:
             return
         flat, offset, start, numel = found
         numel = min(numel, whole.own_numel - start)  # ZeRO-3 pads the last partitions
-        self._flats.setdefault(id(flat), flat)
         values = {PARAMETER: flat, **self._moments(flat)}
         for kind, tensor in values.items():
             live = tensor.detach().view(-1)[offset : offset + max(numel, 0)]

@@ -59,7 +59,7 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, tensorboard: bool, step: int = 0, keep: int = 0) -> None:
         self._file = (directory / METRICS).open("ab")
-        self._file.truncate(keep)
+        self._file.truncate(min(keep, self._file.tell()))
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
