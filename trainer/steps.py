@@ -20,7 +20,6 @@ from trainer.report.progress import StepProgress
 from trainer.resume import Beginning
 from trainer.signals import StopSignal
 
-NO_CHECKPOINTS = "8-bit optimizers keep state that no checkpoint holds yet; use train.optimizer=adamw"
 LAST_WORDS = 10.0  # seconds for a save under way when a fault ends the run
 
 
@@ -49,7 +48,7 @@ class Course:
     parts: Parts
     steps: int
     beginning: Beginning
-    checkpoints: Checkpoints | None  # None: the optimizer's state cannot be saved
+    checkpoints: Checkpoints
     stop: StopSignal
     fixed: dict[str, Any]
 
@@ -79,8 +78,7 @@ class Course:
                     self.writer.write(record)
                     progress.show(record)
                 self._save_if_due(step, held_out)
-            if self.checkpoints is not None:
-                self.checkpoints.saver.finish()
+            self.checkpoints.saver.finish()
 
     @contextmanager
     def _reporting(self) -> Iterator[StepProgress]:
@@ -91,8 +89,7 @@ class Course:
         try:
             yield progress
         except TrainingFault:
-            if self.checkpoints is not None:
-                self.checkpoints.saver.abandon(LAST_WORDS)
+            self.checkpoints.saver.abandon(LAST_WORDS)
             raise
         finally:
             progress.close()
@@ -122,8 +119,6 @@ class Course:
             self._save(step)
 
     def _save(self, step: int) -> None:
-        if self.checkpoints is None:
-            return
         engine, routing = self.parts.engine, self.parts.routing
         facts = {
             **self.fixed,
@@ -144,8 +139,6 @@ class Course:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if not asked.item():
             return
-        if self.checkpoints is None:
-            raise TrainingFault(f"asked to stop after step {done}; nothing is saved: {NO_CHECKPOINTS}")
         if done > self.saved:
             self._save(done)
         if problem := self.checkpoints.saver.finish():

@@ -46,7 +46,7 @@ from trainer.report.facts import StartClock, describe_run
 from trainer.report.progress import LoadProgress
 from trainer.resume import Beginning, check_ground, find_beginning
 from trainer.signals import StopSignal
-from trainer.steps import NO_CHECKPOINTS, Course
+from trainer.steps import Course
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,10 @@ def _train(recipe: Recipe, stop: StopSignal, device: torch.device, clock: StartC
     if first:
         mean_row = prepared.manifest["splits"]["train"]["tokens"] / len(prepared.train)
         print(describe_run(model, engine, plan, checked.steps, recipe.run.directory, mean_row), flush=True)
-    checkpoints = None
-    if recipe.train.optimizer == "adamw":
-        saver = Saver(TrainedState(engine, model), timedelta(seconds=recipe.run.collective_timeout))
-        checkpoints = Checkpoints(saver, recipe.run.directory / FOLDER, recipe.checkpoint)
-    elif first:
-        print(f"checkpoints     none: {NO_CHECKPOINTS}", flush=True)
+    saver = Saver(TrainedState(engine, model), timedelta(seconds=recipe.run.collective_timeout))
+    checkpoints = Checkpoints(saver, recipe.run.directory / FOLDER, recipe.checkpoint)
     if beginning.checkpoint is not None:
-        restore(beginning, checkpoints.saver, engine, routing)
+        restore(beginning, saver, engine, routing)
         clock.lap("checkpoint")
     Course(recipe, parts, checked.steps, beginning, checkpoints, stop, fixed).run(clock)
     parameters = gather_trainable(model)
@@ -188,8 +184,7 @@ def restore(beginning: Beginning, saver: Saver, engine: Any, routing: Routing) -
         problem = saver.check(beginning.checkpoint) if dist.get_rank() == 0 else None
         if problem is not None:
             raise UserError(f"train.resume: {beginning.checkpoint} is of another adapter ({problem}); remove it")
-    saver.restore(beginning.checkpoint)
-    saver.state.set_step(beginning.step)
+    saver.restore(beginning.checkpoint, beginning.step)
     engine.lr_scheduler.load_state_dict(beginning.facts["scheduler"])
     for group, rate in zip(engine.basic_optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate

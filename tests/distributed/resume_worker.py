@@ -34,6 +34,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "zero3": {},
         "offload": {"deepspeed__config": "ds_configs/zero3_offload.json"},
         "experts2": {"experts__parallel_size": 2, "experts__dispatch": "weights"},
+        "eight_bits": {"train__optimizer": "adamw_8bit"},
     },
     4: {
         "zero2": {"stage": 2},
@@ -100,8 +101,9 @@ def go_on(base: Path, folder: Path, device: torch.device) -> None:
     world = dist.get_world_size()
     for name, layout in LAYOUTS[world].items():
         mine = f"{world}-{name}"
+        kinds = ("fp32",) if name == "eight_bits" else dtypes(world)
         elsewhere = [(source, "fp32") for source, targets in ROUTES.items() if mine in targets]
-        for source, dtype in [*elsewhere, *((mine, dtype) for dtype in dtypes(world))]:
+        for source, dtype in [*elsewhere, *((mine, dtype) for dtype in kinds)]:
             model, parts, saver = begin(recipe_of(base, layout, base__dtype=dtype), device)
             restore(find_newest(folder / f"{source}-{dtype}", []), saver, parts.engine, parts.routing)
             found = [record(parts, step) for step in range(SAVED_AT + 1, STEPS + 1)]

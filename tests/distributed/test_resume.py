@@ -10,7 +10,8 @@ from benchmarks.ranks import run_ranks
 from tests.distributed.resume_worker import LAYOUTS, ROUTES, SAVED_AT, STEPS, WORLDS, dtypes
 
 pytestmark = pytest.mark.slow
-HERE = [f"{world}-{name}" for world in WORLDS for name in LAYOUTS[world]]
+EIGHT_BITS = "2-eight_bits"
+HERE = [f"{world}-{name}" for world in WORLDS for name in LAYOUTS[world] if f"{world}-{name}" != EIGHT_BITS]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,14 @@ def test_on_other_ranks_losses_and_norms_are_those_of_the_unbroken_run(runs, lay
     assert torch.allclose(found, expected, rtol=1e-5, atol=0)
 
 
+def test_with_moments_in_eight_bits_it_goes_on_to_within_their_rounding(runs):
+    found, unbroken = values(runs / f"{EIGHT_BITS}-fp32" / f"from-{EIGHT_BITS}"), values(runs / f"{EIGHT_BITS}-fp32")
+    assert torch.allclose(found, unbroken[SAVED_AT:], rtol=1e-4, atol=0)
+
+
 def test_one_save_holds_no_frozen_weight_and_nothing_of_ranks(runs):
     names = {}
-    for layout in HERE:
+    for layout in (*HERE, EIGHT_BITS):
         folder = runs / f"{layout}-fp32" / f"step-{SAVED_AT:06d}"
         tensors = load_file(folder / "state-00001.safetensors")
         names[layout] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

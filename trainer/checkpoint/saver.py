@@ -89,8 +89,8 @@ class Saver:
             self._thread.join(seconds)
 
     @torch.no_grad()
-    def restore(self, folder: Path) -> None:
-        """Writes a checkpoint into the state; the folder is read on rank 0 alone, one tensor at a time."""
+    def restore(self, folder: Path, step: int) -> None:
+        """Writes a checkpoint of that step into the state; the folder is read on rank 0 alone, one tensor at a time."""
         where = _file_by_key(folder) if self._rank == 0 else {}
         for key in self.state.keys:
             values = torch.empty(key.numel)
@@ -99,6 +99,7 @@ class Saver:
                     values = file.get_tensor(str(key)).flatten()
             dist.broadcast(values, src=0, group=self._group)
             self.state.write(key, values)
+        self.state.finish(step)
 
     def check(self, folder: Path) -> str | None:
         """Why a checkpoint's tensors do not fit this state, or None. On rank 0."""
@@ -120,6 +121,7 @@ class Saver:
 
     @torch.no_grad()
     def _copy(self) -> None:
+        self.state.read()
         for parcel, copy in zip(self.parcels, self._copies, strict=True):
             offset = 0
             for piece in self._mine(parcel):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes import functional
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from trainer.engine import fp32_copies
 
 PARAMETER = "parameter"  # the fp32 value the optimizer steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
+BLOCK = 256  # elements of a flat moment that bitsandbytes gives one scale
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,40 @@ class Run:
     live: Tensor
 
 
-class TrainedState:
-    """All runs of one rank, by key. Made right after deepspeed.initialize, on every rank; holds no copy of anything.
+@dataclass(frozen=True)
+class _EightBits:
+    """A flat moment that bitsandbytes keeps in 8 bits, and its fp32 copy on the host, true between `read` and a step.
 
-    Gives AdamW's moments their place at once (zeros, at step 0), where torch would at its first step.
+    state: the optimizer's of one flat tensor; index: 1 or 2, which of its moments.
+    """
+
+    state: dict[str, Any]
+    index: int
+    copy: Tensor
+
+    def read(self) -> None:
+        codes, absmax, code = (self.state[f"{name}{self.index}"] for name in ("state", "absmax", "qmap"))
+        self.copy.copy_(functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=BLOCK))
+
+    def write(self) -> None:
+        codes, absmax, code = (self.state[f"{name}{self.index}"] for name in ("state", "absmax", "qmap"))
+        quantised, scales = functional.quantize_blockwise(self.copy.to(codes.device), code=code, blocksize=BLOCK)
+        codes.copy_(quantised)
+        absmax.copy_(scales.absmax)
+
+
+class TrainedState:
+    """All runs of one rank, by key. Made right after deepspeed.initialize, on every rank.
+
+    Gives AdamW's moments their place at once (zeros, at step 0), where the optimizer would at its first step. Holds no
+    copy of anything but of moments in 8 bits, whose runs are views of an fp32 copy: `read` before reading, `finish`
+    after writing. Written back they may be one code off, since a block's scale is taken anew.
     """
 
     def __init__(self, engine: Any, model: nn.Module) -> None:
         self._optimizer = engine.basic_optimizer
+        self._eight_bits: list[_EightBits] = []
+        self._seen: dict[int, dict[str, Tensor]] = {}  # moments by the id of their flat tensor
         self._copies = fp32_copies(engine.optimizer)
         self._parameters = {whole.name: whole for whole in _whole_parameters(model)}
         self.runs = {run.key: run for whole in self._parameters.values() for run in self._runs_of(whole)}
@@ -73,10 +101,18 @@ class TrainedState:
         if key.kind == PARAMETER:
             self._parameters[key.name].write_computed(values)
 
-    def set_step(self, step: int) -> None:
-        """The number of updates that AdamW corrects its moments' bias by."""
+    def read(self) -> None:
+        """Makes every run show the state as it now is."""
+        for moment in self._eight_bits:
+            moment.read()
+
+    @torch.no_grad()
+    def finish(self, step: int) -> None:
+        """Makes what was written the state; step: the number of updates that AdamW corrects its moments' bias by."""
+        for moment in self._eight_bits:
+            moment.write()
         for state in self._optimizer.state.values():
-            state["step"].fill_(step)
+            state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
     def _runs_of(self, whole: "_Whole") -> Iterator[Run]:
         found = _flat_of(whole.parameter, self._optimizer, self._copies)
@@ -90,11 +126,32 @@ class TrainedState:
             yield Run(Key(kind, whole.name, whole.shape), whole.own_start + start, live)
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
+        if id(flat) not in self._seen:
+            torch_own = isinstance(self._optimizer, torch.optim.AdamW)
+            self._seen[id(flat)] = self._of_torch(flat) if torch_own else self._of_bitsandbytes(flat)
+        return self._seen[id(flat)]
+
+    def _of_torch(self, flat: Tensor) -> dict[str, Tensor]:
         state = self._optimizer.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
         return {kind: state[kind] for kind in MOMENTS}
+
+    def _of_bitsandbytes(self, flat: Tensor) -> dict[str, Tensor]:
+        state = self._optimizer.state[flat]
+        if not state:
+            (group,) = self._optimizer.param_groups
+            kept, group["params"] = group["params"], [flat]  # it looks there for what it is asked about
+            self._optimizer.init_state(group, flat, 0, 0)
+            group["params"] = kept
+        found = {}
+        for index, kind in enumerate(MOMENTS, start=1):
+            found[kind] = state[f"state{index}"]
+            if found[kind].dtype == torch.uint8:  # small ones it keeps in fp32
+                found[kind] = torch.zeros(flat.numel())
+                self._eight_bits.append(_EightBits(state, index, found[kind]))
+        return found
 
 
 @dataclass(frozen=True)
