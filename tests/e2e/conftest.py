@@ -1,8 +1,9 @@
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_llama
+from trainer.signals import ASKING
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -70,6 +72,15 @@ def workplace(tmp_path_factory) -> Workplace:
     done = place.teamlora("prepare", "recipe.yaml")
     assert done.returncode == 0, done.stderr
     return place
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """The train command, called in this process, leaves handlers of its own."""
+    before = {number: signal.getsignal(number) for number in ASKING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -61,15 +61,15 @@ def test_train_refuses_the_directory_of_another_recipe(workplace, monkeypatch, c
     assert workplace.teamlora("train", "recipe.yaml", "run.name=taken", "train.steps=1").returncode == 0
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     said = mistake(["train", "recipe.yaml", "run.name=taken", "train.steps=2"], capsys)
-    assert "holds a run of another recipe; give another run.name" in said
+    assert "holds a run of another recipe: train.steps was 1 and is 2; undo that or give another run.name" in said
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_train_refuses_an_unfinished_run_of_the_same_recipe(workplace, monkeypatch, capsys):
+def test_train_refuses_an_unfinished_run_that_it_must_not_go_on_with(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace.folder)
     assert workplace.teamlora("train", "recipe.yaml", "run.name=broken", "train.steps=1").returncode == 0
     (workplace.folder / "runs" / "broken" / "adapter").rename(workplace.folder / "runs" / "broken" / "lost")
-    said = mistake(["train", "recipe.yaml", "run.name=broken", "train.steps=1"], capsys)
+    said = mistake(["train", "recipe.yaml", "run.name=broken", "train.steps=1", "train.resume=never"], capsys)
     assert "unfinished run of this recipe" in said
     assert "run.name=broken-2" in said
 
