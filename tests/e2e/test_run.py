@@ -78,7 +78,8 @@ def test_a_run_leaves_recipe_environment_metrics_and_adapter(workplace, first):
         "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "adapter",
     }  # fmt: skip
     assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["micro_batch_size"] == 1
-    environment = json.loads((run / "environment.json").read_text())
+    (environment,) = json.loads((run / "environment.json").read_text())
+    assert environment["step"] == 0
     assert environment["world_size"] == 1
     assert environment["versions"]["deepspeed"] == "0.19.8"
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
