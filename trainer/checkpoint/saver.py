@@ -91,11 +91,11 @@ class Saver:
     @torch.no_grad()
     def restore(self, folder: Path, step: int) -> None:
         """Writes a checkpoint of that step into the state; the folder is read on rank 0 alone, one tensor at a time."""
-        where = _file_by_key(folder) if self._rank == 0 else {}
+        stored = _stored(folder) if self._rank == 0 else {}
         for key in self.state.keys:
             values = torch.empty(key.numel)
             if self._rank == 0:
-                with safe_open(where[str(key)], "pt") as file:
+                with safe_open(stored[str(key)][0], "pt") as file:
                     values = file.get_tensor(str(key)).flatten()
             dist.broadcast(values, src=0, group=self._group)
             self.state.write(key, values)
@@ -103,10 +103,7 @@ class Saver:
 
     def check(self, folder: Path) -> str | None:
         """Why a checkpoint's tensors do not fit this state, or None. On rank 0."""
-        found = {}
-        for path in sorted(folder.glob("state-*.safetensors")):
-            with safe_open(path, "pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        found = {name: shape for name, (_, shape) in _stored(folder).items()}
         wanted = {str(key): key.shape for key in self.state.keys}
         different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if not different:
@@ -221,9 +218,10 @@ def _parcel(keys: list[Key], by_key: dict[Key, list[Piece]]) -> Parcel:
     return Parcel(tuple(keys), tuple(sorted(pieces, key=lambda piece: piece.rank)))
 
 
-def _file_by_key(folder: Path) -> dict[str, Path]:
+def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """File and shape of every tensor in a checkpoint, by the text of its key."""
     found = {}
     for path in folder.glob("state-*.safetensors"):
         with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
+            found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
     return found
