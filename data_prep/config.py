@@ -6,7 +6,7 @@ Imports pydantic only, so that a recipe can be read and refused before anything 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 QUESTION = "{question}"
 
@@ -17,22 +17,55 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class JsonlSource(Section):
-    """A JSONL file in Alpaca form (instruction, input, output) or chat form (messages).
+Task = Annotated[str, Field(min_length=1, description="task the documents belong to; sources may share one")]
+Fields = Annotated[
+    dict[
+        Literal[
+            "instruction", "input", "output", "history", "prompt", "completion", "messages", "conversations", "text",
+            "system", "tools",
+        ],
+        str,
+    ],
+    Field(description="the file's name for a field of ours, such as {instruction: question}"),
+]  # fmt: skip
 
-    The form is recognised by the file's first record and holds for the whole file.
+
+class FilesSource(Section):
+    """Files of records or text: JSON (lines or an array), CSV, TSV, Parquet, Arrow, plain text; also compressed.
+
+    Each record's form is recognised by its fields: messages or conversations (chat), instruction and output (Alpaca),
+    prompt and completion, or text.
     """
 
-    type: Literal["jsonl"] = Field(description="kind of source: a JSONL file")
-    task: str = Field(min_length=1, description="task the documents belong to; sources may share one")
-    path: Path = Field(description="the file; a relative path counts from the working directory")
+    type: Literal["files"] = Field(description="kind of source: files of this machine")
+    task: Task
+    path: Path = Field(description="file, pattern (data/*.jsonl.gz) or folder; relative to the working directory")
+    format: Literal["json", "csv", "tsv", "parquet", "arrow", "text"] | None = Field(
+        default=None, description="how the files are written; null: by their endings"
+    )
+    sample_by: Literal["document", "paragraph", "line"] = Field(
+        default="document", description="what is one document in plain text: a file, a paragraph or a line"
+    )
+    fields: Fields = Field(default_factory=dict)
+
+
+class HubSource(Section):
+    """A dataset of the Hugging Face Hub, streamed; needs a network while preparing."""
+
+    type: Literal["hub"] = Field(description="kind of source: a dataset of the Hugging Face Hub")
+    task: Task
+    name: str = Field(min_length=1, description="id of the dataset, such as tatsu-lab/alpaca")
+    subset: str | None = Field(default=None, description="configuration of the dataset; null: its only or default one")
+    split: str = Field(default="train", min_length=1, description="split of the dataset")
+    revision: str | None = Field(default=None, description="commit, tag or branch; null: the newest")
+    fields: Fields = Field(default_factory=dict)
 
 
 class ReasoningGymSource(Section):
     """Questions with checkable answers from one of reasoning-gym's seeded generators."""
 
     type: Literal["reasoning_gym"] = Field(description="kind of source: a reasoning-gym generator")
-    task: str = Field(min_length=1, description="task the documents belong to; sources may share one")
+    task: Task
     generator: str = Field(min_length=1, description="name of the generator, e.g. basic_arithmetic")
     count: int = Field(gt=0, description="documents to generate, held-out ones included")
     seed: int = Field(default=0, description="seed of the generator")
@@ -58,7 +91,50 @@ class ReasoningGymSource(Section):
         return prompt
 
 
-Source = Annotated[JsonlSource | ReasoningGymSource, Field(discriminator="type")]
+Source = Annotated[FilesSource | HubSource | ReasoningGymSource, Field(discriminator="type")]
+
+
+class CleaningConfig(Section):
+    """What is taken out; every removal is counted by reason and task."""
+
+    duplicates: Literal["drop", "keep"] = Field(
+        default="drop",
+        description="repeated documents of a task's training split; copies of held-out documents always go",
+    )
+    near_duplicates: float | None = Field(
+        default=None, gt=0, lt=1, description="drop a document this similar to an earlier one of its task (Jaccard)"
+    )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        default="refuse", description="rows that cannot be read: end with an error, or drop and count them"
+    )
+
+    @model_validator(mode="after")
+    def _near_duplicates_hold_the_exact(self) -> "CleaningConfig":
+        if self.near_duplicates is not None and self.duplicates == "keep":
+            raise ValueError("keeps duplicates and drops near duplicates; set one of the two otherwise")
+        return self
+
+
+class MixingConfig(Section):
+    """How often each task's training documents are drawn. By default each is drawn once."""
+
+    weights: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="share of the draws by task, relative to one another; names every task"
+    )
+    temperature: PositiveFloat | None = Field(
+        default=None, description="T in p_i ~ n_i^(1/T) for n_i documents: 1 as they are, large: tasks alike"
+    )
+    caps: dict[str, PositiveInt] = Field(default_factory=dict, description="most documents of a task that are used")
+    epochs: PositiveFloat = Field(default=1.0, description="draws, as a multiple of the training documents")
+    token_budget: PositiveInt | None = Field(default=None, description="draws in tokens, in place of epochs")
+
+    @model_validator(mode="after")
+    def _one_rule_each(self) -> "MixingConfig":
+        if self.weights and self.temperature is not None:
+            raise ValueError("has both weights and temperature, which each set the shares; remove one")
+        if self.token_budget is not None and "epochs" in self.model_fields_set:
+            raise ValueError("has both epochs and token_budget, which each set the length; remove one")
+        return self
 
 
 class DataConfig(Section):
@@ -66,7 +142,10 @@ class DataConfig(Section):
 
     prepared_dir: Path = Field(description="folder of the prepared set; `teamlora prepare` writes it")
     sources: list[Source] = Field(min_length=1, description="raw data; sources of one task are merged")
-    seq_len: int = Field(ge=2, description="most tokens a row; longer documents are cut on the right")
+    seq_len: int = Field(ge=2, description="most tokens a row")
+    over_long: Literal["cut_right", "cut_left", "split", "drop"] = Field(
+        default="cut_right", description="what becomes of a document of more than seq_len tokens"
+    )
     held_out: float | int = Field(
         default=0.05,
         description="documents kept from training: a fraction in (0, 1), or a count per task (1 or more)",
@@ -76,6 +155,17 @@ class DataConfig(Section):
         default=None,
         description="system message where a conversation has none; null leaves the chat template's default",
     )
+    chat_template: Path | None = Field(
+        default=None, description="a Jinja file in place of the tokenizer's own chat template"
+    )
+    mask_history: bool = Field(default=False, description="learn the last answer of a conversation only")
+    cleaning: CleaningConfig = Field(default_factory=CleaningConfig)
+    mixing: MixingConfig = Field(default_factory=MixingConfig)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks in the order of the sources; a task id is the index into them."""
+        return list(dict.fromkeys(source.task for source in self.sources))
 
     @field_validator("held_out", mode="before")
     @classmethod
@@ -88,3 +178,12 @@ class DataConfig(Section):
                 "nor a whole number of documents per task (such as 100)"
             )
         return value
+
+    @model_validator(mode="after")
+    def _mixing_names_the_tasks(self) -> "DataConfig":
+        for key, named in (("weights", self.mixing.weights), ("caps", self.mixing.caps)):
+            if unknown := sorted(set(named) - set(self.tasks)):
+                raise ValueError(f"mixing.{key} names {unknown[0]!r}; the tasks are {', '.join(self.tasks)}")
+        if self.mixing.weights and (missing := [task for task in self.tasks if task not in self.mixing.weights]):
+            raise ValueError(f"mixing.weights has none for task {missing[0]!r}; give every task one")
+        return self

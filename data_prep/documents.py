@@ -1,33 +1,65 @@
-"""A document: one conversation, the unit that is split, labelled and packed."""
+"""A document: one conversation or one text, the unit that is split, labelled and packed."""
 
 import hashlib
 import json
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-Message: TypeAlias = dict[str, str]  # {"role": ..., "content": ...}
+# {"role": ..., "content": text}; an assistant turn with "tool_calls" may have no content
+Message: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One conversation of one task, as it stands in the source (no system message added yet)."""
+    """One conversation, or one text, of one task, as it stands in the source (no system message added yet)."""
 
     task: str
-    messages: list[Message]
+    messages: list[Message]  # none where `text` is given
     origin: str  # where a person finds it: "file:line" or "generator[index]"
+    form: str = "chat"  # of the record it was: Alpaca, ShareGPT, ...
+    text: str | None = None  # learnt as a whole, without chat template
+    tools: list[dict[str, Any]] | None = None  # JSON schemas, for the chat template
+    given: frozenset[int] = frozenset()  # assistant turns that are part of the question, and not learnt
 
-    def answer_index(self) -> int | None:
-        """Index of the last assistant turn, None where there is none."""
-        turns = range(len(self.messages) - 1, -1, -1)
-        return next((i for i in turns if self.messages[i]["role"] == "assistant"), None)
+    def learnt_turns(self, last_only: bool) -> list[int]:
+        """Indices of the assistant turns to learn; of the last one only, where asked for."""
+        turns = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant" and i not in self.given]
+        return turns[-1:] if last_only else turns
 
     def digest(self, seed: int) -> bytes:
-        """32 bytes that depend on nothing but the seed and the turns (outer whitespace ignored, task left out).
+        """16 bytes that depend on nothing but the seed and the text, normalised; task and source are left out.
 
-        They decide the held-out split and break ties of order, so that neither moves when data is added elsewhere.
+        They tell copies, decide the held-out split and set the order, so that none of these moves when data is added.
         """
-        turns = [(message["role"], message["content"].strip()) for message in self.messages]
-        return hashlib.sha256(json.dumps([seed, turns]).encode()).digest()
+        turns = [_normalised(turn) for turn in self.messages]
+        content = [seed, turns, _normalised(self.text), _normalised(self.tools)]
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def normalised(text: str) -> str:
+    """The text in Unicode's composed form, without outer white space, trailing blanks and tabs, and carriage returns.
+
+    No more than that: indentation, case and inner blanks can be what a task is about.
+    """
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if " \n" in text or "\t\n" in text:
+        text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
+    return text.strip()
+
+
+def _normalised(value: Any) -> Any:
+    if isinstance(value, str):
+        return normalised(value)
+    if isinstance(value, Mapping):
+        return {key: _normalised(part) for key, part in value.items()}
+    if isinstance(value, Sequence):
+        return [_normalised(part) for part in value]
+    return value
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:

@@ -1,114 +1,184 @@
 """Documents to token ids and labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from data_prep.chat import ChatTemplate, Span
+from data_prep.chat import ChatTemplate, Span, check_offsets
+from data_prep.config import DataConfig
 from data_prep.documents import Document, with_system_prompt
+from data_prep.errors import UserError
 
 IGNORED = -100  # label of a token that is not scored; torch's and transformers' convention
-_BATCH = 1000  # documents tokenised at once: enough to keep the tokenizer's threads busy, little memory
 
 NO_ASSISTANT_TURN = "no_assistant_turn"
 EMPTY_ANSWER = "empty_answer"
-NO_LABELS_AFTER_TRUNCATION = "no_labels_after_truncation"
+BAD_ROW = "bad_row"
+OVER_LONG = "over_long"
+NO_LABELS_AFTER_CUT = "no_labels_after_cut"
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A document ready to be packed. Both arrays are int32 of shape [tokens], at most seq_len of them."""
+    """A document, or a piece of one, ready to be packed: two arrays of shape [tokens], at most seq_len of them."""
 
     document: Document
-    input_ids: np.ndarray
-    labels: np.ndarray  # not shifted; IGNORED but for assistant turns and their end tokens
-    truncated: bool
+    input_ids: np.ndarray  # int32
+    scored: np.ndarray  # bool: whether the token is a label; assistant turns and their end tokens
+    piece: int  # 0, 1, ... where the document was split
+    cut: bool  # whether the document was too long
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
-    def labelled_tokens(self) -> int:
-        return int((self.labels != IGNORED).sum())
-
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """A document from which nothing can be learned, and why."""
+class Removed:
+    """A document, or a piece of one, from which nothing can be learned, and why."""
 
-    document: Document
+    place: str  # where it stands, and what is wrong with it where the reason does not say it all
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A document as the tokenizer gets it, and the spans of its characters to learn."""
+
+    text: str
+    spans: list[Span]
+
+
 class Encoder:
-    """Tokenises documents and labels their assistant turns by position, never by token id.
+    """Tokenises documents and labels what they teach by position, never by token id.
 
-    Raises UserError where the tokenizer has no chat template or gives no character offsets.
+    Raises UserError where the tokenizer gives no character offsets or, for conversations, has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, seq_len: int, system_prompt: str | None):
+    def __init__(self, tokenizer: Any, config: DataConfig):
+        check_offsets(tokenizer)
         self._tokenizer = tokenizer
-        self._seq_len = seq_len
-        self._system_prompt = system_prompt
-        self.template = ChatTemplate(tokenizer)
+        self._config = config
+        self._template: ChatTemplate | None = None
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        # what the tokenizer puts around a text of its own accord, such as a first token; chat templates write their own
+        with_specials, without = (self._backend.encode("a", add_special_tokens=s).ids for s in (True, False))
+        starts = with_specials[: len(with_specials) - len(without)]
+        self._opening = (tokenizer.bos_token or "") if tokenizer.bos_token_id in starts else ""
 
-    def encode(self, documents: Iterator[Document]) -> Iterator[Encoded | Dropped]:
-        """Every document of `documents`, in order, encoded or dropped."""
-        while batch := list(islice(documents, _BATCH)):
-            reasons = [_unusable(document) for document in batch]
-            rendered = iter(self._encode_batch([d for d, reason in zip(batch, reasons, strict=True) if not reason]))
-            for document, reason in zip(batch, reasons, strict=True):
-                yield Dropped(document, reason) if reason else next(rendered)
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template. Raises UserError where the tokenizer has none."""
+        self._template = self._template or ChatTemplate(self._tokenizer)
+        return self._template
 
-    def _encode_batch(self, documents: Sequence[Document]) -> list[Encoded | Dropped]:
-        if not documents:
-            return []
-        messages = [with_system_prompt(document.messages, self._system_prompt) for document in documents]
-        rendered = [self.template.render(m, d.origin) for m, d in zip(messages, documents, strict=True)]
-        tokens = self._tokenizer(
-            [text for text, _ in rendered],
-            add_special_tokens=False,  # the template has written them
-            truncation=False,
-            padding=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # documents over the model's length are cut below
-        )
-        columns = zip(documents, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True)
-        return [self._label(document, spans, ids, offsets) for document, (_, spans), ids, offsets in columns]
+    def encode(self, documents: Sequence[Document]) -> list[Encoded | Removed]:
+        """Every document in order, encoded, in pieces where it was split, or removed."""
+        rendered = [self._rendered(document) for document in documents]
+        texts = [result.text for result in rendered if not isinstance(result, Removed)]
+        # the template has written the special tokens
+        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        results: list[Encoded | Removed] = []
+        for document, result in zip(documents, rendered, strict=True):
+            if isinstance(result, Removed):
+                results.append(result)
+            else:
+                results += self._pieces(document, result, next(encodings))
+        return results
 
-    def _label(
-        self, document: Document, spans: list[Span], token_ids: list[int], offsets: list[Span]
-    ) -> Encoded | Dropped:
-        ids = np.array(token_ids[: self._seq_len], dtype=np.int32)
-        scored = _overlaps(np.array(offsets, dtype=np.int64).reshape(-1, 2)[: self._seq_len], spans)
-        scored[:1] = False  # in a packed row the first token would be predicted from another document's last
-        if not scored.any():
-            return Dropped(document, NO_LABELS_AFTER_TRUNCATION)
-        return Encoded(document, ids, np.where(scored, ids, np.int32(IGNORED)), len(token_ids) > self._seq_len)
+    def _rendered(self, document: Document) -> "_Rendered | Removed":
+        """The document's text and what to learn of it. Raises UserError where the template refuses the conversation,
+        unless the recipe has such rows dropped.
+        """
+        if reason := self._unusable(document):
+            return Removed(document.origin, reason)
+        try:
+            return self._render(document)
+        except UserError as error:
+            if self._config.cleaning.bad_rows == "refuse":
+                raise
+            return Removed(str(error), BAD_ROW)
+
+    def _unusable(self, document: Document) -> str | None:
+        if document.text is not None:
+            return None if document.text.strip() else EMPTY_ANSWER
+        turns = document.learnt_turns(self._config.mask_history)
+        if not turns:
+            return NO_ASSISTANT_TURN
+        answers = (document.messages[index] for index in turns)
+        empty = any(not (turn.get("content") or "").strip() and not turn.get("tool_calls") for turn in answers)
+        return EMPTY_ANSWER if empty else None
+
+    def _render(self, document: Document) -> "_Rendered":
+        if document.text is not None:
+            text = self._opening + document.text + (self._tokenizer.eos_token or "")
+            return _Rendered(text, [(len(self._opening), len(text))])
+        messages = with_system_prompt(document.messages, self._config.system_prompt)
+        added = len(messages) - len(document.messages)
+        text, spans = self.template.render(messages, document.origin, document.tools)
+        learnt = document.learnt_turns(self._config.mask_history)
+        return _Rendered(text, [spans[index + added] for index in learnt])
+
+    def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        scored = _scored(encoding, len(rendered.text), rendered.spans)
+        seq_len, over_long = self._config.seq_len, len(ids) > self._config.seq_len
+        if not over_long:
+            starts = [0]
+        elif self._config.over_long == "split":
+            starts = list(range(0, len(ids), seq_len))
+        elif self._config.over_long == "drop":
+            return [Removed(document.origin, OVER_LONG)]
+        else:
+            starts = [0 if self._config.over_long == "cut_right" else len(ids) - seq_len]
+        pieces: list[Encoded | Removed] = []
+        for piece, start in enumerate(starts):
+            learnt = scored[start : start + seq_len].copy()
+            learnt[:1] = False  # in a packed row the first token would be predicted from another document's last
+            if learnt.any():
+                pieces.append(Encoded(document, ids[start : start + seq_len], learnt, piece, over_long))
+            else:
+                pieces.append(Removed(document.origin, NO_LABELS_AFTER_CUT if over_long else EMPTY_ANSWER))
+        return pieces
 
 
-def _unusable(document: Document) -> str | None:
-    answer = document.answer_index()
-    if answer is None:
-        return NO_ASSISTANT_TURN
-    return None if document.messages[answer]["content"].strip() else EMPTY_ANSWER
+def labels_of(input_ids: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """int32 [tokens]: the ids that are scored, and IGNORED elsewhere; not shifted."""
+    return np.where(scored, input_ids, np.int32(IGNORED))
 
 
-def _overlaps(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """Which tokens (character offsets, [tokens, 2]) share a character with a span; bool [tokens].
+def _scored(encoding: Any, text_length: int, spans: list[Span]) -> np.ndarray:
+    """Which tokens of a tokenizers.Encoding share a character with a span; bool [tokens].
 
-    A token that also covers template text, such as the space before the answer, is the model's to write.
+    A token that also covers template text, such as the space before the answer, is the model's to write. Asks for the
+    tokens at the ends of spans only: the offsets of all tokens are slow to fetch.
     """
-    starts, ends = offsets[:, 0], offsets[:, 1].copy()
-    # Some tokenizers give a token no width; it then reaches to where the next one begins.
-    ends[:-1] = np.where(ends[:-1] == starts[:-1], starts[1:], ends[:-1])
-    ends = np.maximum(ends, starts + 1)
-    scored = np.zeros(len(offsets), dtype=bool)
+    scored = np.zeros(len(encoding), dtype=bool)
     for start, end in spans:
-        scored |= (starts < end) & (ends > start)
+        first = _token_from(encoding, start, text_length)
+        while first > 0 and _reach(encoding, first - 1) > start:
+            first -= 1
+        after = _token_from(encoding, end, text_length)
+        while after < len(encoding) and encoding.token_to_chars(after)[0] < end:
+            after += 1
+        while after > first and encoding.token_to_chars(after - 1)[0] >= end:
+            after -= 1
+        scored[first:after] = True
     return scored
+
+
+def _token_from(encoding: Any, character: int, text_length: int) -> int:
+    """The first token that covers the character or, where none does, the next one that is covered."""
+    found = (encoding.char_to_token(at) for at in range(character, text_length))
+    return next((token for token in found if token is not None), len(encoding))
+
+
+def _reach(encoding: Any, token: int) -> int:
+    """One past the last character of a token; one that was given no width reaches to the next, as white space may."""
+    start, end = encoding.token_to_chars(token)
+    if start == end and token + 1 < len(encoding):
+        end = encoding.token_to_chars(token + 1)[0]
+    return max(end, start + 1)

@@ -2,15 +2,21 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep.chat import check_tokenizer
-from data_prep.config import DataConfig, JsonlSource
-from data_prep.errors import UserError
+from data_prep.chat import check_offsets
+from data_prep.config import DataConfig, FilesSource, HubSource
+from data_prep.sources.columns import hub_revision
+from data_prep.sources.finding import files_of, unreadable
+from data_prep.sources.read import source_key
 
-_DECISIVE_LIBRARIES = ("reasoning-gym", "tokenizers", "transformers")  # generate, tokenise, render
+State = dict[str, Any]
+
+_DECISIVE_LIBRARIES = ("reasoning-gym", "tokenizers", "transformers", "jinja2", "pyarrow")
+_TOKENIZER_FILES = ("*token*", "*.jinja", "*.model", "vocab*", "merges*", "config.json", "chat_template.json")
 
 
 def config_as_compared(config: DataConfig) -> dict[str, Any]:
@@ -23,59 +29,84 @@ def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
 
     Covers vocabulary, merges, normalisation, added and special tokens. Leaves out what cannot change a prepared
     set and what callers like to change: the pad token, and the padding and truncation last asked for.
-    Raises UserError where the tokenizer has no chat template or is not a fast one.
+    Raises UserError where the tokenizer is not a fast one.
     """
-    check_tokenizer(tokenizer)
+    check_offsets(tokenizer)
     backend = tokenizer.backend_tokenizer.to_str()
     lasting = backend[backend.index('"added_tokens"') :]  # `version`, `truncation` and `padding` stand before it
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     return {
         "sha256": _sha256(lasting + json.dumps(special, sort_keys=True)),
-        "chat_template_sha256": _sha256(tokenizer.get_chat_template()),
+        "chat_template_sha256": _sha256(tokenizer.get_chat_template() if tokenizer.chat_template else ""),
     }
 
 
-def source_states(config: DataConfig, remembered: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Size, modification time and sha256 of every source file, by the source's key in the recipe.
+def source_states(config: DataConfig, remembered: Sequence[State] = ()) -> list[State]:
+    """What every source is made of: path, size, time and sha256 of files, the commit of datasets of the Hub.
 
-    A file whose size (bytes) and modification time (ns) equal the `remembered` ones is not read again.
-    Raises UserError where a file cannot be read.
+    A file whose size (bytes) and modification time (ns) equal the remembered ones is not read again.
+    Raises UserError where a file cannot be read or the Hub not be asked.
     """
-    files = {f"data.sources.{i}.path": s.path for i, s in enumerate(config.sources) if isinstance(s, JsonlSource)}
-    return {key: file_state(path, key, (remembered or {}).get(key)) for key, path in files.items()}
+    states: list[State] = []
+    for index, source in enumerate(config.sources):
+        key = source_key(index)
+        if isinstance(source, FilesSource):
+            states += file_states(files_of(source, key)[0], f"{key}.path", remembered)
+        elif isinstance(source, HubSource):
+            states.append({"key": f"{key}.name", "path": source.name, "sha256": hub_revision(source, key)})
+    return states
 
 
-def file_state(path: Path, key: str, remembered: dict[str, Any] | None) -> dict[str, Any]:
-    """Path, size, modification time and sha256 of one file; see source_states."""
+def file_states(paths: Iterable[Path], key: str, remembered: Sequence[State] = ()) -> list[State]:
+    """Key, path, size, modification time and sha256 of files; see source_states."""
+    known = {state["path"]: state for state in remembered}
+    return [_file_state(path, key, known.get(str(path), {})) for path in paths]
+
+
+def same_content(states: Sequence[State], others: Sequence[State]) -> bool:
+    """Whether these are the same files, whenever they were written."""
+    contents = ([(state["path"], state["sha256"]) for state in each] for each in (states, others))
+    return next(contents) == next(contents)
+
+
+def _file_state(path: Path, key: str, remembered: State) -> State:
     try:
         stat = path.stat()
-        state = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if remembered and all(remembered.get(name) == value for name, value in state.items()):
-            return remembered
+        state = {"key": key, "path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        if all(remembered.get(name) == state[name] for name in ("bytes", "mtime_ns")):
+            return {**state, "sha256": remembered["sha256"]}
         with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        return {**state, "sha256": digest.hexdigest()}
+            return {**state, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     except OSError as error:
-        raise UserError(
-            f"{key}: cannot read {path} ({error.strerror}); expected a readable JSONL file, give its path"
-        ) from error
+        raise unreadable(path, error, key.removesuffix(".path")) from error
 
 
-def preparation_key(config: DataConfig, sources: dict[str, Any], tokenizer: dict[str, str]) -> str:
+def tokenizer_files(folder: Path, config: DataConfig) -> list[Path]:
+    """The files that a tokenizer is read from, and the recipe's own chat template, if it is there."""
+    found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    own = config.chat_template
+    return sorted(found) + ([own] if own and own.is_file() else [])
+
+
+def preparation_key(config: DataConfig, sources: Sequence[State], tokenizer: dict[str, str]) -> str:
     """sha256 of everything that decides a prepared set's content; equal keys, equal bytes."""
     decisive = {
         "config": config_as_compared(config),
-        "sources": {key: state["sha256"] for key, state in sources.items()},
+        "sources": [(state["key"], state["sha256"]) for state in sources],
         "tokenizer": tokenizer,
-        "code": _code_hash(),
-        "libraries": {name: version(name) for name in _DECISIVE_LIBRARIES},
+        "code": code_hash(),
+        "libraries": libraries(config),
     }
     return _sha256(json.dumps(decisive, sort_keys=True))
 
 
-def _code_hash() -> str:
+def libraries(config: DataConfig) -> dict[str, str]:
+    """Versions of the libraries that generate, read, clean, tokenise and render."""
+    near = ["datasketch"] if config.cleaning.near_duplicates is not None else []
+    return {name: version(name) for name in [*_DECISIVE_LIBRARIES, *near]}
+
+
+def code_hash() -> str:
     """Hash of this package's own text, so that a change of the code is never forgotten."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):

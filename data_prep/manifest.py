@@ -1,20 +1,19 @@
 """manifest.json: what a prepared set holds and what it was made from."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.config import DataConfig
-from data_prep.encode import Dropped, Encoded
 from data_prep.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
-
-Rows = list[list[Encoded]]
+_BINS = 32  # of the histograms
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -45,51 +44,39 @@ def write_manifest(manifest: dict[str, Any], directory: Path) -> None:
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def describe(
-    config: DataConfig,
-    tasks: Sequence[str],
-    rows: dict[str, Rows],
-    dropped: Sequence[Dropped],
-    made_from: dict[str, Any],
-    notes: Sequence[str],
+def describe_split(
+    documents: np.ndarray, row_tokens: np.ndarray, task_rows: np.ndarray, config: DataConfig
 ) -> dict[str, Any]:
-    """The manifest of a set with these rows (by split) and dropped documents.
-
-    `made_from` holds key, tokenizer and sources as fingerprint.py gives them.
-    """
+    """One split: its documents as drawn (DOCUMENT [n]), tokens by row [rows], rows that hold some of a task [tasks]."""
+    tokens, rows = int(row_tokens.sum()), len(row_tokens)
     return {
-        "format_version": FORMAT_VERSION,
-        **made_from,
-        "tasks": list(tasks),
-        "splits": {split: _describe_split(rows[split], tasks, config.seq_len) for split in SPLITS},
-        "dropped": {task: _reasons(dropped, task) for task in tasks},
-        "notes": list(notes),
-        "config": config.model_dump(mode="json"),
-    }
-
-
-def _describe_split(rows: Rows, tasks: Sequence[str], seq_len: int) -> dict[str, Any]:
-    tokens = sum(len(document) for row in rows for document in row)
-    return {
-        "rows": len(rows),
+        "rows": rows,
         "tokens": tokens,
-        "fill_rate": round(tokens / (len(rows) * seq_len), 4) if rows else None,
-        "tasks": {task: _describe_task(rows, task) for task in tasks},
+        "fill_rate": round(tokens / (rows * config.seq_len), 4) if rows else None,
+        "row_tokens": _histogram(row_tokens, config.seq_len),
+        "tasks": {
+            task: _describe_task(documents[documents["task"] == index], int(task_rows[index]), config.seq_len)
+            for index, task in enumerate(config.tasks)
+        },
     }
 
 
-def _describe_task(rows: Rows, task: str) -> dict[str, int]:
+def bin_edges(seq_len: int) -> np.ndarray:
+    """Edges of the histograms: equal bins from 0 to seq_len tokens, float64 [bins + 1]."""
+    return np.linspace(0, seq_len, min(_BINS, seq_len) + 1)
+
+
+def _describe_task(documents: np.ndarray, rows: int, seq_len: int) -> dict[str, Any]:
     """Counts of one task; `rows` are those that hold some of it, so that a row may count for several tasks."""
-    by_row = [[document for document in row if document.document.task == task] for row in rows]
-    documents = [document for row in by_row for document in row]
     return {
         "documents": len(documents),
-        "truncated": sum(document.truncated for document in documents),
-        "rows": sum(bool(row) for row in by_row),
-        "tokens": sum(map(len, documents)),
-        "labelled_tokens": sum(document.labelled_tokens for document in documents),
+        "truncated": int(documents["cut"].sum()),
+        "rows": rows,
+        "tokens": int(documents["tokens"].sum()),
+        "labelled_tokens": int(documents["labelled"].sum()),
+        "lengths": _histogram(documents["tokens"], seq_len),
     }
 
 
-def _reasons(dropped: Sequence[Dropped], task: str) -> dict[str, int]:
-    return dict(sorted(Counter(d.reason for d in dropped if d.document.task == task).items()))
+def _histogram(tokens: np.ndarray, seq_len: int) -> Sequence[int]:
+    return np.histogram(tokens, bin_edges(seq_len))[0].tolist()

@@ -1,7 +1,28 @@
-"""Documents into rows: best-fit decreasing, no document cut."""
+"""Documents into rows: best-fit decreasing, in windows, no document cut."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+_WINDOW_ROWS = 256  # at least; one row in some hundreds stays half empty
+_WINDOW_TOKENS = 2**20  # at least
+
+
+def pack_in_windows(lengths: np.ndarray, capacity: int) -> Iterator[list[list[int]]]:
+    """Rows of indices into `lengths` (see pack), for one stretch of documents after the other, rows in their order.
+
+    A stretch is as many documents as fill some 256 rows, so that memory and time stay the same however many there are.
+    """
+    window = max(_WINDOW_TOKENS, _WINDOW_ROWS * capacity)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    start = 0
+    while start < len(lengths):
+        reached = ends[start] - lengths[start] + window
+        end = max(start + 1, int(np.searchsorted(ends, reached, side="right")))
+        rows = pack(lengths[start:end].tolist(), capacity)
+        yield [[start + index for index in row] for row in sorted(rows)]
+        start = end
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

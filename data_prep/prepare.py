@@ -1,57 +1,162 @@
-"""Raw data to a prepared set: read, label, split, pack, write."""
+"""Raw data to a prepared set: read, label, clean, split, mix, pack, write."""
 
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
-from data_prep.config import DataConfig, JsonlSource, Source
-from data_prep.documents import Document
-from data_prep.encode import NO_LABELS_AFTER_TRUNCATION, Dropped, Encoded, Encoder
+import numpy as np
+
+from data_prep.config import DataConfig, FilesSource
+from data_prep.duplicates import DUPLICATE, NEAR_DUPLICATE, NearDuplicates, first_of_copies, refuse_missing_library
+from data_prep.encode import NO_LABELS_AFTER_CUT, OVER_LONG, Encoder
 from data_prep.errors import UserError
-from data_prep.fingerprint import preparation_key, source_states, tokenizer_hashes
-from data_prep.gym import read_generator
-from data_prep.jsonl import read_jsonl
-from data_prep.manifest import Rows, describe, read_manifest, write_manifest
-from data_prep.packing import pack
-from data_prep.report import PrepareReport
-from data_prep.split import Split, split_documents
-from data_prep.storage import refuse_foreign_folder, replacing, write_items, write_rows
+from data_prep.fingerprint import (
+    code_hash,
+    file_states,
+    libraries,
+    preparation_key,
+    same_content,
+    source_states,
+    tokenizer_hashes,
+)
+from data_prep.manifest import FORMAT_VERSION, SPLITS, describe_split, read_manifest, write_manifest
+from data_prep.mixing import draw
+from data_prep.plots import write_plots
+from data_prep.report import PrepareReport, write_report
+from data_prep.sources.finding import files_of
+from data_prep.sources.read import blocks_of, source_key
+from data_prep.split import in_order, split_documents
+from data_prep.spool import Removals, Spool
+from data_prep.storage import alone, refuse_foreign_folder, replacing, write_items, write_rows
+from data_prep.workers import encode_blocks
 
 _NO_END_TOKEN = (
     "the chat template ends assistant turns with no special token: a model trained on this set does not learn to stop"
 )
 
 
-def prepare(config: DataConfig, tokenizer: Any) -> PrepareReport:
+def prepare(
+    config: DataConfig, tokenizer: Any, tokenizer_files: Sequence[Path] = (), say: Callable[[str], None] = print
+) -> PrepareReport:
     """Writes the prepared set of `config` to its prepared_dir, or keeps the one there if it is just that set.
 
-    `tokenizer` is a fast transformers tokenizer with a chat template. The same configuration, sources, tokenizer
-    and code give the same bytes. Raises UserError for every mistake in sources or options; the folder is then as it
-    was.
+    `tokenizer` is a fast transformers tokenizer; one that was read from `tokenizer_files` is remembered by them, see
+    `kept`. The same configuration, sources, tokenizer and code give the same bytes. Raises UserError for every mistake
+    in sources or options; the folder is then as it was.
     """
     started = time.perf_counter()
+    refuse_missing_library(config.cleaning)
     refuse_foreign_folder(config.prepared_dir)
-    encoder = Encoder(tokenizer, config.seq_len, config.system_prompt)
-    previous = _previous_manifest(config)
-    sources = source_states(config, previous.get("sources"))
-    hashes = tokenizer_hashes(tokenizer)
-    key = preparation_key(config, sources, hashes)
-    if previous.get("key") == key:
-        return PrepareReport(config.prepared_dir, previous, time.perf_counter() - started, reused=True)
-
-    tasks = list(dict.fromkeys(source.task for source in config.sources))
-    split = _split(config, tasks, encoder)
-    rows = {"train": _rows(split.train, config), "held_out": _rows(split.held_out, config)}
-    made_from = {"key": key, "tokenizer": hashes, "sources": sources}
-    manifest = describe(config, tasks, rows, split.dropped, made_from, _notes(tasks, split, encoder))
-    with replacing(config.prepared_dir) as folder:
-        for name, packed in rows.items():
-            write_rows(packed, tasks, folder / name)
-        write_items(split.held_out, config.system_prompt, folder)
-        write_manifest(manifest, folder)
+    with alone(config.prepared_dir, say):
+        previous = _previous_manifest(config)
+        sources = source_states(config, previous.get("sources", ()))
+        hashes = tokenizer_hashes(tokenizer)
+        key = preparation_key(config, sources, hashes)
+        if previous.get("key") == key:
+            return PrepareReport(config.prepared_dir, previous, time.perf_counter() - started, reused=True)
+        made_from = {
+            "format_version": FORMAT_VERSION,
+            "key": key,
+            "tokenizer": hashes,
+            "tokenizer_files": file_states(tokenizer_files, "base.model"),
+            "sources": sources,
+            "libraries": libraries(config),
+            "code": code_hash(),
+        }
+        with replacing(config.prepared_dir) as folder:
+            manifest = made_from | _make(config, tokenizer, folder)
+            write_manifest(manifest, folder)
+            write_report(manifest, folder)
+            write_plots(manifest, folder)
     return PrepareReport(config.prepared_dir, manifest, time.perf_counter() - started, reused=False)
+
+
+def kept(config: DataConfig, tokenizer_files: Sequence[Path]) -> PrepareReport | None:
+    """The set in prepared_dir if it is just that of `config` and of a tokenizer in those files; else None.
+
+    Quick, since neither tokenizer nor sources are read where sizes and times are the remembered ones. Raises UserError
+    for sources that cannot be found, and for a library that is missing.
+    """
+    started = time.perf_counter()
+    refuse_missing_library(config.cleaning)
+    previous = _previous_manifest(config)
+    if not previous.get("tokenizer_files"):
+        return None
+    remembered = previous["tokenizer_files"]
+    if not same_content(file_states(tokenizer_files, "base.model", remembered), remembered):
+        return None
+    key = preparation_key(config, source_states(config, previous["sources"]), previous["tokenizer"])
+    if key != previous["key"]:
+        return None
+    return PrepareReport(config.prepared_dir, previous, time.perf_counter() - started, reused=True)
+
+
+def _make(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Writes rows and items into `folder`; what the manifest says of them."""
+    removals = Removals()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".spool") as spool_folder, Spool(Path(spool_folder)) as spool:
+        forms = _fill(spool, config, tokenizer, removals)
+        documents = spool.documents
+        if absent := _absent(config, documents):
+            raise UserError(_why_nothing_is_left(absent[0], removals, config))
+        split = split_documents(documents, config)
+        for reason, which in split.removed.items():
+            _remove(spool, which, reason, removals)
+        train = documents[split.train]
+        if absent := _absent(config, train):
+            raise UserError(
+                f"data.held_out: {config.held_out} leaves no document of task {config.tasks[absent[0]]!r} to train on; "
+                "add documents or lower data.held_out"
+            )
+        drawn, _ = draw(train, config.tasks, config.mixing)
+        held_out = documents[split.held_out]
+        held_out = held_out[in_order(held_out)]
+        described = {}
+        for name, ordered in zip(SPLITS, (train[drawn], held_out), strict=True):
+            written = write_rows(spool, ordered, config, folder / name)
+            described[name] = describe_split(ordered, written.row_tokens, written.task_rows, config)
+        write_items(spool.items(documents[split.held_out]), folder)
+    return {
+        "tasks": config.tasks,
+        "splits": described,
+        "removed": removals.by_task(config.tasks),
+        "forms": {source_key(index): dict(counts) for index, counts in forms.items()},
+        "different_documents": dict(zip(config.tasks, np.bincount(train["task"]).tolist(), strict=True)),
+        "notes": _notes(config, tokenizer, forms, held_out),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _fill(spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals) -> dict[int, Counter[str]]:
+    """Reads and encodes all sources; the forms of each one's records."""
+    forms: dict[int, Counter[str]] = {}
+    near = None
+    if config.cleaning.near_duplicates is not None:
+        near = NearDuplicates(config.cleaning.near_duplicates, len(config.tasks))
+    with closing(encode_blocks(blocks_of(config), config, tokenizer)) as blocks:  # ends the workers, whatever happens
+        for encoded in blocks:
+            for removal in encoded.removals:
+                removals.add(removal.task, removal.reason, removal.place)
+            forms.setdefault(encoded.block.source, Counter()).update(encoded.forms)
+            spool.add(encoded)
+            if near is not None:
+                near.add(encoded.documents, encoded.signatures)
+    spool.finish()
+    if near is not None:
+        first = first_of_copies(spool.documents)
+        _remove(spool, ~near.kept & ~first, DUPLICATE, removals)
+        _remove(spool, ~near.kept & first, NEAR_DUPLICATE, removals)
+        spool.documents = spool.documents[near.kept]
+    return forms
+
+
+def _remove(spool: Spool, which: np.ndarray, reason: str, removals: Removals) -> None:
+    for document in spool.documents[which]:
+        removals.add(int(document["task"]), reason, spool.origin(document))
 
 
 def _previous_manifest(config: DataConfig) -> dict[str, Any]:
@@ -62,57 +167,43 @@ def _previous_manifest(config: DataConfig) -> dict[str, Any]:
         return {}  # damaged or of another format: it is made anew
 
 
-def _split(config: DataConfig, tasks: Sequence[str], encoder: Encoder) -> Split:
-    documents = chain.from_iterable(_read(source, i) for i, source in enumerate(config.sources))
-    encoded: list[Encoded] = []
-    dropped: list[Dropped] = []
-    for result in encoder.encode(documents):
-        (dropped if isinstance(result, Dropped) else encoded).append(result)
-    for task in _absent(tasks, encoded):
-        raise UserError(_why_nothing_is_left(task, dropped, config))
-
-    split = split_documents(encoded, config.held_out, config.seed)
-    for task in _absent(tasks, split.train):
-        raise UserError(
-            f"data.held_out: {config.held_out} leaves no document of task {task!r} to train on; add documents or "
-            "lower data.held_out"
-        )
-    split.dropped[:0] = dropped
-    return split
+def _absent(config: DataConfig, documents: np.ndarray) -> list[int]:
+    """Tasks without a document."""
+    return [int(task) for task in np.flatnonzero(np.bincount(documents["task"], minlength=len(config.tasks)) == 0)]
 
 
-def _read(source: Source, index: int) -> Iterator[Document]:
-    key = f"data.sources.{index}"
-    return read_jsonl(source, f"{key}.path") if isinstance(source, JsonlSource) else read_generator(source, key)
-
-
-def _absent(tasks: Sequence[str], documents: Sequence[Encoded]) -> list[str]:
-    present = {encoded.document.task for encoded in documents}
-    return [task for task in tasks if task not in present]
-
-
-def _why_nothing_is_left(task: str, dropped: Sequence[Dropped], config: DataConfig) -> str:
-    lost = [document for document in dropped if document.document.task == task]
+def _why_nothing_is_left(task: int, removals: Removals, config: DataConfig) -> str:
+    name = config.tasks[task]
+    lost = {reason: count for (of, reason), count in removals.counts.most_common() if of == task}
     if not lost:
-        paths = [str(s.path) for s in config.sources if isinstance(s, JsonlSource) and s.task == task]
-        return (
-            f"data.sources: task {task!r} is empty: no record in {', '.join(paths)}; add documents or remove the source"
-        )
-    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(d.reason for d in lost).most_common())
-    advice = "raise data.seq_len" if lost[0].reason == NO_LABELS_AFTER_TRUNCATION else "correct the documents"
+        sources = (str(getattr(s, "path", s.type)) for s in config.sources if s.task == name)
+        return f"data.sources: task {name!r} is empty: no record in {', '.join(sources)}; add some or remove the source"
+    commonest = next(iter(lost))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
+    advice = "raise data.seq_len" if commonest in (NO_LABELS_AFTER_CUT, OVER_LONG) else "correct the documents"
     return (
-        f"data.sources: task {task!r} has no document left, all {len(lost)} were dropped at data.seq_len="
-        f"{config.seq_len} ({reasons}; the first is {lost[0].document.origin}); {advice}"
+        f"data.sources: task {name!r} has no document left, all {sum(lost.values())} were dropped at data.seq_len="
+        f"{config.seq_len} ({reasons}; the first: {removals.first[task, commonest][0]}); {advice}"
     )
 
 
-def _notes(tasks: Sequence[str], split: Split, encoder: Encoder) -> list[str]:
-    notes = [f"task {task!r} has no held-out documents" for task in _absent(tasks, split.held_out)]
-    return notes if encoder.template.closes_turns() else [*notes, _NO_END_TOKEN]
-
-
-def _rows(documents: Sequence[Encoded], config: DataConfig) -> Rows:
-    """Packed rows, in an order that depends on no source's place and mixes the tasks."""
-    mixed = sorted(documents, key=lambda encoded: encoded.document.digest(config.seed))
-    rows = pack([len(encoded) for encoded in mixed], config.seq_len)
-    return [[mixed[i] for i in row] for row in sorted(rows)]
+def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], held_out: np.ndarray) -> list[str]:
+    """What a person should know and is no error."""
+    notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in _absent(config, held_out)]
+    if (
+        any(set(counts) - {"text"} for counts in forms.values())
+        and not Encoder(tokenizer, config).template.closes_turns()
+    ):
+        notes.append(_NO_END_TOKEN)
+    for index, source in enumerate(config.sources):
+        key = source_key(index)
+        if len(forms.get(index, ())) > 1:
+            mixture = ", ".join(f"{count:,} {form}" for form, count in forms[index].most_common())
+            notes.append(f"{key} holds records of several forms: {mixture}")
+        if isinstance(source, FilesSource):
+            found, passed_over = files_of(source, key)
+            empty = [path for path in found if not path.stat().st_size]
+            notes += [f"{key}: {len(paths)} {what}, the first is {paths[0]}" for paths, what in (
+                (empty, "empty files"), (passed_over, "files or linked folders passed over")
+            ) if paths]  # fmt: skip
+    return notes

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, FilesSource
 from data_prep.errors import UserError
-from data_prep.fingerprint import config_as_compared, file_state, tokenizer_hashes
+from data_prep.fingerprint import config_as_compared, file_states, tokenizer_hashes
 from data_prep.manifest import SPLITS, read_manifest
+from data_prep.sources.finding import files_of
+from data_prep.sources.read import source_key
 from data_prep.storage import ITEMS
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def open_prepared(config: DataConfig, tokenizer: Any) -> PreparedSet:
         raise UserError(f"data.prepared_dir: no prepared set in {directory}; {_REPAIR}")
     _check_config(config, manifest, directory)
     _check_tokenizer(tokenizer, manifest, directory)
-    _check_sources(manifest)
+    _check_sources(config, manifest)
     try:
         train, held_out = (_open_split(directory, split, manifest) for split in SPLITS)
         with (directory / ITEMS).open(encoding="utf-8") as file:  # not splitlines: texts may hold its other line ends
@@ -91,11 +93,20 @@ def _check_tokenizer(tokenizer: Any, manifest: dict[str, Any], directory: Path) 
             )
 
 
-def _check_sources(manifest: dict[str, Any]) -> None:
-    for key, made_from in manifest["sources"].items():
-        path = Path(made_from["path"])
-        if os.access(path, os.R_OK) and file_state(path, key, made_from)["sha256"] != made_from["sha256"]:
-            raise UserError(f"{key}: {path} has changed since it was prepared; {_REPAIR}")
+def _check_sources(config: DataConfig, manifest: dict[str, Any]) -> None:
+    made_from = manifest["sources"]
+    for index, source in enumerate(config.sources):
+        if not isinstance(source, FilesSource):
+            continue
+        key = f"{source_key(index)}.path"
+        before = [state for state in made_from if state["key"] == key]
+        if not all(os.access(state["path"], os.R_OK) for state in before):
+            continue  # the set is used where its sources are not
+        now = file_states(files_of(source, source_key(index))[0], key, before)
+        was, has = ({state["path"]: state["sha256"] for state in states} for states in (before, now))
+        for path in {**was, **has}:
+            if was.get(path) != has.get(path):
+                raise UserError(f"{key}: {path} has changed since it was prepared; {_REPAIR}")
 
 
 def _open_split(directory: Path, split: str, manifest: dict[str, Any]) -> "Dataset":

@@ -1,55 +1,80 @@
 """The held-out split: by each document's own hash, so that it stays put when data is added."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from data_prep.encode import Dropped, Encoded
+import numpy as np
+
+from data_prep.config import DataConfig
+from data_prep.duplicates import DUPLICATE, DUPLICATE_OF_HELD_OUT, first_of_copies
 from data_prep.errors import UserError
 
-DUPLICATE_OF_HELD_OUT = "duplicate_of_held_out"
 
-
-@dataclass
+@dataclass(frozen=True)
 class Split:
-    """Encoded documents in the order of their sources."""
+    """Indices into the documents, ascending, and what was taken out: indices by reason."""
 
-    train: list[Encoded] = field(default_factory=list)
-    held_out: list[Encoded] = field(default_factory=list)
-    dropped: list[Dropped] = field(default_factory=list)
+    train: np.ndarray
+    held_out: np.ndarray
+    removed: dict[str, np.ndarray]
 
 
-def split_documents(documents: Sequence[Encoded], held_out: float | int, seed: int) -> Split:
-    """Keeps a fraction, or a count per task, of the different documents from training.
+def split_documents(documents: np.ndarray, config: DataConfig) -> Split:
+    """Keeps a fraction, or a count per task, of the different documents (DOCUMENT [n]) from training.
 
-    No held-out document is in the training split, under any task, nor twice in the held-out one under the same
-    task: such copies are dropped. Copies within the training split stay, since people weight data that way.
+    No held-out document is in the training split, under any task, nor twice in the held-out one under the same task.
+    Copies within a task's training documents go as well, unless the recipe keeps them; copies in different tasks stay.
     Raises UserError where a task has too few different documents for the count.
     """
-    digests = [encoded.document.digest(seed) for encoded in documents]
-    by_task: dict[str, set[bytes]] = {}
-    for encoded, digest in zip(documents, digests, strict=True):
-        by_task.setdefault(encoded.document.task, set()).add(digest)
-    kept = {task: _choose(task, found, held_out) for task, found in by_task.items()}
-    anywhere = set().union(*kept.values())
-
-    split = Split()
-    for encoded, digest in zip(documents, digests, strict=True):
-        if digest not in anywhere:
-            split.train.append(encoded)
-        elif digest in kept[encoded.document.task]:
-            split.held_out.append(encoded)
-            kept[encoded.document.task].discard(digest)
-        else:
-            split.dropped.append(Dropped(encoded.document, DUPLICATE_OF_HELD_OUT))
-    return split
+    first = first_of_copies(documents)
+    chosen = _choose(documents, first, config.held_out, config.tasks)
+    held_out = chosen & first
+    anywhere = _in(documents, documents[held_out])
+    leaked = anywhere & ~held_out
+    repeated = ~first & ~anywhere if config.cleaning.duplicates == "drop" else np.zeros(len(documents), bool)
+    return Split(
+        np.flatnonzero(~anywhere & ~repeated),
+        np.flatnonzero(held_out),
+        {DUPLICATE: np.flatnonzero(repeated), DUPLICATE_OF_HELD_OUT: np.flatnonzero(leaked)},
+    )
 
 
-def _choose(task: str, digests: set[bytes], held_out: float | int) -> set[bytes]:
+def may_be_held_out(digests: np.ndarray, held_out: float | int) -> np.ndarray:
+    """Which documents a fraction holds out, by the first half of their digests, uint64 [n]; with a count any may be."""
     if isinstance(held_out, float):
-        return {digest for digest in digests if int.from_bytes(digest[:8], "big") < held_out * 2**64}
-    if len(digests) <= held_out:
-        raise UserError(
-            f"data.held_out: {held_out} documents per task, but task {task!r} has {len(digests)} different ones, of "
-            "which at least one must be left to train on; lower data.held_out or add documents"
-        )
-    return set(sorted(digests)[:held_out])
+        return digests < np.uint64(held_out * 2**64)
+    return np.ones(len(digests), bool)
+
+
+def in_order(documents: np.ndarray) -> np.ndarray:
+    """Indices of the documents in the order of their digests, which is that of no source and mixes the tasks."""
+    return np.lexsort((documents["task"], documents["piece"], documents["low"], documents["high"]))
+
+
+def _choose(documents: np.ndarray, first: np.ndarray, held_out: float | int, tasks: Sequence[str]) -> np.ndarray:
+    if isinstance(held_out, float):
+        return may_be_held_out(documents["high"], held_out)
+    chosen = np.zeros(len(documents), bool)
+    for index, task in enumerate(tasks):
+        own = np.flatnonzero(first & (documents["task"] == index))
+        own = own[in_order(documents[own])]
+        # the pieces of a split document are on the same side
+        digests = documents[own][["high", "low"]]
+        starts = np.flatnonzero(np.concatenate([[True], digests[1:] != digests[:-1]])) if len(own) else own
+        if len(starts) <= held_out:
+            raise UserError(
+                f"data.held_out: {held_out} documents per task, but task {task!r} has {len(starts)} different ones, of "
+                "which at least one must be left to train on; lower data.held_out or add documents"
+            )
+        chosen[own[: starts[held_out]]] = True
+    return chosen
+
+
+def _in(documents: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Which documents have the text of a wanted one; bool [documents]."""
+    digests = np.unique(wanted[["high", "low"]])
+    if not len(digests):
+        return np.zeros(len(documents), bool)
+    own = documents[["high", "low"]]
+    at = np.minimum(np.searchsorted(digests, own), len(digests) - 1)
+    return digests[at] == own

@@ -1,22 +1,27 @@
 """Writes a prepared set so that it is there whole or not at all."""
 
 import contextlib
-import json
+import fcntl
+import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_prep.documents import with_system_prompt
-from data_prep.encode import Encoded
+from data_prep.config import DataConfig
+from data_prep.encode import labels_of
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST, Rows
+from data_prep.manifest import MANIFEST
+from data_prep.packing import pack_in_windows
+from data_prep.spool import Spool
 
 ITEMS = "items.jsonl"
+_COLUMNS = ("input_ids", "labels", "position_ids", "task_ids")
+_STAGING = ".partial"
 
 
 def refuse_foreign_folder(directory: Path) -> None:
@@ -31,6 +36,29 @@ def refuse_foreign_folder(directory: Path) -> None:
 
 
 @contextlib.contextmanager
+def alone(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other processes from preparing `directory` while the block runs; waits, and says so, where one does.
+
+    What a killed preparation has left beside the folder is removed. Raises UserError where none can write there.
+    """
+    directory = directory.resolve()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = directory.with_name(f".{directory.name}.lock").open("w")
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"waiting: another process prepares {directory}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in directory.parent.glob(f".{glob.escape(directory.name)}.*{_STAGING}"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+@contextlib.contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
     """Gives an empty folder beside `directory` that takes its place when the block ends without an error.
 
@@ -38,64 +66,89 @@ def replacing(directory: Path) -> Iterator[Path]:
     Raises UserError where the disk refuses.
     """
     directory = directory.resolve()  # a link to a folder stays one
-    staging = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
+    staging = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}{_STAGING}")
     try:
         staging.mkdir(parents=True)
         yield staging
         _flush(staging)
-        replaced = staging.with_suffix(".replaced")
+        replaced = staging.with_name(f".{directory.name}.replaced{_STAGING}")
         if directory.exists():
             directory.rename(replaced)
         staging.rename(directory)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        raise UserError(
-            f"data.prepared_dir: cannot write {directory} ({error.strerror or error}); give one that can be written"
-        ) from error
+        raise _cannot_write(directory, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_rows(rows: Rows, tasks: Sequence[str], directory: Path) -> None:
-    """Arrow files of `datasets` with int32 lists input_ids, labels, position_ids, task_ids: [tokens of the row]."""
+def _cannot_write(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"data.prepared_dir: cannot write {directory} ({error.strerror or error}); give one that can be written"
+    )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a split."""
+
+    row_tokens: np.ndarray  # int64 [rows]
+    task_rows: np.ndarray  # int64 [tasks]: rows that hold some of the task
+
+
+def write_rows(spool: Spool, documents: np.ndarray, config: DataConfig, directory: Path) -> Written:
+    """Packs the documents (DOCUMENT [n], in the order of training) and writes the rows, a stretch at a time.
+
+    Arrow files of `datasets` with int32 lists input_ids, labels, position_ids, task_ids: [tokens of the row].
+    """
     import pyarrow as pa
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
 
-    task_ids = {task: index for index, task in enumerate(tasks)}
-    documents = [document for row in rows for document in row]
-    columns = {
-        "input_ids": [document.input_ids for document in documents],
-        "labels": [document.labels for document in documents],
-        "position_ids": [np.arange(len(document)) for document in documents],
-        "task_ids": [np.full(len(document), task_ids[document.document.task]) for document in documents],
-    }
-    ends = pa.array(np.cumsum([0, *(sum(map(len, row)) for row in rows)]), pa.int32())
-    arrays = {
-        name: pa.ListArray.from_arrays(ends, pa.array(np.concatenate([*parts, []]).astype(np.int32)))
-        for name, parts in columns.items()
-    }
-    table = InMemoryTable(pa.table(arrays))
-    num_shards = None if rows else 1  # `datasets` writes no file for no rows, and then cannot read what it wrote
-    dataset = Dataset(table, fingerprint=directory.name)  # a given fingerprint, so that bytes repeat
-    dataset.save_to_disk(directory, num_shards=num_shards)
+    schema = pa.schema({name: pa.list_(pa.int32()) for name in _COLUMNS})
+    lengths, task_rows = [np.zeros(0, np.int64)], np.zeros(len(config.tasks), np.int64)
+    with pa.OSFile(str(_without_rows(directory)), "wb") as file, pa.ipc.new_stream(file, schema) as out:
+        for rows in pack_in_windows(documents["tokens"], config.seq_len):
+            own = documents[np.concatenate(rows)]
+            row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+            row_tokens = np.bincount(row_of, own["tokens"]).astype(np.int64)
+            ends = pa.array(np.concatenate([[0], np.cumsum(row_tokens)]), pa.int32())
+            arrays = [pa.ListArray.from_arrays(ends, pa.array(column)) for column in _values(spool, own)]
+            out.write_table(pa.table(arrays, schema))
+            lengths.append(row_tokens)
+            pairs = np.unique(np.stack([row_of, own["task"]]), axis=1)
+            task_rows += np.bincount(pairs[1], minlength=len(config.tasks))
+    return Written(np.concatenate(lengths), task_rows)
 
 
-def write_items(held_out: Sequence[Encoded], system_prompt: str | None, directory: Path) -> None:
-    """items.jsonl: for every held-out document the turns up to its last answer, and that answer."""
-    with (directory / ITEMS).open("w", encoding="utf-8") as file:
-        for encoded in held_out:
-            file.write(json.dumps(_item(encoded, system_prompt), ensure_ascii=False) + "\n")
+def _without_rows(directory: Path) -> Path:
+    """Has `datasets` write a folder without rows; its one Arrow file, to be written anew with rows.
+
+    So everything beside the rows is the library's, and the rows pass through no second copy.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    features = Features(dict.fromkeys(_COLUMNS, List(Value("int32"))))
+    empty = Dataset.from_dict({name: [] for name in _COLUMNS}, features)
+    empty._fingerprint = directory.name  # which would be random, and bytes are to repeat
+    empty.save_to_disk(directory, num_shards=1)
+    (file,) = directory.glob("*.arrow")
+    return file
 
 
-def _item(encoded: Encoded, system_prompt: str | None) -> dict[str, Any]:
-    document = encoded.document
-    answer = document.answer_index()
-    return {
-        "task": document.task,
-        "messages": with_system_prompt(document.messages[:answer], system_prompt),
-        "answer": document.messages[answer]["content"],
-    }
+def _values(spool: Spool, documents: np.ndarray) -> Iterator[np.ndarray]:
+    """The values of _COLUMNS of rows that hold these documents one after the other, int32 [tokens] each."""
+    input_ids, scored = spool.tokens(documents)
+    lengths = documents["tokens"]
+    yield input_ids
+    yield labels_of(input_ids, scored)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    yield (np.arange(len(input_ids)) - np.repeat(starts, lengths)).astype(np.int32)
+    yield np.repeat(documents["task"], lengths)
+
+
+def write_items(items: Iterable[bytes], directory: Path) -> None:
+    """items.jsonl: for every held-out conversation the turns up to its last answer, and that answer."""
+    with (directory / ITEMS).open("wb") as file:
+        file.writelines(items)
 
 
 def _flush(directory: Path) -> None:

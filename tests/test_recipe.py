@@ -14,7 +14,7 @@ base: {model: base}
 data:
   prepared_dir: prepared
   seq_len: 256
-  sources: [{type: jsonl, task: sums, path: sums.jsonl}]
+  sources: [{type: files, task: sums, path: sums.jsonl}]
 train: {steps: 10, global_batch_size: 8}
 deepspeed: {config: ds_configs/zero3.json}
 """

@@ -31,7 +31,7 @@ def refused(path: Path, message: str, *overrides: str) -> None:
         ("tran.steps=3", "tran", "train"),
         ("steps=3", "steps", "train.steps"),
         ("train={steps: 1, global_batchsize: 8}", "train.global_batchsize", "train.global_batch_size"),
-        ("data.sources=[{type: jsonl, task: a, pth: b}]", "data.sources[0].pth", "data.sources[0].path"),
+        ("data.sources=[{type: files, task: a, pth: b}]", "data.sources[0].pth", "data.sources[0].path"),
     ],
 )
 def test_misspelt_key_is_told_with_the_nearest(path, override, unknown, nearest):
@@ -75,7 +75,7 @@ def test_key_that_resembles_none_is_told_with_those_of_its_section(path):
         ("adapter={method: lora, balance_loss_weight: 0.1}", r"balance_loss_weight: method lora has no router"),
         ("data.held_out=1.0", r"data\.held_out: 1\.0 is neither a fraction .* nor a whole number"),
         ("data.sources=[]", r"data\.sources=\[\]: list should have at least 1 item"),
-        ("data.sources=[{type: csv}]", r"data\.sources\[0\]=.*: input tag 'csv' .* 'jsonl', 'reasoning_gym'"),
+        ("data.sources=[{type: csv}]", r"data\.sources\[0\]=.*: input tag 'csv' .* 'files', 'hub', 'reasoning_gym'"),
         ("train.steps", r"argument 'train\.steps': expected key\.path=value, for example train\.steps=100"),
         ("run=[", r"argument 'run=\[': the value is not YAML; quote it"),
         ("data.sources.path=a", r"argument 'data\.sources\.path=a': sources is a value, not a section"),

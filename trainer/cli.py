@@ -15,12 +15,13 @@ from trainer.signals import StopSignal
 MISTAKE = 2  # exit status after a person's mistake
 FAULT = 1  # exit status after a fault while running
 STOPPED = 75  # exit status of a run that saved and ended as a signal asked: sysexits' EX_TEMPFAIL, "run me again"
+INTERRUPTED = 130  # exit status after Ctrl-C where there is nothing to save: 128 and the signal's number
 STATUS_FILE = "TEAMLORA_STATUS_FILE"  # variable: where rank 0 leaves its exit status, which a launcher may not pass on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; a mistake is one line on the first rank of each machine."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     quiet_libraries()
     status = _run(options)
     if STATUS_FILE in os.environ and os.environ.get("RANK", "0") == "0":
@@ -39,7 +40,21 @@ def _run(options: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)
         return STOPPED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; key.path=value may stand anywhere after the recipe, also behind an option."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe, see launch/recipes/")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the recipe")
         command.set_defaults(run=run)
+    prepare.add_argument("--show", type=_positive, metavar="N", help="print N rows, what is learnt of them in colour")
     # what DeepSpeed's launcher adds; LOCAL_RANK says the same
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
@@ -86,10 +102,22 @@ def _indices(text: str) -> list[int]:
 
 def _prepare(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    from data_prep.prepare import prepare
-    from trainer.base.source import load_tokenizer
+    from data_prep.fingerprint import tokenizer_files
+    from data_prep.prepare import kept, prepare
+    from trainer.base.folder import resolve_folder
 
-    print(prepare(recipe.data, load_tokenizer(recipe.base)))
+    files = tokenizer_files(resolve_folder(recipe.base), recipe.data)
+    report = kept(recipe.data, files)
+    if report is None or options.show:  # a tokenizer takes seconds to load
+        from trainer.base.source import load_tokenizer
+
+        tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
+        report = report or prepare(recipe.data, tokenizer, files)
+    print(report)
+    if options.show:
+        from data_prep.show import show
+
+        show(report.directory, tokenizer, options.show)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -8,10 +8,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from data_prep.config import DataConfig, JsonlSource, ReasoningGymSource, Section
+from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource, Section
 from data_prep.errors import UserError
 
-_SOURCES = {"jsonl": JsonlSource, "reasoning_gym": ReasoningGymSource}  # by the tag that tells them apart
+_SOURCES = {  # by the tag that tells them apart
+    "files": FilesSource,
+    "hub": HubSource,
+    "reasoning_gym": ReasoningGymSource,
+}
 
 
 class RunConfig(Section):

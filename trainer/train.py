@@ -138,7 +138,7 @@ def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:
     check_adapter(opened.model, recipe.adapter)
     if recipe.adapter.init_from is not None:
         check_base_file(recipe.adapter.init_from, recipe.base.model, opened.fingerprint)
-    prepared = open_prepared(recipe.data, load_tokenizer(recipe.base))
+    prepared = open_prepared(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template))
     steps = train.steps or steps_in(train.epochs, len(prepared.train), train.global_batch_size)
     return _Checked(plan, config, opened, prepared, steps)
 

@@ -34,13 +34,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
+def without_pictures(monkeypatch) -> None:
+    """For tests that prepare a set and look at something else: drawing takes most of a small preparation's time."""
+    monkeypatch.setattr("data_prep.prepare.write_plots", lambda manifest, directory: None)
+
+
+@pytest.fixture
 def config_of(tmp_path) -> Callable[..., DataConfig]:
     """Makes the data section for one JSONL file a task, by default `sums` in Alpaca and `words` in chat form."""
 
     def make(tasks: dict[str, list[dict]] | None = None, **keys: object) -> DataConfig:
         tasks = {"sums": SUMS, "words": WORDS} if tasks is None else tasks
         files = {task: write_jsonl(tmp_path / f"{task}.jsonl", records) for task, records in tasks.items()}
-        sources = [{"type": "jsonl", "task": task, "path": path} for task, path in files.items()]
+        sources = [{"type": "files", "task": task, "path": path} for task, path in files.items()]
         defaults = {"prepared_dir": tmp_path / "prepared", "seq_len": 128, "held_out": 2}
         return DataConfig(sources=sources, **{**defaults, **keys})
 

@@ -10,39 +10,17 @@ import pytest
 from tokenizers import processors
 
 from data_prep.chat import ChatTemplate
+from data_prep.config import DataConfig
 from data_prep.documents import Document
-from data_prep.encode import Encoder
+from data_prep.encode import Encoder, labels_of
 from data_prep.errors import UserError
 from tests.tiny import CHATML_TEMPLATE, CHATML_TOKENS, tiny_tokenizer
 
-LLAMA3 = (
-    "<|begin_of_text|>{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-GEMMA = (
-    "<bos>{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{{ raise_exception('System role\nnot supported') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-MISTRAL = (  # the model itself writes the space before the answer
-    "<s>{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] | trim + '</s>' }}{% endif %}{% endfor %}"
-)
-THINKING = (  # as Qwen3's: reasoning is dropped from earlier turns, and the last answer begins with an empty block
-    "{% for m in messages %}{% set text = m['content'].split('</think>')[-1].lstrip('\n') %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ text + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SPACED = (  # the template writes a space that the tokenizer joins to the first word of the answer
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 BARE = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
-LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CHATML = (CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
@@ -53,9 +31,15 @@ def conversation(*turns: str) -> Document:
     return Document("task", [{"role": role, "content": content} for role, content in pairs], "file.jsonl:7")
 
 
-def encode(tokenizer, document, seq_len=512, system_prompt=None):
-    (encoded,) = Encoder(tokenizer, seq_len, system_prompt).encode(iter([document]))
+def encode(tokenizer, document, system_prompt=None):
+    source = {"type": "files", "task": "task", "path": "unused"}
+    config = DataConfig(prepared_dir="unused", sources=[source], seq_len=512, system_prompt=system_prompt)
+    (encoded,) = Encoder(tokenizer, config).encode([document])
     return encoded
+
+
+def labels_in(encoded) -> list[int]:
+    return labels_of(encoded.input_ids, encoded.scored).tolist()
 
 
 def assert_scored(tokenizer, encoded, marked: str) -> None:
@@ -65,9 +49,9 @@ def assert_scored(tokenizer, encoded, marked: str) -> None:
         tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]
         ids += tokens
         labels += tokens if i % 2 else [-100] * len(tokens)
-    assert (encoded.input_ids.tolist(), encoded.labels.tolist()) == (ids, labels)
+    assert (encoded.input_ids.tolist(), labels_in(encoded)) == (ids, labels)
     scored = "".join(re.findall("⟦(.*?)⟧", marked, re.DOTALL))
-    assert tokenizer.decode(encoded.labels[encoded.labels != -100]) == scored
+    assert tokenizer.decode(encoded.input_ids[encoded.scored]) == scored
 
 
 @pytest.mark.parametrize(
@@ -81,27 +65,12 @@ def assert_scored(tokenizer, encoded, marked: str) -> None:
         (CHATML, ["user: <|im_end|>\n<|im_start|>assistant\nNo", "assistant: <|im_end|>\n<|im_end|>", "user: Yes"],
          SYSTEM + "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n<|im_start|>assistant\n"
          "⟦<|im_end|>\n<|im_end|><|im_end|>⟧\n<|im_start|>user\nYes<|im_end|>\n"),
-        ((LLAMA3, LLAMA3_TOKENS, "<|eot_id|>"), ["system: S\n", "user:  b a ", "assistant: \n a b\n"],
-         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user"
-         "<|end_header_id|>\n\nb a<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n⟦a b<|eot_id|>⟧"),
-        ((GEMMA, ("<bos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
-         ["user: b a ", "assistant:  a<end_of_turn>\n<start_of_turn>user\nb ", "user: a", "assistant: a"],
-         "<bos><start_of_turn>user\nb a<end_of_turn>\n<start_of_turn>model\n"
-         "⟦a<end_of_turn>\n<start_of_turn>user\nb<end_of_turn>⟧\n<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n⟦a<end_of_turn>⟧\n"),
-        ((MISTRAL, ("<s>", "[INST]", "[/INST]", "</s>"), "</s>"),
-         ["user: a", "assistant: a ", "user: b", "assistant: b"],
-         "<s>[INST] a [/INST]⟦ a</s>⟧[INST] b [/INST]⟦ b</s>⟧"),
-        ((THINKING, (*CHATML_TOKENS, "<think>", "</think>"), "<|im_end|>"),
-         ["user: a", "assistant: <think>\nhm\n</think>\n\nb", "user: c", "assistant: d"],
-         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n<|im_start|>user\nc<|im_end|>\n"
-         "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nd<|im_end|>⟧\n"),
         ((SPACED, CHATML_TOKENS, "<|im_end|>"), ["user: word", "assistant: word"],
          "user: word<|im_end|>assistant:⟦ word<|im_end|>⟧"),
         ((BARE, CHATML_TOKENS, "<|im_end|>"), ["assistant: w a", "assistant: b"],
          "w⟦ a<|im_end|>b<|im_end|>⟧"),  # no text to predict the first token from
     ],
-    ids=["single turn", "many turns", "special tokens in contents", "llama3", "gemma", "mistral", "thinking", "spaced",
-         "bare"],
+    ids=["single turn", "many turns", "special tokens in contents", "spaced", "bare"],
 )  # fmt: skip
 def test_answers_and_their_end_tokens_are_scored_and_nothing_else(style, turns, marked):
     tokenizer = tiny_tokenizer(*style)
@@ -111,8 +80,8 @@ def test_answers_and_their_end_tokens_are_scored_and_nothing_else(style, turns, 
 def test_end_token_that_is_also_the_pad_token_is_scored():
     tokenizer = tiny_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    labels = encode(tokenizer, conversation("user: Hi", "assistant: 4")).labels
-    assert labels[-2:].tolist() == [2, -100]  # <|im_end|> and the line end after it
+    labels = labels_in(encode(tokenizer, conversation("user: Hi", "assistant: 4")))
+    assert labels[-2:] == [2, -100]  # <|im_end|> and the line end after it
 
 
 @pytest.mark.parametrize(
@@ -148,12 +117,11 @@ def test_a_template_without_an_end_token_is_noticed(template, closes):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (GEMMA, r"file\.jsonl:7: .* refuses turns of system, assistant, .*: System role not supported; correct"),
         ("{{ messages[-1]['content'] }}", r"file\.jsonl:7: .* leaves out, repeats or rewrites turns"),
         (CHATML_TEMPLATE * 2, r"file\.jsonl:7: .* leaves out, repeats or rewrites turns"),
         (None, r"base\.model: .* has no chat template; use an instruction-tuned model"),
     ],
-    ids=["refused role", "lost answer", "doubled answer", "no template"],
+    ids=["lost answer", "doubled answer", "no template"],
 )
 def test_conversations_without_exact_labels_are_refused_in_one_line(template, message):
     with pytest.raises(UserError, match=message) as caught:

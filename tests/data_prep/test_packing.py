@@ -1,10 +1,12 @@
 """Packing: whole documents, each exactly once, in few rows."""
 
+import math
 import random
 
+import numpy as np
 import pytest
 
-from data_prep.packing import pack
+from data_prep.packing import pack, pack_in_windows
 
 
 def random_lengths(seed: int, count: int, capacity: int) -> list[int]:
@@ -62,3 +64,51 @@ def test_many_short_documents_fill_rows_almost_wholly(seed):
 )
 def test_longest_document_goes_first_and_into_the_fullest_row(lengths, rows):
     assert pack(lengths, 10) == rows
+
+
+def lognormal_lengths(count: int, capacity: int = 2048, seed: int = 0) -> np.ndarray:
+    """int32 [count]: median 200, sigma 1, cut at the capacity, as instruction data is."""
+    lengths = np.random.default_rng(seed).lognormal(math.log(200), 1, count)
+    return np.clip(np.ceil(lengths), 1, capacity).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        lognormal_lengths(20_000),
+        np.full(3000, 2048, np.int32),
+        np.ones(5000, np.int32),
+        np.zeros(0, np.int32),
+        np.array([7], np.int32),
+    ],
+    ids=["lognormal", "all full", "all short", "none", "one"],
+)
+def test_windows_hold_every_document_once_and_no_row_is_overfull(lengths):
+    rows = [row for stretch in pack_in_windows(lengths, 2048) for row in stretch]
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(row and lengths[row].sum() <= 2048 for row in rows)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_fill_rows_of_an_instruction_mix_to_98_percent(seed):
+    lengths = lognormal_lengths(20_000, seed=seed)
+    rows = sum(map(len, pack_in_windows(lengths, 2048)))
+    assert lengths.sum() / (rows * 2048) >= 0.98
+
+
+@pytest.mark.parametrize(("capacity", "count"), [(2048, 40_000), (16_384, 40_000), (64, 40_000)])
+def test_a_stretch_is_of_documents_that_follow_one_another_and_holds_a_bounded_number_of_tokens(capacity, count):
+    lengths = lognormal_lengths(count, capacity)
+    stretches = [sorted(index for row in rows for index in row) for rows in pack_in_windows(lengths, capacity)]
+    assert [index for stretch in stretches for index in stretch] == list(range(count))
+    assert len(stretches) > 1
+    bound = max(2**20, 256 * capacity)
+    assert all(bound - capacity < lengths[stretch].sum() <= bound for stretch in stretches[:-1])
+    assert lengths[stretches[-1]].sum() <= bound
+
+
+def test_rows_of_a_stretch_stand_in_the_order_of_their_longest_documents():
+    lengths = lognormal_lengths(20_000)
+    for stretch in pack_in_windows(lengths, 2048):
+        longest = [row[np.argmax(lengths[row])] for row in stretch]
+        assert longest == sorted(longest)

@@ -62,6 +62,7 @@ def test_manifest_counts_what_the_rows_hold(config_of, tokenizer):
         assert counts["fill_rate"] == pytest.approx(tokens / (len(rows) * 128), abs=1e-4)
         for index, task in enumerate(prepared.tasks):
             own = [document for document in documents if document["task_ids"][0] == index]
+            assert sum(counts["tasks"][task].pop("lengths")) == len(own)
             assert counts["tasks"][task] == {
                 "documents": {"train": {"sums": 10, "words": 6}, "held_out": {"sums": 2, "words": 2}}[split][task],
                 "truncated": 0,
@@ -69,7 +70,8 @@ def test_manifest_counts_what_the_rows_hold(config_of, tokenizer):
                 "tokens": sum(len(document["input_ids"]) for document in own),
                 "labelled_tokens": sum(int((document["labels"] >= 0).sum()) for document in own),
             }
-    assert manifest["dropped"] == {"sums": {}, "words": {}}
+        assert sum(counts["row_tokens"]) == len(rows)
+    assert manifest["removed"] == {"sums": {}, "words": {}}
 
 
 def test_held_out_documents_become_items_with_the_turns_before_the_last_answer(config_of, tokenizer):
@@ -95,10 +97,11 @@ def test_what_cannot_be_learned_from_is_dropped_and_counted_by_reason(config_of,
     turns = [no_answer, empty_answer, long_question, long_question, long_answer]
     config = config_of({"sums": SUMS, "words": [{"messages": t} for t in turns]}, seq_len=64, held_out=1e-9)
     manifest = prepare(config, tokenizer).manifest
-    assert manifest["dropped"] == {
-        "sums": {},
-        "words": {"empty_answer": 1, "no_assistant_turn": 1, "no_labels_after_truncation": 2},
-    }
+    removed = manifest["removed"]["words"]
+    counts = {reason: found["documents"] for reason, found in removed.items()}
+    assert manifest["removed"]["sums"] == {}
+    assert counts == {"empty_answer": 1, "no_assistant_turn": 1, "no_labels_after_cut": 2}
+    assert [place.rpartition(":")[2] for place in removed["no_labels_after_cut"]["first"]] == ["3", "4"]
     counts = manifest["splits"]["train"]["tasks"]["words"]
     assert (counts["documents"], counts["truncated"], counts["tokens"]) == (1, 1, 64)
     assert all((document["labels"] != -100).any() for document in documents_in(open_prepared(config, tokenizer).train))

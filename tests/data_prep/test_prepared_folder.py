@@ -1,31 +1,52 @@
 """The prepared folder: kept where it is up to date, made anew where it is not, and never left half written."""
 
+import multiprocessing
 import os
+import pkgutil
+import signal
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
+from transformers import AutoTokenizer
 
+from data_prep.config import DataConfig
 from data_prep.errors import UserError
-from data_prep.prepare import prepare
+from data_prep.fingerprint import tokenizer_files
+from data_prep.manifest import read_manifest
+from data_prep.plots import write_plots
+from data_prep.prepare import kept, prepare
 from data_prep.reader import open_prepared
+from data_prep.report import PrepareReport
 from tests.data_prep.conftest import SUMS, write_jsonl
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
+from trainer.base.source import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def refused(message: str, config, tokenizer) -> None:
-    """Preparation fails with one line, and nothing in the prepared folder or beside it has changed."""
+    """Preparation fails with one line, no worker is left, and nothing in the folder or beside it has changed."""
     before = snapshot(config.prepared_dir.parent)
     with pytest.raises(UserError, match=message) as caught:
         prepare(config, tokenizer)
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
     assert snapshot(config.prepared_dir.parent) == before
 
 
-def test_preparing_again_gives_the_same_bytes(config_of, tokenizer, tmp_path):
+def test_preparing_again_gives_the_same_bytes(config_of, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.prepare.write_plots", write_plots)
     config = config_of()
     prepare(config, tokenizer)
     first = snapshot(config.prepared_dir)
@@ -83,12 +104,13 @@ def test_a_failure_leaves_the_folder_as_it_was(config_of, tokenizer, prepared_be
     refused(message, config_of(**keys), tokenizer)
 
 
-def test_a_full_disk_leaves_the_old_set(config_of, tokenizer, monkeypatch):
+@pytest.mark.parametrize("place", ["Spool.add", "write_rows", "write_manifest"])
+def test_a_full_disk_leaves_the_old_set(config_of, tokenizer, monkeypatch, place):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
     prepare(config_of(), tokenizer)
-    monkeypatch.setattr("data_prep.prepare.write_manifest", fail)
+    monkeypatch.setattr(f"data_prep.prepare.{place}", fail)
     refused(r"^data\.prepared_dir: cannot write .*No space left", config_of(seq_len=64), tokenizer)
 
 
@@ -98,3 +120,348 @@ def test_a_folder_of_other_files_and_a_file_are_refused(config_of, tokenizer, tm
     refused(r"holds files but no prepared set", config_of(prepared_dir=tmp_path / "thesis"), tokenizer)
     chapter = tmp_path / "thesis" / "chapter.tex"
     refused(r"chapter\.tex is a file; give a folder", config_of(prepared_dir=chapter), tokenizer)
+
+
+# Kept without a tokenizer
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """The folder of a model, as far as its tokenizer goes."""
+    folder = tmp_path / "base"
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+@pytest.fixture
+def folder_config(tmp_path) -> DataConfig:
+    """The data section for a folder of two files, with a chat template of its own."""
+    (tmp_path / "sums").mkdir()
+    write_jsonl(tmp_path / "sums" / "a.jsonl", SUMS[:6])
+    write_jsonl(tmp_path / "sums" / "b.jsonl", SUMS[6:])
+    (tmp_path / "own.jinja").write_text(CHATML_TEMPLATE.replace("SmolLM", "Own"))
+    return DataConfig(
+        prepared_dir=tmp_path / "prepared",
+        sources=[{"type": "files", "task": "sums", "path": tmp_path / "sums"}],
+        seq_len=128, held_out=2, chat_template=tmp_path / "own.jinja",
+    )  # fmt: skip
+
+
+def prepare_as_the_command(config: DataConfig, base: Path) -> tuple[PrepareReport, bool]:
+    """What `teamlora prepare` does, and whether it needed a tokenizer."""
+    files = tokenizer_files(base, config)
+    report = kept(config, files)
+    if report is not None:
+        return report, False
+    model = SimpleNamespace(model=str(base), trust_remote_code=False)
+    return prepare(config, load_tokenizer(model, config.chat_template), files), True
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_an_unchanged_set_is_kept_without_reading_a_tokenizer(folder_config, base):
+    report, loaded = prepare_as_the_command(folder_config, base)
+    assert loaded and not report.reused
+    before = snapshot(folder_config.prepared_dir)
+    report, loaded = prepare_as_the_command(folder_config, base)
+    assert report.reused and not loaded
+    assert snapshot(folder_config.prepared_dir) == before
+    assert "is unchanged and was kept" in str(report)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tmp: edit(tmp / "base" / "tokenizer.json", '"<|im_start|>"', '"<|im_begin|>"'),
+        lambda tmp: edit(tmp / "base" / "tokenizer_config.json", "<|im_end|>", "<|endoftext|>"),
+        lambda tmp: edit(tmp / "own.jinja", "Own", "Mine"),
+        lambda tmp: edit(tmp / "sums" / "b.jsonl", "What is 7", "What's 7"),
+        lambda tmp: write_jsonl(tmp / "sums" / "c.jsonl", SUMS[:1]),
+        lambda tmp: (tmp / "sums" / "b.jsonl").unlink(),
+        lambda tmp: (tmp / "sums" / "b.jsonl").rename(tmp / "sums" / "0.jsonl"),
+    ],
+    ids=["vocabulary", "end token", "template", "source", "source added", "source removed", "source renamed"],
+)
+def test_what_can_change_the_rows_has_them_made_anew(folder_config, base, tmp_path, change):
+    prepare_as_the_command(folder_config, base)
+    change(tmp_path)
+    assert kept(folder_config, tokenizer_files(base, folder_config)) is None
+    if "im_begin" in (base / "tokenizer.json").read_text():
+        return  # no longer a tokenizer for this template
+    report, loaded = prepare_as_the_command(folder_config, base)
+    assert loaded and not report.reused
+
+
+@pytest.mark.parametrize(
+    ("change", "needs_tokenizer"),
+    [
+        (lambda tmp: os.utime(tmp / "base" / "tokenizer.json", (1, 1)), False),
+        (lambda tmp: os.utime(tmp / "sums" / "a.jsonl", (1, 1)), False),
+        (lambda tmp: (tmp / "base" / "model.safetensors").write_bytes(b"weights"), False),
+        (lambda tmp: (tmp / "base" / "chat_template.jinja").write_text("{{ 1 }}"), True),
+        (lambda tmp: (tmp / "sums" / ".hidden.jsonl").write_text("{"), False),
+    ],
+    ids=["time of a tokenizer file", "time of a source", "weights", "the tokenizer's own template", "hidden file"],
+)
+def test_what_cannot_change_the_rows_keeps_them(folder_config, base, tmp_path, change, needs_tokenizer):
+    prepare_as_the_command(folder_config, base)
+    change(tmp_path)
+    report, loaded = prepare_as_the_command(folder_config, base)
+    assert report.reused and loaded is needs_tokenizer
+
+
+def test_a_set_is_not_kept_for_another_configuration_or_where_there_is_none(folder_config, base):
+    files = tokenizer_files(base, folder_config)
+    assert kept(folder_config, files) is None
+    prepare_as_the_command(folder_config, base)
+    assert kept(folder_config.model_copy(update={"seq_len": 96}), files) is None
+    assert kept(folder_config.model_copy(update={"chat_template": None}), files) is None
+    (folder_config.prepared_dir / "manifest.json").write_text("{")
+    assert kept(folder_config, files) is None
+
+
+def test_the_recipes_chat_template_is_that_of_the_rows_and_of_the_tokenizer(folder_config, base):
+    prepare_as_the_command(folder_config, base)
+    model = SimpleNamespace(model=str(base), trust_remote_code=False)
+    tokenizer = load_tokenizer(model, folder_config.chat_template)
+    assert AutoTokenizer.from_pretrained(base).chat_template == CHATML_TEMPLATE
+    assert tokenizer.chat_template == folder_config.chat_template.read_text() != CHATML_TEMPLATE
+    row = open_prepared(folder_config, tokenizer).train[0]
+    assert tokenizer.decode(row["input_ids"]).startswith("<|im_start|>system\nYou are a helpful AI assistant named Own")
+    with pytest.raises(UserError, match=r"was prepared with another chat template"):
+        open_prepared(folder_config, load_tokenizer(model))
+
+
+@pytest.mark.parametrize("prepared_before", [False, True], ids=["first time", "over a set"])
+def test_a_chat_template_that_cannot_be_read_is_told_by_its_key(folder_config, base, prepared_before):
+    if prepared_before:
+        prepare_as_the_command(folder_config, base)
+    folder_config.chat_template.unlink()
+    with pytest.raises(UserError, match=r"^data\.chat_template: cannot read .*own\.jinja .*; expected a") as caught:
+        prepare_as_the_command(folder_config, base)
+    assert "\n" not in str(caught.value)
+
+
+# Killed, interrupted, and two at once
+
+fork = multiprocessing.get_context("fork")
+
+
+def in_a_process(target: Callable[[], None]) -> Any:
+    """A process that runs `target`, in a group of its own as a shell's commands are."""
+
+    def run() -> None:
+        os.setpgid(0, 0)
+        target()
+
+    process = fork.Process(target=run)
+    process.start()
+    return process
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def call_before(place: str, action: Callable[[], None], call: int = 1) -> None:
+    """Has the `call`-th call of a function, by its dotted name, do `action` first."""
+    owner, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*arguments: Any, **keys: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            action()
+        return original(*arguments, **keys)
+
+    setattr(owner, name, wrapped)
+
+
+def leftovers(config: DataConfig) -> list[str]:
+    return [path.name for path in config.prepared_dir.parent.iterdir() if path.name.endswith(".partial")]
+
+
+KILLED_AT = {  # what is about to be called, and which call of it
+    "encoding": ("data_prep.prepare.Spool.add", 1),
+    "splitting": ("data_prep.prepare.split_documents", 1),
+    "writing rows": ("data_prep.prepare.write_rows", 2),
+    "manifest": ("data_prep.prepare.write_manifest", 1),
+    "report": ("data_prep.prepare.write_report", 1),
+    "flushing": ("data_prep.storage._flush", 1),
+    "first rename": ("data_prep.storage.Path.rename", 1),
+    "second rename": ("data_prep.storage.Path.rename", 2),
+    "tidying up": ("data_prep.storage.shutil.rmtree", 1),
+}
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_a_killed_preparation_leaves_the_old_set_or_none_and_no_process(config_of, tokenizer, tmp_path, moment):
+    old, new = config_of(), config_of(seq_len=96)
+    prepare(old, tokenizer)
+    pids = tmp_path / "pids"
+
+    def die() -> None:
+        pids.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def target() -> None:
+        place, call = KILLED_AT[moment]
+        if moment == "tidying up":  # the first removal once the new set is in place
+            call_before("data_prep.storage.Path.rename", lambda: call_before(place, die), call=2)
+        else:
+            call_before(place, die, call)
+        prepare(new, tokenizer)
+
+    process = in_a_process(target)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    workers = [int(pid) for pid in pids.read_text().split()]
+    assert moment != "encoding" or len(workers) == len(os.sched_getaffinity(0))
+    try:
+        wait_until(lambda: not any(map(is_running, workers)))
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
+
+    assert leftovers(new)
+    if moment == "tidying up":
+        assert len(open_prepared(new, tokenizer).items) == 4
+    else:
+        with pytest.raises(UserError, match="run `teamlora prepare"):
+            open_prepared(new, tokenizer)
+    if moment not in ("second rename", "tidying up"):
+        assert len(open_prepared(old, tokenizer).items) == 4
+    report = prepare(new, tokenizer)
+    assert report.reused == (moment == "tidying up")
+    assert not leftovers(new)
+    assert open_prepared(new, tokenizer).manifest == read_manifest(new.prepared_dir)
+    assert all(len(row["input_ids"]) <= 96 for row in open_prepared(new, tokenizer).train)
+
+
+def test_a_killed_first_preparation_leaves_no_set(config_of, tokenizer):
+    config = config_of()
+
+    def target() -> None:
+        call_before("data_prep.storage._flush", lambda: os.kill(os.getpid(), signal.SIGKILL))
+        prepare(config, tokenizer)
+
+    process = in_a_process(target)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(UserError, match=r"^data\.prepared_dir: no prepared set in"):
+        open_prepared(config, tokenizer)
+    prepare(config, tokenizer)
+    assert len(open_prepared(config, tokenizer).items) == 4 and not leftovers(config)
+
+
+def test_leftovers_of_other_folders_are_left_alone(config_of, tokenizer, tmp_path):
+    others = [tmp_path / name for name in (".prepared2.0a0a.partial", ".other.0a0a.partial", "prepared.partial")]
+    for other in others:
+        other.mkdir()
+    prepare(config_of(), tokenizer)
+    assert all(other.is_dir() for other in others)
+
+
+def test_a_second_preparation_waits_says_so_and_keeps_the_firsts_set(config_of, tokenizer):
+    config, go_on, inside, said = config_of(), fork.Event(), fork.Event(), []
+
+    def wait() -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    def target() -> None:
+        call_before("data_prep.prepare.write_manifest", wait)
+        prepare(config, tokenizer)
+
+    def say(text: str) -> None:
+        said.append(text)
+        go_on.set()
+
+    process = in_a_process(target)
+    assert inside.wait(30)
+    report = prepare(config, tokenizer, say=say)
+    process.join(30)
+    assert (process.exitcode, report.reused) == (0, True)
+    assert said == [f"waiting: another process prepares {config.prepared_dir}"]
+    assert not leftovers(config)
+
+
+def test_a_second_preparation_takes_over_where_the_first_is_killed(config_of, tokenizer):
+    config, inside, said = config_of(), fork.Event(), []
+
+    def target() -> None:
+        call_before("data_prep.prepare.Spool.add", lambda: (inside.set(), time.sleep(60)))
+        prepare(config, tokenizer)
+
+    def say(text: str) -> None:
+        said.append(text)
+        process.kill()
+
+    process = in_a_process(target)
+    assert inside.wait(30)
+    report = prepare(config, tokenizer, say=say)
+    assert len(said) == 1 and not report.reused and not leftovers(config)
+    process.join(30)
+
+
+MANY = [{"instruction": f"What is {i}? " * 20, "output": str(i)} for i in range(4000)]
+
+
+@pytest.mark.parametrize("moment", ["reading", "taking in", "writing"])
+def test_ctrl_c_ends_it_at_once_and_without_a_word_from_the_workers(config_of, tokenizer, tmp_path, moment):
+    config = config_of({"sums": MANY}, seq_len=512)
+    errors, inside = tmp_path / "errors", fork.Event()
+    place = {"reading": "encode_blocks", "taking in": "Spool.add", "writing": "write_rows"}[moment]
+
+    def wait() -> None:
+        inside.set()
+        if moment != "reading":  # which goes on while we ask
+            time.sleep(10)
+
+    def target() -> None:
+        sys.stdout = sys.stderr = errors.open("w", buffering=1)
+        for stream in (1, 2):
+            os.dup2(sys.stderr.fileno(), stream)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        call_before(f"data_prep.prepare.{place}", wait)
+        try:
+            prepare(config, tokenizer)
+        except KeyboardInterrupt:
+            os._exit(3 if not multiprocessing.active_children() else 4)
+
+    process = in_a_process(target)
+    assert inside.wait(30)
+    time.sleep(0.5 if moment == "taking in" else 0.05)  # until the workers wait for more, or while they work
+    children = psutil.Process(process.pid).children()
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group
+    process.join(30)
+    assert process.exitcode == 3  # interrupted, and no worker left
+    assert time.monotonic() - started < 3
+    assert not any(is_running(child.pid) for child in children)
+    assert errors.read_text() == ""
+    assert not leftovers(config) and not config.prepared_dir.exists()
+
+
+def _killed(block: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_told_in_one_line(config_of, tokenizer, monkeypatch):
+    monkeypatch.setattr("data_prep.workers._encode", _killed)
+    refused(r"^data\.sources: a worker process was killed, most likely for want of mem.*; free", config_of(), tokenizer)

@@ -1,81 +1,141 @@
 """The held-out split: the size that is asked for, no leak into training, and stable when data is added."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from data_prep.documents import Document
-from data_prep.encode import Encoded
+from data_prep.config import DataConfig
 from data_prep.errors import UserError
-from data_prep.split import split_documents
+from data_prep.split import Split, split_documents
+from tests.data_prep.documents import described
+
+TASKS = ["sums", "words"]
 
 
-def document(text: str, task: str = "sums") -> Encoded:
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "4"}]
-    ids = np.arange(3, dtype=np.int32)
-    return Encoded(Document(task, messages, "file:1"), ids, ids, truncated=False)
+def config(held_out: float | int, **cleaning: str) -> DataConfig:
+    sources = [{"type": "files", "task": task, "path": f"{task}.jsonl"} for task in TASKS]
+    return DataConfig(prepared_dir=Path("unused"), sources=sources, seq_len=8, held_out=held_out, cleaning=cleaning)
 
 
-def documents(count: int, task: str = "sums") -> list[Encoded]:
-    return [document(f"{task} {i}", task) for i in range(count)]
+class Scene:
+    """Texts of both tasks, split; `side` tells each text's places as "task text" lists."""
+
+    def __init__(self, sums: list[str], words: list[str], held_out: float | int, seed: int = 0, **cleaning: str):
+        self.texts = [f"sums {text}" for text in sums] + [f"words {text}" for text in words]
+        every = np.concatenate([described(sums, 0, seed), described(words, 1, seed)])
+        self.split: Split = split_documents(every, config(held_out, **cleaning))
+
+    def at(self, indices: np.ndarray) -> list[str]:
+        return [self.texts[index] for index in indices]
+
+    @property
+    def train(self) -> list[str]:
+        return self.at(self.split.train)
+
+    @property
+    def held_out(self) -> list[str]:
+        return self.at(self.split.held_out)
+
+    @property
+    def removed(self) -> dict[str, list[str]]:
+        return {reason: self.at(which) for reason, which in self.split.removed.items()}
 
 
-def texts(encoded: list[Encoded]) -> list[str]:
-    return [each.document.messages[0]["content"] for each in encoded]
+def numbers(count: int, start: int = 0) -> list[str]:
+    return [f"n{i}" for i in range(start, start + count)]
+
+
+NOTHING = {"duplicate": [], "duplicate_of_held_out": []}
 
 
 def test_a_count_is_kept_per_task_and_the_rest_trains_in_order():
-    every = documents(20) + documents(30, "words")
-    split = split_documents(every, 5, seed=0)
-    assert sum(text.startswith("sums") for text in texts(split.held_out)) == 5
-    assert sum(text.startswith("words") for text in texts(split.held_out)) == 5
-    held_out = set(texts(split.held_out))
-    assert texts(split.train) == [text for text in texts(every) if text not in held_out]
-    assert split.dropped == []
+    scene = Scene(numbers(20), numbers(30, start=100), held_out=5)
+    assert [sum(text.startswith(task) for text in scene.held_out) for task in TASKS] == [5, 5]
+    assert scene.train == [text for text in scene.texts if text not in set(scene.held_out)]
+    assert scene.removed == NOTHING
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5])
 def test_a_fraction_is_kept_within_five_standard_deviations(fraction):
-    kept = len(split_documents(documents(4000), fraction, seed=0).held_out)
+    kept = len(Scene(numbers(4000), [], fraction).held_out)
     assert abs(kept - 4000 * fraction) < 5 * (4000 * fraction * (1 - fraction)) ** 0.5
 
 
 @pytest.mark.parametrize("held_out", [5, 0.2])
 def test_the_split_is_a_function_of_the_seed(held_out):
-    first, again, other = (split_documents(documents(100), held_out, seed) for seed in (1, 1, 2))
-    assert texts(first.held_out) == texts(again.held_out) != texts(other.held_out)
+    first, again, other = (Scene(numbers(100), numbers(100), held_out, seed).held_out for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_a_fraction_stays_put_when_data_is_added_or_reordered():
-    before = texts(split_documents(documents(100), 0.2, seed=0).held_out)
-    more = documents(50, "words") + documents(140)[::-1]
-    after = texts(split_documents(more, 0.2, seed=0).held_out)
-    old = set(texts(documents(100)))
+    before = Scene(numbers(100), [], 0.2).held_out
+    after = Scene(numbers(140)[::-1], numbers(50, start=200), 0.2).held_out
+    old = {f"sums {text}" for text in numbers(100)}
     assert sorted(text for text in after if text in old) == sorted(before)
 
 
 def test_a_count_never_holds_out_what_it_trained_on_before_data_was_added():
-    before = split_documents(documents(100), 10, seed=0)
-    after = split_documents(documents(140) + documents(50, "words"), 10, seed=0)
-    assert not set(texts(after.held_out)) & set(texts(before.train))
+    before = Scene(numbers(100), numbers(50, start=200), 10)
+    after = Scene(numbers(140), numbers(90, start=200), 10)
+    assert len(after.held_out) == 20
+    assert not set(after.held_out) & set(before.train)
 
 
-def test_no_held_out_document_trains_under_any_task():
-    shared = [document(f"sums {i % 20}", task) for i in range(40) for task in ("a", "b")]
-    spaced = [document(f" sums {i}\n", task="a") for i in range(20)]
-    split = split_documents(shared + spaced, 5, seed=0)
-    held_out = {text.strip() for text in texts(split.held_out)}
-    assert not held_out & {text.strip() for text in texts(split.train)}
-    assert len(split.train) + len(split.held_out) + len(split.dropped) == 100
-    assert {dropped.reason for dropped in split.dropped} == {"duplicate_of_held_out"}
+@pytest.mark.parametrize("duplicates", ["drop", "keep"])
+@pytest.mark.parametrize("held_out", [5, 0.3])
+def test_no_held_out_document_trains_under_any_task(held_out, duplicates):
+    shared = numbers(20) * 2 + [f" {text}\n" for text in numbers(20)]
+    scene = Scene(shared, numbers(20) + numbers(20), held_out, duplicates=duplicates)
+    held_out_texts = {text.split()[1] for text in scene.held_out}
+    assert held_out_texts
+    assert not held_out_texts & {text.split()[1] for text in scene.train}
+    assert len(scene.train) + len(scene.held_out) + sum(map(len, scene.removed.values())) == 100
+    assert {text.split()[1] for text in scene.removed["duplicate_of_held_out"]} == held_out_texts
+    assert len(set(scene.held_out)) == len(scene.held_out)  # not twice under the same task
 
 
-def test_copies_within_training_stay_and_count_once_for_the_size():
-    split = split_documents([document(f"{i}") for i in range(10)] * 3, 4, seed=0)
-    assert len(set(texts(split.held_out))) == len(split.held_out) == 4
-    assert len(split.train) == 3 * 6
-    assert len(split.dropped) == 2 * 4
+@pytest.mark.parametrize(("duplicates", "copies_left"), [("drop", 1), ("keep", 3)])
+def test_copies_within_training_go_or_stay_as_asked_and_count_once_for_the_size(duplicates, copies_left):
+    scene = Scene(numbers(10) * 3, numbers(7, start=100), 4, duplicates=duplicates)
+    held_out, train = ([t for t in texts if t.startswith("sums")] for texts in (scene.held_out, scene.train))
+    assert len(set(held_out)) == len(held_out) == 4
+    assert sorted(train) == sorted(list(set(train)) * copies_left) and len(set(train)) == 6
+    assert len(scene.removed["duplicate_of_held_out"]) == 2 * 4
+    assert len(scene.removed["duplicate"]) == (3 - copies_left) * 6
+
+
+def test_of_copies_the_first_in_the_sources_stays():
+    scene = Scene(numbers(10) * 2, numbers(10, start=100), 2)
+    assert max(scene.split.train[scene.split.train < 20]) < 10
+    assert min(scene.split.removed["duplicate"]) >= 10
+
+
+def test_copies_in_different_tasks_stay_in_training():
+    scene = Scene(numbers(50), numbers(50), 0.2)
+    assert len(scene.train) + len(scene.held_out) == 100 and scene.removed == NOTHING
+    for texts in (scene.train, scene.held_out):
+        of_sums, of_words = ({t.split()[1] for t in texts if t.startswith(task)} for task in TASKS)
+        assert of_sums == of_words
+
+
+@pytest.mark.parametrize("held_out", [5, 0.3])
+def test_all_pieces_of_a_document_are_on_one_side_and_the_count_is_of_documents(held_out):
+    texts = numbers(30)
+    pieces = np.concatenate([described(texts, 0, pieces=3), described(texts, 0, pieces=3), described(["w"] * 9, 1)])
+    pieces["low"][-9:] += np.arange(9, dtype=np.uint64)  # nine different words
+    split = split_documents(pieces, config(held_out))
+    sums = np.arange(len(pieces)) < 180
+    sides = {name: set(indices.tolist()) for name, indices in (("train", split.train), ("held_out", split.held_out))}
+    for number in range(30):
+        first, copy = ({3 * number + offset + piece for piece in range(3)} for offset in (0, 90))
+        assert first <= sides["train"] or first <= sides["held_out"]
+        reason = "duplicate" if first <= sides["train"] else "duplicate_of_held_out"
+        assert copy <= set(split.removed[reason].tolist())
+    if held_out == 5:
+        assert np.count_nonzero(sums[split.held_out]) == 5 * 3
 
 
 def test_more_held_out_documents_than_there_are_is_refused():
     with pytest.raises(UserError, match=r"^data\.held_out: 3 documents per task, but task 'sums' has 3 different ones"):
-        split_documents(documents(3) * 2, 3, seed=0)
+        Scene(numbers(3) * 2, numbers(9), 3)

@@ -39,7 +39,7 @@ def recipe(base: Path, stage: int = 3, **changes: Any) -> Recipe:
         "data": {
             "prepared_dir": "unused",
             "seq_len": 64,
-            "sources": [{"type": "jsonl", "task": task, "path": "unused"} for task in TASKS],
+            "sources": [{"type": "files", "task": task, "path": "unused"} for task in TASKS],
         },
         "train": {
             "steps": STEPS,

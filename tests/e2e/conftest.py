@@ -56,7 +56,7 @@ def make_workplace(folder: Path) -> Workplace:
             "prepared_dir": "prepared",
             "seq_len": 96,
             "held_out": 5,
-            "sources": [{"type": "jsonl", "task": task, "path": f"{task}.jsonl"} for task in ("upper", "twice")],
+            "sources": [{"type": "files", "task": task, "path": f"{task}.jsonl"} for task in ("upper", "twice")],
         },
         "train": {"steps": 4, "global_batch_size": 4, "learning_rate": 1e-3, "warmup_ratio": 0.25, "eval_every": 2},
         "deepspeed": {"config": str(REPOSITORY / "ds_configs" / "single.json")},

@@ -96,7 +96,7 @@ def test_prepare_refuses(case, workplace, edited, monkeypatch, capsys):
     monkeypatch.chdir(workplace.folder)
     content, expected = PREPARE[case]
     (workplace.folder / "broken.jsonl").write_text(content)
-    sources = [{"type": "jsonl", "task": "broken", "path": "broken.jsonl"}]
+    sources = [{"type": "files", "task": "broken", "path": "broken.jsonl"}]
     recipe = edited(data__sources=sources, data__prepared_dir="refused")
     assert expected in mistake(["prepare", recipe], capsys)
     assert not (workplace.folder / "refused").exists()

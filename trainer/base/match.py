@@ -14,8 +14,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from data_prep.errors import UserError
 from trainer.base.fingerprint import fingerprint
+from trainer.base.folder import resolve_folder
 from trainer.base.packing import check_packing
-from trainer.base.source import parse_config, resolve_folder
+from trainer.base.source import parse_config
 from trainer.base.weights import BYTES, Weights
 
 if TYPE_CHECKING:

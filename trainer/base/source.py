@@ -15,15 +15,13 @@ from transformers import (
 )
 
 from data_prep.errors import UserError
+from trainer.base.folder import one_line, resolve_folder
 from trainer.base.weights import safetensors_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainer.recipe import BaseModelConfig
-
-# Pickles and other formats stay where they are; code only on demand.
-FROM_THE_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def parse_config(base: "BaseModelConfig") -> PretrainedConfig:
@@ -42,28 +40,11 @@ def parse_config(base: "BaseModelConfig") -> PretrainedConfig:
     return config
 
 
-def resolve_folder(base: "BaseModelConfig") -> Path:
-    """The local folder of `base.model`, fetched from the Hub where it is an id and not a folder.
-
-    Raises UserError where it is neither, or cannot be fetched.
-    """
-    folder = Path(base.model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"base.model: {folder} has no config.json; expected the folder of a transformers model")
-        return folder
-    if folder.is_file():
-        raise UserError(f"base.model: {folder} is a file; expected a folder with config.json and *.safetensors")
-    if base.model.startswith(("/", ".", "~")) or base.model.count("/") > 1:
-        raise UserError(f"base.model: folder {base.model} does not exist; expected a folder or a Hub id")
-    return _fetch(base)
-
-
-def load_tokenizer(base: "BaseModelConfig") -> "PreTrainedTokenizerBase":
+def load_tokenizer(base: "BaseModelConfig", chat_template: Path | None = None) -> "PreTrainedTokenizerBase":
     """The model's tokenizer, with a pad token: its own, else the end token, else the unknown token.
 
-    The vocabulary stays as it is. A pad equal to the end token is harmless here: labels and documents go by
-    position, never by token id.
+    chat_template: a Jinja file in place of the tokenizer's own (data.chat_template). The vocabulary stays as it is.
+    A pad equal to the end token is harmless here: labels and documents go by position, never by token id.
     """
     folder = resolve_folder(base)
     try:
@@ -73,6 +54,8 @@ def load_tokenizer(base: "BaseModelConfig") -> "PreTrainedTokenizerBase":
             f"base.model: {folder} has no tokenizer that transformers can read ({one_line(error)}); "
             "expected tokenizer.json beside the weights"
         ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -80,19 +63,11 @@ def load_tokenizer(base: "BaseModelConfig") -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _fetch(base: "BaseModelConfig") -> Path:
-    from huggingface_hub import snapshot_download
-
-    code = ["*.py"] if base.trust_remote_code else []
+def _read_template(path: Path) -> str:
     try:
-        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=FROM_THE_HUB + code))
-    except Exception as error:  # many kinds: no network, no such id, no access, a malformed id
-        revision = f" at revision {base.revision}" if base.revision else ""
-        raise UserError(
-            f"base.model: no folder {base.model} here, and it could not be fetched from the Hub{revision}: "
-            f"{type(error).__name__} ({one_line(error)}); "
-            "give a local folder, or check the id and the network"
-        ) from error
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.chat_template: cannot read {path} ({error}); expected a Jinja file in UTF-8") from error
 
 
 def _parse(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -143,8 +118,3 @@ def _check_attention(attention: str) -> None:
             "base.attention: flash_attention_2 needs a CUDA GPU and the package flash-attn; "
             "install it, or set base.attention: sdpa"
         )
-
-
-def one_line(error: Exception) -> str:
-    """The text of an exception on one line, shortened."""
-    return " ".join(str(error).split())[:200]

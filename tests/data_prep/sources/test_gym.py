@@ -4,14 +4,15 @@ import pytest
 
 from data_prep.config import ReasoningGymSource
 from data_prep.errors import UserError
-from data_prep.gym import read_generator
+from data_prep.sources.gym import Generator
 
 ARITHMETIC = {"min_terms": 2, "max_terms": 2, "max_digits": 1, "operators": ["+"], "allow_parentheses": False}
 
 
 def read(generator="basic_arithmetic", **keys):
     source = {"type": "reasoning_gym", "task": "sums", "generator": generator, "count": 5, **keys}
-    return list(read_generator(ReasoningGymSource(**source), "data.sources.2"))
+    generator_of = Generator(ReasoningGymSource(**source), "data.sources.2")
+    return [generator_of.document(index, f"{generator}[{index}]") for index in range(source["count"])]
 
 
 def contents(documents):

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-from collections.abc import Iterator
 from typing import Any
 
 from data_prep.config import QUESTION, ReasoningGymSource
@@ -12,21 +11,25 @@ from data_prep.documents import Document
 from data_prep.errors import UserError
 
 
-def read_generator(source: ReasoningGymSource, key: str) -> Iterator[Document]:
-    """`source.count` documents, the same ones for the same seed and options.
+class Generator:
+    """One of reasoning-gym's generators, as a source describes it.
 
-    An entry whose generator knows no single answer gets an empty one, which preparation drops and counts.
-    `key` is the recipe's key of the source, for errors. Raises UserError for an unknown generator and for options
-    that the generator refuses, when set or when it generates.
+    `key` is the recipe's key of the source, for errors. Raises UserError for an unknown generator and for options that
+    the generator refuses, when set or when it generates.
     """
-    generator = _build(source, key)
-    for index in range(source.count):
-        question, answer = _entry(generator, index, source, key)
+
+    def __init__(self, source: ReasoningGymSource, key: str) -> None:
+        self._source, self._key = source, key
+        self._entries = _build(source, key)
+
+    def document(self, index: int, origin: str) -> Document:
+        """Entry `index`, the same for the same seed and options; without an answer where the generator knows none."""
+        question, answer = _entry(self._entries, index, self._source, self._key)
         messages = [
-            {"role": "user", "content": source.prompt.replace(QUESTION, question)},
+            {"role": "user", "content": self._source.prompt.replace(QUESTION, question)},
             {"role": "assistant", "content": answer},
         ]
-        yield Document(source.task, messages, f"{source.generator}[{index}]")
+        return Document(self._source.task, messages, origin, "reasoning-gym")
 
 
 def _build(source: ReasoningGymSource, key: str) -> Any:

@@ -1,0 +1,54 @@
+"""Rows of a source in blocks, as they travel from the process that reads to those that parse and tokenise."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_ROWS = 256
+_SIZE = 2**21  # characters or bytes; a block of long rows holds fewer of them
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that its reader could not make out, and why, for a person."""
+
+    why: str
+
+
+# what a reader yields: the row's number, and the row: a line of JSON, a record, or what kept it from being one
+Row = tuple[int, bytes | dict[str, Any] | Unreadable]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of one file or generator, in its order."""
+
+    source: int  # index into data.sources
+    place: str  # the file, dataset or generator
+    by_line: bool  # whether numbers count lines of text from 1, or records from 0
+    rows: list[Row]
+
+    def origin(self, number: int) -> str:
+        """Where a person finds a row: "file:line" or "file[record]"."""
+        return f"{self.place}:{number}" if self.by_line else f"{self.place}[{number}]"
+
+
+def in_blocks(source: int, place: str, by_line: bool, rows: Iterator[Row]) -> Iterator[Block]:
+    """The rows in blocks small enough for memory not to matter."""
+    block, size = [], 0
+    for row in rows:
+        block.append(row)
+        size += _size(row[1])
+        if len(block) == _ROWS or size >= _SIZE:
+            yield Block(source, place, by_line, block)
+            block, size = [], 0
+    if block:
+        yield Block(source, place, by_line, block)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 8

@@ -1,0 +1,216 @@
+"""Rows of text files: JSON lines, a JSON array, CSV, TSV, plain text."""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from data_prep.errors import UserError
+from data_prep.sources.blocks import Row, Unreadable
+
+DEEPEST = 100  # lists and objects within one another
+
+_LARGEST = 2**26  # bytes of one plain text, or of one string in an array
+_CHUNK = 2**20  # bytes read at once
+_BLANK = b" \t\r\n"  # to JSON
+_UP_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)  # or up to a string without end
+_ZERO_BYTE = "holds a zero byte, so it is no text; remove the byte"
+
+
+def refuse_other_encodings(start: bytes, path: str) -> None:
+    """Raises UserError where a file that begins with `start` is no UTF-8 text."""
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{path}:1: the file is UTF-16; save it as UTF-8")
+    if b"\0" in start[:64]:
+        raise UserError(f"{path}:1: the file holds zero bytes, so it is no text; save it as UTF-8 text")
+
+
+def json_lines(file: BinaryIO) -> Iterator[Row]:
+    """Lines as bytes, numbered from 1; parse_object reads them. Blank ones are passed over."""
+    for number, line in enumerate(file, start=1):
+        if line.strip() not in (b"", codecs.BOM_UTF8):
+            yield number, line
+
+
+def parse_object(text: bytes, origin: str, expected: str = "one JSON object a line") -> dict[str, Any]:
+    """The JSON object that `text` is. Raises UserError where it is no single one, or one with a key twice."""
+    try:
+        record = json.loads(text.decode("utf-8-sig"), object_pairs_hook=without_repeats)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin}: {_no_utf8(text[error.start])}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not JSON ({_json_cause(error)}); expected {expected}, correct it") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{origin}: not a JSON object; expected {expected}, correct it")
+    return record
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of those keys and values. Raises ValueError where a key is there twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"key {repeated([name for name, _ in pairs])!r} is there twice")
+    return record
+
+
+def repeated(names: list[str]) -> str | None:
+    """The first name that is there twice, if one is."""
+    return next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
+
+
+def json_array(file: BinaryIO, path: str) -> Iterator[Row]:
+    """Objects of one array, numbered from 0, few in memory at a time.
+
+    Raises UserError for the first element that is no object, since nothing tells where the one after it begins.
+    """
+    for number, element in enumerate(_elements(file, path)):
+        yield number, parse_object(element, f"{path}[{number}]", "one array of JSON objects")
+
+
+def table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
+    """Records of a CSV or TSV file with a header, by the line they begin at. Raises UserError where it is damaged."""
+    csv.field_size_limit(sys.maxsize)  # the csv module keeps this for all readers; its default is 128 KiB
+    # Bytes that are not UTF-8 become lone surrogates, so that only the rows that hold them are bad.
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for values in lines:
+            if not header:
+                header = _checked_header(values, f"{path}:{start}")
+            elif values:
+                why = _not_a_row(values, header)
+                yield start, Unreadable(why) if why else dict(zip(header, values, strict=True))
+            start = lines.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{start}: not a table ({error}); correct the row or its quotes") from error
+
+
+def plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
+    """Documents of plain text as {"text": ...}, by the line they begin at; blank ones are passed over."""
+    if sample_by == "document":
+        content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise UserError(f"{path}: over {_LARGEST >> 20} MiB in one document; set sample_by: paragraph or line")
+        samples = iter([(1, content)])
+    elif sample_by == "line":
+        samples = enumerate(file, start=1)
+    else:
+        samples = _paragraphs(file)
+    for number, content in samples:
+        try:
+            text = content.decode("utf-8-sig").replace("\r\n", "\n").strip("\n")  # indentation stays
+        except UnicodeDecodeError as error:
+            yield number, Unreadable(_no_utf8(content[error.start]))
+            continue
+        if "\0" in text:
+            yield number, Unreadable(_ZERO_BYTE)
+        elif text.strip():
+            yield number, {"text": text}
+
+
+def _elements(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """The lists and objects of an array, as they stand. Raises UserError where anything else is in or after it."""
+    pieces = _pieces(file, path)
+    next(pieces)  # ends with the bracket that opens the array
+    parts: list[bytes] = []
+    depth = count = 0
+    for before, bracket in pieces:
+        if not bracket:
+            raise UserError(f"{path}[{count}]: the array has no end; the file is cut off or a quote is missing")
+        if depth:
+            parts += before, bracket
+        else:
+            before = before.strip(_BLANK)
+            if bracket == b"]" and not before:
+                break
+            if bracket in b"]}" or before != (b"," if count else b""):
+                raise UserError(
+                    f"{path}[{count}]: found {_shown(before + bracket)} in place of {'a comma and ' if count else ''}"
+                    "an object; expected one array of JSON objects, correct it"
+                )
+            parts = [bracket]
+        depth += 1 if bracket in b"[{" else -1
+        if depth > DEEPEST:
+            raise UserError(f"{path}[{count}]: over {DEEPEST} lists and objects within one another; simplify it")
+        if not depth:
+            yield b"".join(parts)
+            count += 1
+    before, bracket = next(pieces)
+    if rest := before.strip(_BLANK) + bracket:
+        raise UserError(f"{path}: found {_shown(rest)} after the end of the array; remove it")
+
+
+def _pieces(file: BinaryIO, path: str) -> Iterator[tuple[bytes, bytes]]:
+    """The text up to each bracket outside of strings, and the bracket; at the end what is left, and nothing."""
+    text, start = file.read(_CHUNK), 0
+    while True:
+        end = _UP_TO_BRACKET.match(text, start).end()
+        if text[end : end + 1] not in (b"", b'"'):
+            yield text[start:end], text[end : end + 1]
+            start = end + 1
+            continue
+        if len(text) - start > _LARGEST:
+            raise UserError(f"{path}: over {_LARGEST >> 20} MiB between brackets of an array; look for a missing quote")
+        more = file.read(max(_CHUNK, len(text) - start))  # twice as much, so that a long string is seldom begun anew
+        if not more:
+            yield text[start:], b""
+            return
+        text, start = text[start:] + more, 0
+
+
+def _checked_header(names: list[str], origin: str) -> list[str]:
+    if (name := repeated(names)) is not None:
+        raise UserError(f"{origin}: column {name!r} is there twice; rename one")
+    if byte := _escaped_byte(names):
+        raise UserError(f"{origin}: {_no_utf8(byte)}")
+    return names
+
+
+def _not_a_row(values: list[str], header: list[str]) -> str | None:
+    if len(values) != len(header):
+        return f"{len(values)} values in {len(header)} columns; correct the row or its quotes"
+    if byte := _escaped_byte(values):
+        return _no_utf8(byte)
+    return _ZERO_BYTE if any("\0" in value for value in values) else None
+
+
+def _escaped_byte(values: list[str]) -> int | None:
+    """The first byte that is not UTF-8, where decoding escaped one."""
+    text = "".join(values)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start].encode(errors="surrogateescape")[0]
+    return None
+
+
+def _paragraphs(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    numbered = enumerate(file, start=1)
+    for blank, lines in itertools.groupby(numbered, key=lambda line: not line[1].strip()):
+        if not blank:
+            (number, first), *rest = lines
+            yield number, b"".join([first, *(line for _, line in rest)])
+
+
+def _no_utf8(byte: int) -> str:
+    return f"byte {byte:02x} is not UTF-8; save the file as UTF-8"
+
+
+def _json_cause(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at character {error.pos}"
+    if isinstance(error, RecursionError):
+        return "too many lists and objects within one another"
+    return str(error).partition(";")[0]  # a key twice, or an integer of over 4300 digits
+
+
+def _shown(text: bytes) -> str:
+    start = text[:40].decode(errors="replace")
+    return repr(start + "..." if len(text) > 40 else start)

@@ -1,0 +1,113 @@
+"""Encoded documents on the disk while they are prepared, and in memory only what decides about them."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from data_prep.sources.blocks import Block
+from data_prep.workers import DOCUMENT, EncodedBlock
+
+_LISTED = 10  # removals of each task and reason of which the place is kept
+
+
+class Removals:
+    """Documents taken out: counted by task and reason, and the places of the first of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[int, str]] = Counter()
+        self.first: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
+
+    def add(self, task: int, reason: str, place: str) -> None:
+        self.counts[task, reason] += 1
+        if len(self.first[task, reason]) < _LISTED:
+            self.first[task, reason].append(place)
+
+    def by_task(self, tasks: list[str]) -> dict[str, dict[str, Any]]:
+        """Documents and the places of the first of them, by task and reason, commonest first."""
+        return {
+            task: {
+                reason: {"documents": count, "first": self.first[index, reason]}
+                for (of, reason), count in self.counts.most_common()
+                if of == index
+            }
+            for index, task in enumerate(tasks)
+        }
+
+
+class Spool:
+    """Token ids, labels and held-out items of all documents, in files that go when it is closed.
+
+    `documents`, DOCUMENT [documents], is all that stays in memory, in the order of the sources.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = ExitStack()
+        self._out = {
+            name: self._files.enter_context((folder / name).open("wb")) for name in ("input_ids", "scored", "items")
+        }
+        self._parts: list[np.ndarray] = []
+        self._places: dict[tuple[str, bool], int] = {}  # in the order of their indices
+        self._tokens = self._item_bytes = 0
+        self.documents = np.zeros(0, DOCUMENT)
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._files.close()
+
+    def add(self, encoded: EncodedBlock) -> None:
+        """Takes up the documents of a block. Raises OSError where the disk is full."""
+        documents = encoded.documents
+        place = (encoded.block.place, encoded.block.by_line)
+        documents["file"] = self._places.setdefault(place, len(self._places))
+        for start, size, offset in (("start", "tokens", self._tokens), ("item_start", "item", self._item_bytes)):
+            documents[start] = offset + np.cumsum(documents[size], dtype=np.int64) - documents[size]
+        self._out["input_ids"].write(encoded.input_ids)
+        self._out["scored"].write(encoded.scored)
+        self._out["items"].write(encoded.items)
+        self._tokens += len(encoded.input_ids)
+        self._item_bytes += len(encoded.items)
+        self._parts.append(documents)
+
+    def finish(self) -> None:
+        """Ends writing; the documents can be read from here on."""
+        self._files.close()
+        self.documents = np.concatenate([self.documents, *self._parts])
+        self._parts.clear()
+        self._input_ids = self._map("input_ids", np.int32)
+        self._scored = self._map("scored", bool)
+
+    def origin(self, document: np.ndarray) -> str:
+        """Where a person finds a document."""
+        place, by_line = list(self._places)[document["file"]]
+        return Block(0, place, by_line, []).origin(int(document["number"]))
+
+    def tokens(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """input_ids, int32 [tokens], and scored, bool [tokens], of those documents, one after the other."""
+        starts, lengths = documents["start"].tolist(), documents["tokens"].tolist()
+        places = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        return (
+            np.concatenate([self._input_ids[:0], *(self._input_ids[place] for place in places)]),
+            np.concatenate([self._scored[:0], *(self._scored[place] for place in places)]),
+        )
+
+    def items(self, documents: np.ndarray) -> Iterator[bytes]:
+        """The held-out items of those documents that have one, as JSON lines."""
+        with (self._folder / "items").open("rb") as file:
+            for document in documents:
+                if document["item"]:
+                    file.seek(document["item_start"])
+                    yield file.read(document["item"])
+
+    def _map(self, name: str, dtype: type) -> np.ndarray:
+        path = self._folder / name
+        if not path.stat().st_size:  # which cannot be mapped
+            return np.zeros(0, dtype)
+        return np.asarray(np.memmap(path, dtype, "r"))

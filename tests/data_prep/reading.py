@@ -1,0 +1,53 @@
+"""Reads sources as `prepare` does, in this process and without a tokenizer."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.config import DataConfig
+from data_prep.documents import Document
+from data_prep.errors import UserError
+from data_prep.sources.read import DocumentMaker, blocks_of
+
+
+def data_of(path: Path | str, **keys: Any) -> DataConfig:
+    """The data section with one source of files; `keys` are the source's."""
+    source = {"type": "files", "task": "sums", "path": path, **keys}
+    return DataConfig(prepared_dir=Path("prepared"), seq_len=64, sources=[source])
+
+
+def rows_of(path: Path | str, **keys: Any) -> list[Document | UserError]:
+    """What becomes of each row: its document, or why it holds none."""
+    config = data_of(path, **keys)
+    maker = DocumentMaker(config)
+    return [row for block in blocks_of(config) for _, row in maker.documents(block)]
+
+
+def read(path: Path | str, **keys: Any) -> list[Document]:
+    """The documents; a row that holds none is raised, as where bad rows are refused."""
+    rows = rows_of(path, **keys)
+    for row in rows:
+        if isinstance(row, UserError):
+            raise row
+    return rows
+
+
+def refusal(path: Path | str, **keys: Any) -> str:
+    """The one line that a person is told; fails where there is none, or more than one."""
+    with pytest.raises(UserError) as caught:
+        read(path, **keys)
+    message = str(caught.value)
+    assert message.splitlines() == [message]
+    return message
+
+
+def places(documents: list[Document]) -> list[str]:
+    """Where they stand in their files: ":line" or "[record]"."""
+    return [re.search(r":\d+$|\[\d+\]$", document.origin)[0] for document in documents]
+
+
+def texts(documents: list[Document]) -> list[list[str] | str]:
+    """What each says: its text, or the contents of its turns."""
+    return [d.text if d.text is not None else [turn["content"] for turn in d.messages] for d in documents]

@@ -1,0 +1,188 @@
+"""Parquet and Arrow: records as they were written, without the nulls of tables, and damage told in one line."""
+
+import pickle
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from data_prep.config import HubSource
+from data_prep.errors import UserError
+from data_prep.sources.columns import hub, without_nulls
+from tests.data_prep.reading import places, read, refusal, rows_of, texts
+
+TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+    {"role": "tool", "content": "b"},
+    {"role": "assistant", "content": "c"},
+]
+
+
+def write_parquet(path: Path, table: pyarrow.Table) -> None:
+    parquet.write_table(table, path, row_group_size=5)
+
+
+def write_file(path: Path, table: pyarrow.Table) -> None:
+    with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+
+
+def write_stream(path: Path, table: pyarrow.Table) -> None:
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+
+
+WRITERS = [("a.parquet", write_parquet), ("file.arrow", write_file), ("stream.arrow", write_stream)]
+each_format = pytest.mark.parametrize(("name", "write"), WRITERS, ids=["Parquet", "Arrow file", "Arrow stream"])
+
+
+@each_format
+def test_records_come_in_order_with_their_numbers(tmp_path, monkeypatch, name, write):
+    monkeypatch.setattr("data_prep.sources.columns._ROWS", 3)
+    write(tmp_path / name, pyarrow.table({"instruction": list("abcdefghijkl"), "output": list(range(12))}))
+    documents = read(tmp_path / name)
+    assert texts(documents) == [[question, str(number)] for number, question in enumerate("abcdefghijkl")]
+    assert places(documents) == [f"[{number}]" for number in range(12)]
+
+
+@each_format
+def test_nulls_with_which_a_table_fills_up_records_are_not_there(tmp_path, name, write):
+    records = [
+        {"messages": TURNS, "instruction": None, "output": None},
+        {"messages": None, "instruction": "a", "output": "b"},
+    ]
+    write(tmp_path / name, pyarrow.Table.from_pylist(records))
+    chat, alpaca = read(tmp_path / name)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert chat.messages == [TURNS[0], {"role": "assistant", "tool_calls": [call]}, *TURNS[2:]]
+    assert texts([alpaca]) == [["a", "b"]]
+
+
+def test_without_nulls_leaves_values_that_are_merely_empty():
+    value = {"a": None, "b": [{"c": None, "d": 0}, None, []], "e": "", "f": {"g": None}}
+    assert without_nulls(value) == {"b": [{"d": 0}, None, []], "e": "", "f": {}}
+
+
+@each_format
+def test_a_null_where_text_belongs_is_a_bad_row_like_any_other(tmp_path, name, write):
+    write(tmp_path / name, pyarrow.table({"instruction": ["a", "b", None], "output": ["1", None, None]}))
+    good, no_output, nothing = rows_of(tmp_path / name)
+    assert texts([good]) == [["a", "1"]]
+    place = tmp_path / name
+    assert str(no_output).startswith(f"{place}[1]: lacks field `output`; it has ['instruction'], add it, or name it")
+    assert str(nothing).startswith(f"{place}[2]: fields []; expected `messages`")
+
+
+def test_a_folder_saved_by_datasets_is_read_shard_by_shard(tmp_path):
+    from datasets import Dataset, disable_progress_bars, load_from_disk
+
+    disable_progress_bars()
+    records = [{"instruction": f"a{i}", "output": f"{i}"} for i in range(10)]
+    Dataset.from_list(records).save_to_disk(tmp_path / "saved", num_shards=2)
+    load_from_disk(tmp_path / "saved").map(lambda record: {"more": 1})  # leaves a cache file with the rows once more
+    assert len(list((tmp_path / "saved").glob("cache-*.arrow"))) == 1
+    assert texts(read(tmp_path / "saved")) == [[f"a{i}", f"{i}"] for i in range(10)]
+
+
+@each_format
+def test_every_cut_file_is_refused(tmp_path, name, write):
+    path = tmp_path / name
+    write(path, pyarrow.table({"instruction": list("abcdefghijkl"), "output": list("123456789012")}))
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 8):  # batches of a stream end at multiples of 8 bytes
+        path.write_bytes(whole[:length])
+        assert f"{path}" in refusal(path)
+
+
+def test_a_stream_cut_between_two_batches_is_refused(tmp_path):
+    path = tmp_path / "a.arrow"
+    write_stream(path, pyarrow.table({"instruction": list("abcdefghijkl"), "output": list("123456789012")}))
+    path.write_bytes(path.read_bytes()[:-8])  # all but the end mark
+    assert refusal(path) == (
+        f"{path}, from record 12 on: no readable Arrow file (the stream is cut off, or does not end with its end "
+        "mark); get it anew, or correct its format"
+    )
+
+
+def test_two_streams_in_one_file_are_refused_not_half_read(tmp_path):
+    path = tmp_path / "a.arrow"
+    write_stream(path, pyarrow.table({"text": ["a"]}))
+    path.write_bytes(path.read_bytes() * 2)
+    assert "does not end with its end mark" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"text": "a"}\n' * 1000, bytes(range(256)) * 20])
+def test_what_is_no_table_at_all_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    kind = "Parquet" if name == "a.parquet" else "Arrow"
+    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: no readable {kind} file (")
+
+
+def test_damaged_offsets_in_an_arrow_file_are_refused_and_do_not_end_the_process(tmp_path):
+    path = tmp_path / "a.arrow"
+    write_file(path, pyarrow.table({"text": ["abcd"] * 5}))
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 4, 8, 12, 16, 20))
+    content = path.read_bytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f" + offsets[12:]))
+    assert refusal(path).startswith(f"{path}: no readable Arrow file (In column 0: Invalid: Offset invariant failure")
+
+
+@each_format
+def test_text_that_is_no_utf8_is_refused(tmp_path, name, write):
+    offsets, content = pyarrow.array([0, 3, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"abccf\xe9")
+    write(tmp_path / name, pyarrow.table({"text": pyarrow.StringArray.from_buffers(2, offsets, content)}))
+    expected = "(In column 0: Invalid: Invalid UTF8 sequence at string index 1); get it anew, or correct its format"
+    assert refusal(tmp_path / name).endswith(expected)
+
+
+@each_format
+def test_a_column_twice_is_refused(tmp_path, name, write):
+    write(tmp_path / name, pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]))
+    assert "(column 'text' is there twice)" in refusal(tmp_path / name)
+
+
+def test_a_parquet_file_compressed_as_a_whole_is_refused(tmp_path):
+    (tmp_path / "a.parquet.gz").write_bytes(b"")
+    assert refusal(tmp_path / "a.parquet.gz") == (
+        f"data.sources.0.path: {tmp_path}/a.parquet.gz is compressed as a whole; unpack it"
+    )
+
+
+def test_values_that_are_no_text_are_bad_rows(tmp_path):
+    import datetime
+
+    table = {"instruction": ["a"], "output": [datetime.date(2026, 1, 1)]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    message = f"{tmp_path}/a.parquet[0]: field `output` is date; expected text, put it in quotes"
+    assert refusal(tmp_path / "a.parquet") == message
+
+
+def test_a_dataset_of_the_hub_is_streamed_without_its_nulls(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **keys):
+        asked.append((arguments, keys))
+        return iter([{"text": "a", "id": None}, {"text": "b", "id": 1}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    source = HubSource(type="hub", task="sums", name="some/set", subset="en", split="test", revision="abc")
+    assert list(hub(source, "data.sources.0")) == [(0, {"text": "a"}), (1, {"text": "b", "id": 1})]
+    assert asked == [(("some/set", "en"), {"split": "test", "revision": "abc", "streaming": True})]
+
+
+def test_a_dataset_that_cannot_be_had_is_told_in_one_line(monkeypatch):
+    def load_dataset(*arguments, **keys):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError) as caught:
+        list(hub(HubSource(type="hub", task="sums", name="some/set"), "data.sources.0"))
+    assert str(caught.value) == (
+        "data.sources.0.name: cannot load some/set from the Hub (no network); check name, subset, split and network, "
+        "or download it and use a source of type files"
+    )
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

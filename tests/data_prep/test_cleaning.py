@@ -1,0 +1,423 @@
+"""What preparation takes out, and why: copies, near copies, what is too long and what teaches nothing."""
+
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_prep import duplicates
+from data_prep.documents import Document, normalised
+from data_prep.duplicates import NearDuplicates, Signer
+from data_prep.encode import Encoded, Encoder, Removed
+from data_prep.errors import UserError
+from data_prep.prepare import kept, prepare
+from data_prep.reader import open_prepared
+from tests.data_prep.documents import described
+from tests.test_recipe import MINIMAL
+from trainer.recipe import load_recipe
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+NEVER = 1e-9  # a fraction so small that nothing is held out
+CHAT = "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\nb a<|im_end|>\n<|im_start|>assistant\n⟦{}<|im_end|>⟧\n"
+
+
+def asked(question: str, answer: str = "4") -> dict[str, str]:
+    return {"instruction": question, "output": answer}
+
+
+def removed(manifest: dict, task: str) -> dict[str, int]:
+    return {reason: found["documents"] for reason, found in manifest["removed"][task].items()}
+
+
+def lines_of(manifest: dict, task: str, reason: str) -> list[int]:
+    return [int(place.rpartition(":")[2]) for place in manifest["removed"][task][reason]["first"]]
+
+
+# Copies
+
+
+@pytest.mark.parametrize(
+    ("text", "copy"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("a\nb", "a\r\nb"),
+        ("a\nb", "a\rb"),
+        ("a\nb", "a \t\nb"),
+        ("a\n\nb", "a\n \nb\t"),
+        ("a", "\n a \n"),
+        ("a\u2028b\nc", "a\u2028b \nc"),
+        ("a\u00a0\nb", "a\u00a0 \nb"),
+    ],
+)
+def test_what_no_reader_sees_makes_no_other_document(text, copy):
+    assert normalised(text) == normalised(copy)
+    assert described([text])["high"] == described([copy])["high"]
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("Polish", "polish"),
+        ("if a:\n  b", "if a:\n    b"),
+        ("if a:\n\tb", "if a:\n  b"),
+        ("a b", "a  b"),
+        ("a\nb", "a\n\nb"),
+        ("a b", "a\u00a0b"),
+        ("\ufb01", "fi"),  # one Unicode letter that looks like two: composed, but not replaced
+        ("\u2460", "1"),
+        ("a\u2028b \nc", "a\nb\nc"),
+    ],
+)
+def test_case_indentation_and_inner_blanks_make_another_document(text, other):
+    assert normalised(text) != normalised(other)
+    assert described([text])["high"] != described([other])["high"]
+
+
+def test_a_document_is_all_its_turns_with_their_roles_and_tools():
+    def digest(*messages: tuple[str, str], **keys: object) -> bytes:
+        turns = [{"role": role, "content": content} for role, content in messages]
+        return Document("task", turns, "file:1", "chat", **keys).digest(0)
+
+    different = [
+        digest(("user", "a"), ("assistant", "b")),
+        digest(("user", "a"), ("assistant", "c")),
+        digest(("system", "a"), ("assistant", "b")),
+        digest(("user", "a\n\nb"), ("assistant", "")),
+        digest(("user", "a"), ("assistant", "b"), tools=[{"name": "f"}]),
+        digest(text="a\nb"),
+    ]
+    assert len(set(different)) == len(different)
+    elsewhere = Document("other", [{"role": "user", "content": "a"}, {"content": "b", "role": "assistant"}], "x:9", "y")
+    assert elsewhere.digest(0) == different[0] != elsewhere.digest(1)
+
+
+@pytest.mark.parametrize("choice", ["drop", "keep"])
+def test_copies_are_dropped_or_kept_and_those_of_held_out_documents_always_go(config_of, tokenizer, choice):
+    sums = [asked(f"What is {i}?") for i in range(30)]
+    copies = [asked(f" What is {i}? \r\n") for i in range(30)]
+    words = [asked(f"Sort {i}.") for i in range(9)] + sums[:20]  # copies in another task
+    config = config_of({"sums": sums + copies, "words": words}, held_out=5, cleaning={"duplicates": choice})
+    manifest = prepare(config, tokenizer).manifest
+    prepared = open_prepared(config, tokenizer)
+    held_out = [(item["task"], item["messages"][-1]["content"].strip()) for item in prepared.items]
+    texts = {text for _, text in held_out}
+    for task, records in (("sums", sums + copies), ("words", words)):
+        everywhere = sum(record["instruction"].strip() in texts for record in records)
+        here = sum(of == task for of, _ in held_out)
+        assert here == 5
+        assert removed(manifest, task).get("duplicate_of_held_out", 0) == everywhere - here
+    left = sum(record["instruction"] not in texts for record in sums)
+    assert removed(manifest, "sums").get("duplicate", 0) == (left if choice == "drop" else 0)
+    trained = manifest["splits"]["train"]["tasks"]["sums"]["documents"]
+    assert trained == left * (1 if choice == "drop" else 2)
+    text = tokenizer.decode(np.concatenate([row["input_ids"] for row in prepared.train]))
+    questions = re.findall(r"user\n(.*?)<\|im_end", text, re.DOTALL)
+    assert len(questions) > trained and not texts & {question.strip() for question in questions}
+
+
+# Near copies
+
+
+def words_of(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(count)]
+
+
+def signed(texts: list[str]) -> np.ndarray:
+    return Signer().sign([Document("task", [], f"file:{i}", "text", text=text) for i, text in enumerate(texts)])
+
+
+def jaccard(a: str, b: str) -> float:
+    """Of the sets of runs of five words."""
+    first, second = ({tuple(text.split()[i : i + 5]) for i in range(len(text.split()) - 4)} for text in (a, b))
+    return len(first & second) / len(first | second)
+
+
+@pytest.mark.parametrize("changed", [1, 5, 20, 60])
+def test_signatures_agree_as_often_as_runs_of_words_are_shared(changed):
+    estimates, truths = [], []
+    for seed in range(20):
+        words = words_of(300, seed)
+        other = [*words]
+        for place in random.Random(seed).sample(range(300), changed):
+            other[place] = "changed"
+        texts = [" ".join(words), " ".join(other)]
+        first, second = signed(texts)
+        estimates.append(np.mean(first == second))
+        truths.append(jaccard(*texts))
+    # the estimate's standard deviation is at most half of 1 / sqrt(128), that of the mean of 20 a 4.5th of it
+    assert np.mean(estimates) == pytest.approx(np.mean(truths), abs=4 * 0.5 / (128 * 20) ** 0.5)
+
+
+def test_documents_over_the_threshold_go_and_those_below_it_stay():
+    base = [words_of(200, seed) for seed in range(100)]
+    near = [[*words[:100], "changed", *words[101:]] for words in base]  # 5 of 196 runs are others
+    just = [[*words[:100], *words_of(12, 500 + i), *words[112:]] for i, words in enumerate(base)]  # 16 are others
+    below = [[*words[:100], *words_of(38, 1000 + i), *words[138:]] for i, words in enumerate(base)]  # 42 are others
+    texts = [" ".join(words) for words in base + near + just + below]
+    assert jaccard(texts[0], texts[100]) == pytest.approx(191 / 201)
+    assert jaccard(texts[0], texts[200]) == pytest.approx(180 / 212)
+    assert jaccard(texts[0], texts[300]) == pytest.approx(154 / 238)
+    finder = NearDuplicates(0.8, tasks=1)
+    finder.add(described(texts), signed(texts))
+    # Estimates deviate by sqrt(s (1 - s) / 128): at 0.65 one of 5,000 is over 0.8, at 0.85 one of 17 is below it.
+    assert finder.kept[:100].all() and finder.kept[300:].all()
+    assert not finder.kept[100:200].any()
+    assert np.count_nonzero(finder.kept[200:300]) <= 20
+
+
+def test_near_copies_in_other_tasks_stay_and_pieces_of_a_document_go_together():
+    texts = [" ".join(words_of(50, 0)), " ".join([*words_of(50, 0), "more"])]
+    pieces = np.concatenate([described(texts[:1]), described(texts[:1], task=1), described(texts[1:], pieces=3)])
+    pieces["number"] = [0, 1, 2, 2, 2]
+    finder = NearDuplicates(0.8, tasks=2)
+    finder.add(pieces, signed([texts[0], texts[0], *[texts[1]] * 3]))
+    assert finder.kept.tolist() == [True, True, False, False, False]
+
+
+def test_near_copies_are_counted_apart_from_copies_and_named(config_of, tokenizer):
+    essays = [" ".join(words_of(60, seed)) for seed in range(12)]
+    sums = [asked("Write.", text) for text in [*essays, essays[0] + " end", essays[0], essays[3].upper(), "short"]]
+    config = config_of(
+        {"sums": sums, "words": [asked("Write.", essays[1] + " end")]},
+        seq_len=2048, held_out=NEVER, cleaning={"near_duplicates": 0.8},
+    )  # fmt: skip
+    manifest = prepare(config, tokenizer).manifest
+    assert removed(manifest, "sums") == {"near_duplicate": 2, "duplicate": 1}
+    assert removed(manifest, "words") == {}
+    assert lines_of(manifest, "sums", "near_duplicate") == [13, 15]
+    assert lines_of(manifest, "sums", "duplicate") == [14]
+    assert manifest["splits"]["train"]["tasks"]["sums"]["documents"] == 13
+    assert "datasketch" in manifest["libraries"]
+
+
+@pytest.mark.parametrize(
+    ("cleaning", "message"),
+    [
+        ("{near_duplicates: 0.8, duplicates: keep}", r"data\.cleaning: keeps duplicates and drops near .*; set one of"),
+        ("{near_duplicates: 1}", r"data\.cleaning\.near_duplicates=1: input should be less than 1; change it$"),
+        ("{near_duplicates: 0}", r"data\.cleaning\.near_duplicates=0: input should be greater than 0; change it$"),
+        ("{duplicates: skip}", r"data\.cleaning\.duplicates='skip': input should be 'drop' or 'keep'; change it$"),
+        ("{bad_rows: skip}", r"data\.cleaning\.bad_rows='skip': input should be 'refuse' or 'drop'; change it$"),
+        ("{near_duplicate: 0.8}", r"unknown key data\.cleaning\.near_duplicate; did you mean .*\.near_duplicates\?$"),
+    ],
+)
+def test_what_the_recipe_cannot_mean_is_told_in_one_line(tmp_path, cleaning, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(MINIMAL)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(recipe, [f"data.cleaning={cleaning}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_library_is_told_before_any_work(config_of, tokenizer, monkeypatch):
+    config = config_of(cleaning={"near_duplicates": 0.8})
+    monkeypatch.setattr(duplicates.importlib.util, "find_spec", lambda name: None)
+    for run in (lambda: prepare(config, tokenizer), lambda: kept(config, [])):
+        with pytest.raises(
+            UserError,
+            match=r"^data\.cleaning\.near_duplicates: needs the package datasketch, .*install\.sh near-duplicates`",
+        ) as caught:
+            run()
+        assert "\n" not in str(caught.value)
+    assert {path.name for path in config.prepared_dir.parent.iterdir()} == {"sums.jsonl", "words.jsonl"}
+
+
+# What is too long
+
+
+def tokens_of(tokenizer, marked: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a text, and which of them stand between ⟦ and ⟧."""
+    ids, scored = [], []
+    for i, piece in enumerate(re.split("[⟦⟧]", marked)):
+        tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        scored += [i % 2 == 1] * len(tokens)
+    return np.array(ids), np.array(scored)
+
+
+def encode(config_of, tokenizer, documents: list[Document], **keys: object) -> list[Encoded | Removed]:
+    return Encoder(tokenizer, config_of(**keys)).encode(documents)
+
+
+def conversation(*turns: tuple[str, str], origin: str = "file:1", **keys: object) -> Document:
+    return Document("sums", [{"role": role, "content": text} for role, text in turns], origin, "chat", **keys)
+
+
+def long_answer(words: int) -> tuple[Document, str]:
+    """A conversation, and its text with what is learnt marked."""
+    answer = " ".join(f"{i}a" for i in range(words))
+    return conversation(("system", "Sort."), ("user", "b a"), ("assistant", answer)), CHAT.format(answer)
+
+
+SEQ_LEN = 40
+
+
+@pytest.mark.parametrize("rule", ["cut_right", "cut_left", "split", "drop"])
+def test_a_document_that_just_fits_is_left_whole_by_every_rule(config_of, tokenizer, rule):
+    document, marked = long_answer(4)
+    ids, scored = tokens_of(tokenizer, marked)
+    (whole,) = encode(config_of, tokenizer, [document], seq_len=len(ids), over_long=rule)
+    assert (whole.input_ids.tolist(), whole.scored.tolist()) == (ids.tolist(), scored.tolist())
+    assert (whole.piece, whole.cut) == (0, False)
+
+
+@pytest.mark.parametrize(("rule", "kept_tokens"), [("cut_right", slice(SEQ_LEN)), ("cut_left", slice(-SEQ_LEN, None))])
+def test_a_cut_keeps_the_tokens_of_one_end(config_of, tokenizer, rule, kept_tokens):
+    document, marked = long_answer(30)
+    ids, scored = (array[kept_tokens] for array in tokens_of(tokenizer, marked))
+    scored[0] = False  # nothing stands before it that it could be predicted from
+    (cut,) = encode(config_of, tokenizer, [document], seq_len=SEQ_LEN, over_long=rule)
+    assert (cut.input_ids.tolist(), cut.scored.tolist()) == (ids.tolist(), scored.tolist())
+    assert (len(cut), cut.piece, cut.cut) == (SEQ_LEN, 0, True)
+
+
+@pytest.mark.parametrize("words", [12, 30, 57])
+def test_a_split_document_is_all_its_tokens_in_order_and_no_piece_scores_its_first(config_of, tokenizer, words):
+    document, marked = long_answer(words)
+    ids, scored = tokens_of(tokenizer, marked)
+    pieces = encode(config_of, tokenizer, [document], seq_len=SEQ_LEN, over_long="split")
+    expected = [slice(start, start + SEQ_LEN) for start in range(0, len(ids), SEQ_LEN)]
+    assert len(pieces) == len(expected)
+    for number, (piece, part) in enumerate(zip(pieces, expected, strict=True)):
+        learnt = [i > 0 and bool(flag) for i, flag in enumerate(scored[part])]
+        if not any(learnt):
+            assert piece == Removed(document.origin, "no_labels_after_cut")
+            continue
+        assert (piece.input_ids.tolist(), piece.scored.tolist()) == (ids[part].tolist(), learnt)
+        assert (piece.piece, piece.cut, piece.document) == (number, True, document)
+
+
+SYSTEM_TURN = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+
+
+def test_pieces_without_labels_are_counted_and_a_held_out_document_is_one_item(config_of, tokenizer):
+    question, answers = "b " * 100, ["a " * (50 + 3 * i) for i in range(10)]
+    config = config_of(
+        {"sums": [asked(question, answer) for answer in answers]}, seq_len=64, over_long="split", held_out=4
+    )
+    manifest = prepare(config, tokenizer).manifest
+    pieces, without = Counter(), 0  # of each answer
+    for answer in answers:
+        marked = f"{SYSTEM_TURN}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n"
+        _, scored = tokens_of(tokenizer, marked)
+        learnt = [scored[start + 1 : start + 64].any() for start in range(0, len(scored), 64)]
+        pieces[answer] = learnt.count(True)
+        without += learnt.count(False)
+    assert without >= 20 and min(pieces.values()) >= 2
+    assert removed(manifest, "sums") == {"no_labels_after_cut": without}
+    items = [item["answer"] for item in open_prepared(config, tokenizer).items]
+    assert len(items) == len(set(items)) == 4
+    for split, own in (("held_out", items), ("train", set(answers) - set(items))):
+        counts = manifest["splits"][split]["tasks"]["sums"]
+        assert counts["documents"] == counts["truncated"] == sum(pieces[answer] for answer in own)
+
+
+def test_drop_takes_out_the_whole_document(config_of, tokenizer):
+    document, _ = long_answer(30)
+    short, _ = long_answer(2)
+    results = encode(config_of, tokenizer, [document, short], seq_len=SEQ_LEN, over_long="drop")
+    assert results[0] == Removed(document.origin, "over_long")
+    assert results[1].document is short and not results[1].cut
+
+
+@pytest.mark.parametrize("rule", ["cut_right", "split"])
+def test_a_cut_that_leaves_no_label_removes_the_document_or_the_piece(config_of, tokenizer, rule):
+    document = conversation(("user", "b " * 100), ("assistant", "4"))
+    results = encode(config_of, tokenizer, [document], seq_len=SEQ_LEN, over_long=rule)
+    assert results[0] == Removed(document.origin, "no_labels_after_cut")
+    lost = [isinstance(result, Removed) for result in results]
+    assert lost == ([True] if rule == "cut_right" else [True] * (len(results) - 1) + [False])
+
+
+# What is learnt, and what teaches nothing
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_mask_history_leaves_the_last_answer_only(config_of, tokenizer, mask_history):
+    document = conversation(
+        ("system", "Sort."), ("user", "b a"), ("assistant", "a b"), ("user", "d c"), ("assistant", "c d"), ("user", "e")
+    )
+    first = "a b<|im_end|>" if mask_history else "⟦a b<|im_end|>⟧"
+    marked = (
+        f"<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\nb a<|im_end|>\n<|im_start|>assistant\n{first}\n"
+        "<|im_start|>user\nd c<|im_end|>\n<|im_start|>assistant\n⟦c d<|im_end|>⟧\n<|im_start|>user\ne<|im_end|>\n"
+    )
+    ids, scored = tokens_of(tokenizer, marked)
+    (encoded,) = encode(config_of, tokenizer, [document], mask_history=mask_history)
+    assert (encoded.input_ids.tolist(), encoded.scored.tolist()) == (ids.tolist(), scored.tolist())
+
+
+@pytest.mark.parametrize(
+    ("turns", "mask_history", "reason"),
+    [
+        ([("user", "a")], False, "no_assistant_turn"),
+        ([("user", "a"), ("assistant", "")], False, "empty_answer"),
+        ([("user", "a"), ("assistant", " \n\t")], False, "empty_answer"),
+        ([("user", "a"), ("assistant", ""), ("user", "a"), ("assistant", "b")], False, "empty_answer"),
+        ([("user", "a"), ("assistant", ""), ("user", "a"), ("assistant", "b")], True, None),
+        ([("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", " ")], True, "empty_answer"),
+    ],
+)
+def test_a_conversation_without_an_answer_is_removed(config_of, tokenizer, turns, mask_history, reason):
+    (result,) = encode(config_of, tokenizer, [conversation(*turns)], mask_history=mask_history)
+    assert getattr(result, "reason", None) == reason
+
+
+def test_an_answer_that_is_given_is_not_learnt(config_of, tokenizer):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    (result,) = encode(config_of, tokenizer, [conversation(*turns, given=frozenset({1}))])
+    assert tokenizer.decode(result.input_ids[result.scored]) == "d<|im_end|>"
+    (result,) = encode(config_of, tokenizer, [conversation(*turns, given=frozenset({1, 3}))])
+    assert result.reason == "no_assistant_turn"
+
+
+def test_blank_texts_are_removed_and_results_stay_in_order(config_of, tokenizer):
+    texts = ["a b", " \n", "c", "", "d e"]
+    documents = [Document("sums", [], f"file:{i}", "text", text=text) for i, text in enumerate(texts)]
+    results = encode(config_of, tokenizer, documents)
+    origins = [result.place if isinstance(result, Removed) else result.document.origin for result in results]
+    assert origins == [document.origin for document in documents]
+    assert [getattr(result, "reason", None) for result in results] == [None, "empty_answer", None, "empty_answer", None]
+
+
+# Where the removed stood
+
+
+def test_the_first_ten_places_of_every_reason_are_named_in_the_order_of_the_source(config_of, tokenizer):
+    good = [asked(f"What is {i}?") for i in range(300)]
+    records = []
+    for index, record in enumerate(good):  # more than a block, so that several workers find them
+        records += [record, asked(f"{index}", "")] if index % 5 == 0 else [record]
+        if index % 7 == 0:
+            records += [record, {"messages": [{"role": "user", "content": f"{index}"}]}]
+    config = config_of({"sums": records}, held_out=NEVER)
+    manifest = prepare(config, tokenizer).manifest
+    seen, places = [], {"empty_answer": [], "duplicate": [], "no_assistant_turn": []}
+    for line, record in enumerate(records, start=1):
+        if "messages" in record:
+            places["no_assistant_turn"].append(line)
+        elif not record["output"]:
+            places["empty_answer"].append(line)
+        elif record in seen:
+            places["duplicate"].append(line)
+        seen.append(record)
+    assert len(records) > 2 * 256 - 128 and removed(manifest, "sums") == {r: len(lines) for r, lines in places.items()}
+    for reason, lines in places.items():
+        assert lines_of(manifest, "sums", reason) == lines[:10]
+
+
+def test_rows_that_cannot_be_read_are_dropped_where_asked_and_end_it_else(config_of, tokenizer):
+    records = [asked("a"), {"question": "b"}, asked("c"), {"instruction": "d"}, asked("e", None), asked("f")]
+    config = config_of({"sums": records}, held_out=NEVER, cleaning={"bad_rows": "drop"})
+    manifest = prepare(config, tokenizer).manifest
+    assert removed(manifest, "sums") == {"bad_row": 3}
+    found = manifest["removed"]["sums"]["bad_row"]["first"]
+    path = config.sources[0].path
+    assert [place.partition(": ")[0] for place in found] == [f"{path}:2", f"{path}:4", f"{path}:5"]
+    with pytest.raises(UserError, match=r"sums\.jsonl:2: fields \['question'\]; expected") as caught:
+        prepare(config_of({"sums": records}, held_out=NEVER), tokenizer)
+    assert "\n" not in str(caught.value)

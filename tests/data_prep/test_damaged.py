@@ -1,0 +1,453 @@
+"""Damaged data never goes unnoticed: it ends `prepare` with one line that names the place, or is counted with it.
+
+A bad row is told, or dropped and counted, as data.cleaning.bad_rows says; a file of which one cannot tell where its
+rows are is refused either way.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from data_prep.config import DataConfig
+from data_prep.errors import UserError
+from data_prep.prepare import prepare
+from data_prep.sources.read import blocks_of
+from tests.data_prep.reading import refusal
+from tests.tiny import tiny_tokenizer
+
+GOOD = b'{"instruction": "Add 2 and 2.", "output": "4"}'
+CHAT = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
+LINES = b"".join(b'{"instruction": "Add %d and 2.", "output": "4"}\n' % number for number in range(50))
+
+
+def config_of(folder: Path, files: dict[str, Path], **keys: Any) -> DataConfig:
+    """The data section with one source a task, and without held-out documents."""
+    sources = [{"type": "files", "task": task, "path": path} for task, path in files.items()]
+    return DataConfig(prepared_dir=folder / "prepared", seq_len=64, held_out=1e-9, sources=sources, **keys)
+
+
+def write(folder: Path, name: str, content: bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def ends_with(config: DataConfig, tokenizer: Any) -> str:
+    """The one line with which `prepare` ends; nothing is left of its work."""
+    with pytest.raises(UserError) as caught:
+        prepare(config, tokenizer)
+    message = str(caught.value)
+    assert message.splitlines() == [message]
+    assert not config.prepared_dir.exists()
+    return message
+
+
+def parquet_of(records: list[dict[str, Any]]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(records), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def zst(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+# Bad rows, by kind: the file's ending, its content, the places of the bad rows, and what is said of the first. Every
+# file has a good row, too.
+
+
+def lines(*bad: bytes) -> bytes:
+    return b"\n".join([GOOD, *bad, CHAT])
+
+
+def turns(messages: str) -> bytes:
+    return lines(b'{"messages": %s}' % messages.encode())
+
+
+QUESTION = '{"role": "user", "content": "a"}'
+BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
+    "Latin-1": (".jsonl", lines(b'{"instruction": "caf\xe9", "output": "a"}'), [":2"], "byte e9 is not UTF-8; save"),
+    "cut off": (
+        ".jsonl",
+        lines() + b'\n{"instruction": "a", "out',
+        [":3"],
+        "not JSON (Unterminated string starting at",
+    ),
+    "lone CR": (".jsonl", lines(GOOD + b"\r" + GOOD), [":2"], "not JSON (Extra data at character 47)"),
+    "pretty-printed": (
+        ".jsonl",
+        lines(*json.dumps({"instruction": "a", "output": "b"}, indent=1).encode().splitlines()),
+        [":2", ":3", ":4", ":5"],
+        "not JSON (Expecting property name enclosed in double quotes at character 2); expected one JSON object a line",
+    ),
+    "array among lines": (".jsonl", lines(b"[" + GOOD + b"]"), [":2"], "not a JSON object; expected one JSON object a"),
+    "number": (".jsonl", lines(b"7"), [":2"], "not a JSON object; expected one JSON object a line, correct it"),
+    "too deep": (".jsonl", lines(b"[" * 100_000), [":2"], "not JSON (too many lists and objects within one another)"),
+    "huge number": (".jsonl", lines(b'{"id": ' + b"1" * 5000 + b"}"), [":2"], "not JSON (Exceeds the limit"),
+    "NaN": (".jsonl", lines(b'{"instruction": "a", "output": NaN}'), [":2"], "field `output` is nan; expected text"),
+    "infinity": (".jsonl", lines(b'{"instruction": "a", "output": 1e999}'), [":2"], "field `output` is inf; expected"),
+    "zero byte": (".jsonl", lines(b'{"instruction": "a\0", "output": "b"}'), [":2"], "not JSON (Invalid control char"),
+    "key twice": (
+        ".jsonl",
+        lines(b'{"instruction": "a", "output": "b", "output": "c"}'),
+        [":2"],
+        "not JSON (key 'output' is there twice)",
+    ),
+    "half a surrogate pair": (
+        ".jsonl",
+        lines(b'{"instruction": "\\ud83d", "output": "b"}'),
+        [":2"],
+        "field `instruction` holds half a surrogate pair at character 0; remove it",
+    ),
+    "missing field": (".jsonl", lines(b'{"instruction": "a"}'), [":2"], "lacks field `output`; it has ['instruction']"),
+    "unknown fields": (".jsonl", lines(b'{"question": "a"}'), [":2"], "fields ['question']; expected `messages` or"),
+    "no fields": (".jsonl", lines(b"{}"), [":2"], "fields []; expected `messages` or"),
+    "null answer": (
+        ".jsonl",
+        lines(b'{"instruction": "a", "output": null}'),
+        [":2"],
+        "field `output` is null; expected",
+    ),
+    "null text": (".jsonl", lines(b'{"text": null}'), [":2"], "field `text` is null; correct or remove the record"),
+    "preference": (
+        ".jsonl",
+        lines(b'{"prompt": "a", "chosen": "b", "rejected": "c"}'),
+        [":2"],
+        "a preference row (chosen, rejected), and this trainer learns from answers",
+    ),
+    "no messages": (".jsonl", turns("[]"), [":2"], "messages is an empty list; expected a list of one or more turns"),
+    "messages a text": (".jsonl", turns('"Hi"'), [":2"], "messages is text; expected a list of one or more turns"),
+    "turn of null": (".jsonl", turns(f"[{QUESTION}, null]"), [":2"], "messages[1] is null; expected an object with"),
+    "turn without content": (
+        ".jsonl",
+        turns(f'[{QUESTION}, {{"role": "assistant", "content": null}}]'),
+        [":2"],
+        "messages[1]: lacks field `content`; it has ['role'], add the field",
+    ),
+    "image": (
+        ".jsonl",
+        turns('[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]'),
+        [":2"],
+        "messages[0]: `content` has a part of type 'image_url'; expected parts of text only, remove the record",
+    ),
+    "arguments cut off": (
+        ".jsonl",
+        turns(f'[{QUESTION}, {{"role": "assistant", "tool_calls": [{{"name": "f", "arguments": "{{"}}]}}]'),
+        [":2"],
+        "messages[1]: tool call 0: `arguments` is text; expected an object, or one as JSON text",
+    ),
+    "ragged row": (
+        ".csv",
+        b"instruction,output\na,1\nb,2,3\nc\nd,4\n",
+        [":3", ":4"],
+        "3 values in 2 columns; correct the row or its quotes",
+    ),
+    "Latin-1 row": (".csv", b"instruction,output\na,1\ncaf\xe9,2\n", [":3"], "byte e9 is not UTF-8; save the file as"),
+    "null in Parquet": (
+        ".parquet",
+        parquet_of([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}]),
+        ["[1]"],
+        "lacks field `output`; it has ['instruction'], add it, or name it under the source's `fields`",
+    ),
+    "nested null in Parquet": (
+        ".parquet",
+        parquet_of(
+            [json.loads(CHAT), {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}]
+        ),
+        ["[1]"],
+        "messages[1]: lacks field `content`; it has ['role'], add the field",
+    ),
+    "list in Parquet": (
+        ".parquet",
+        parquet_of([{"text": ["a"], "prompt": None, "completion": None}, {"prompt": "a", "completion": "b"}]),
+        ["[0]"],
+        "field `text` is list; expected text, put it in quotes",
+    ),
+    "half a surrogate pair in an array": (
+        ".json",
+        b'[%s, {"instruction": "\\ud83d\\u0041", "output": "b"}]' % GOOD,
+        ["[1]"],
+        "field `instruction` holds half a surrogate pair at character 0; remove it",
+    ),
+}
+# What is no mistake of the file, but nothing to learn from: dropped and counted whatever bad_rows says.
+NOTHING_TO_LEARN: dict[str, tuple[str, bytes, list[str], str]] = {
+    "empty answer": (".jsonl", lines(b'{"instruction": "a", "output": ""}'), [":2"], "empty_answer"),
+    "answer of blanks": (".jsonl", lines(b'{"instruction": "a", "output": " \\n\\t"}'), [":2"], "empty_answer"),
+    "empty text": (".jsonl", lines(b'{"text": " "}'), [":2"], "empty_answer"),
+    "no answer": (".jsonl", turns(f"[{QUESTION}]"), [":2"], "no_assistant_turn"),
+    "answer given": (
+        ".jsonl",
+        turns(f'[{QUESTION}, {{"role": "assistant", "content": "b", "weight": 0}}]'),
+        [":2"],
+        "no_assistant_turn",
+    ),
+}
+# Odd, and read: the documents are all there.
+READ: dict[str, tuple[str, bytes, int]] = {
+    "BOM": (".jsonl", b"\xef\xbb\xbf" + GOOD + b"\n" + CHAT, 2),
+    "CRLF": (".jsonl", b"\r\n".join([GOOD, b"", CHAT, b""]), 2),
+    "blank lines": (".jsonl", b"\n \n" + GOOD + b"\n\t\n\n" + CHAT, 2),
+    "mixed forms": (".jsonl", b"\n".join([GOOD, CHAT, b'{"text": "a"}', b'{"prompt": "a", "completion": "b"}']), 4),
+    "line of 10 MB": (".jsonl", lines(b'{"text": "a", "id": "' + b"x" * 10_000_000 + b'"}'), 3),
+    "array called jsonl": (".jsonl", b"[" + GOOD + b", " + CHAT + b"]", 2),
+    "lines called json": (".json", GOOD + b"\n" + CHAT, 2),
+    "CSV of CRs": (".csv", b"instruction,output\ra,1\rb,2\r", 2),
+    "numbers for answers": (".jsonl", b'{"instruction": "a", "output": 4}', 1),
+    "escaped zero": (".jsonl", b'{"instruction": "a\\u0000", "output": "b"}', 1),
+}
+
+
+@pytest.fixture(scope="module")
+def dropped(tmp_path_factory, tokenizer) -> dict[str, Any]:
+    """Manifest and files of one set of all kinds of bad rows, one task a kind, with bad_rows: drop."""
+    folder = tmp_path_factory.mktemp("dropped")
+    kinds = {**BAD_ROWS, **NOTHING_TO_LEARN, **READ}
+    files = {kind: write(folder / str(i), "data" + of[0], of[1]) for i, (kind, of) in enumerate(kinds.items())}
+    (folder / "loop").mkdir()
+    write(folder / "loop", "a.jsonl", GOOD)
+    (folder / "loop/again").symlink_to(folder / "loop")
+    files["loop of folders"] = folder / "loop"
+    config = config_of(folder, files, cleaning={"bad_rows": "drop", "duplicates": "keep"})
+    manifest = prepare(config, tokenizer).manifest
+    documents = {task: found["documents"] for task, found in manifest["splits"]["train"]["tasks"].items()}
+    return {"manifest": manifest, "files": files, "documents": documents, "removed": manifest["removed"]}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_dropped_row_is_counted_with_its_place_and_what_is_wrong(dropped, kind):
+    _, content, places, expected = BAD_ROWS[kind]
+    path = dropped["files"][kind]
+    (removed,) = dropped["removed"][kind].values()
+    assert list(dropped["removed"][kind]) == ["bad_row"]
+    assert removed["documents"] == len(places)
+    assert [message.removeprefix(str(path)).partition(": ")[0] for message in removed["first"]] == places
+    assert removed["first"][0].startswith(f"{path}{places[0]}: {expected}")
+    assert dropped["documents"][kind] + len(places) == rows_in(path, content)
+
+
+def rows_in(path: Path, content: bytes) -> int:
+    """How many rows a file of BAD_ROWS has, found without the code under test."""
+    if path.suffix == ".parquet":
+        return parquet.read_metadata(path).num_rows
+    if path.suffix == ".json":
+        return len(json.loads(content))
+    return len(content.strip().split(b"\n")) - (path.suffix == ".csv")
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_the_same_row_is_refused_where_bad_rows_are(dropped, kind):
+    path, places, expected = dropped["files"][kind], *BAD_ROWS[kind][2:]
+    assert refusal(path).startswith(f"{path}{places[0]}: {expected}")
+
+
+def test_prepare_ends_with_the_first_bad_row_and_leaves_nothing(tmp_path, tokenizer):
+    path = write(tmp_path, "data.jsonl", GOOD + b"\n" + b"{\n" + b"7\n")
+    assert ends_with(config_of(tmp_path, {"sums": path}), tokenizer).startswith(f"{path}:2: not JSON (Expecting prop")
+
+
+@pytest.mark.parametrize("kind", NOTHING_TO_LEARN)
+def test_rows_that_teach_nothing_are_counted_by_reason(dropped, kind):
+    _, _, places, reason = NOTHING_TO_LEARN[kind]
+    first = [f"{dropped['files'][kind]}{place}" for place in places]
+    assert dropped["removed"][kind] == {reason: {"documents": len(places), "first": first}}
+    assert dropped["documents"][kind] == 2
+
+
+@pytest.mark.parametrize("kind", [*READ, "loop of folders"])
+def test_what_is_merely_odd_is_read_whole(dropped, kind):
+    assert dropped["removed"][kind] == {}
+    assert dropped["documents"][kind] == (READ[kind][2] if kind in READ else 1)
+
+
+def test_what_a_person_may_not_expect_is_noted(dropped):
+    notes = "\n".join(dropped["manifest"]["notes"])
+    number = list(dropped["files"]).index("mixed forms")
+    assert (
+        f"data.sources.{number} holds records of several forms: 1 Alpaca, 1 chat, 1 text, 1 prompt and compl" in notes
+    )
+    number = list(dropped["files"]).index("loop of folders")
+    assert f"data.sources.{number}: 1 files or linked folders passed over, the first is " in notes
+
+
+# Files that are refused whole, whatever the recipe says of bad rows: name, content, and what is said, after the path.
+
+TRUNCATED = r"cannot read {}/\S+ \(.+\); it is truncated or damaged, get it anew"
+NO_PARQUET = r"no readable Parquet file \(.*Parquet.*\); get it anew, or correct its format"
+NO_ARROW = r"no readable Arrow file \(.+\); get it anew, or correct its format"
+FILES: dict[str, tuple[str, bytes, str]] = {
+    "UTF-16": ("a.jsonl", LINES.decode().encode("utf-16"), ":1: the file is UTF-16; save it as UTF-8"),
+    "UTF-16 without BOM": ("a.jsonl", LINES.decode().encode("utf-16-le"), ":1: the file holds zero bytes, so it is no"),
+    "UTF-16 table": ("a.csv", "text\na\n".encode("utf-16"), ":1: the file is UTF-16; save it as UTF-8"),
+    "truncated gzip": ("a.jsonl.gz", gzip.compress(LINES)[:-20], TRUNCATED),
+    "truncated bz2": ("a.jsonl.bz2", bz2.compress(LINES)[:-20], TRUNCATED),
+    "truncated xz": ("a.jsonl.xz", lzma.compress(LINES)[:-20], TRUNCATED),
+    "truncated zst": ("a.jsonl.zst", zst(LINES)[:-20], TRUNCATED),
+    "truncated gzip of a table": ("a.csv.gz", gzip.compress(b"text\n" + LINES)[:-20], TRUNCATED),
+    "truncated gzip of an array": ("a.json.gz", gzip.compress(b"[" + GOOD + b"]")[:-9], TRUNCATED),
+    "no gzip": ("a.jsonl.gz", LINES, TRUNCATED),
+    "no zst": ("a.jsonl.zst", LINES, TRUNCATED),
+    "changed byte in gzip": ("a.txt.gz", gzip.compress(LINES)[:-8] + bytes(8), TRUNCATED),
+    "array cut off": ("a.json", b"[" + GOOD + b', {"instr', r"\[1\]: the array has no end; the file is cut off or a"),
+    "array without end": ("a.json", b"[" + GOOD + b",", r"\[1\]: the array has no end; the file is cut off or a quote"),
+    "array of numbers": ("a.json", b"[1, 2, 3]", r"\[0\]: found '1, 2, 3\]' in place of an object; expected one array"),
+    "array of lists": ("a.json", b"[[1], [2]]", r"\[0\]: not a JSON object; expected one array of JSON objects"),
+    "no comma": ("a.json", b"[" + GOOD + GOOD + b"]", r"\[1\]: found '{' in place of a comma and an object; expected"),
+    "key twice in an array": (
+        "a.json",
+        b'[{"text": "a", "text": "b"}]',
+        r"\[0\]: not JSON \(key 'text' is there twice",
+    ),
+    "Latin-1 in an array": ("a.json", b'[{"text": "caf\xe9"}]', r"\[0\]: byte e9 is not UTF-8; save the file as UTF-8"),
+    "too deep in an array": ("a.json", b'[{"a": ' + b"[" * 10_000, r"\[0\]: over 100 lists and objects within one an"),
+    "after an array": ("a.json", b"[" + GOOD + b"]\n" + GOOD, ": found '{' after the end of the array; remove it"),
+    "quote without end": (
+        "a.csv",
+        b'instruction,output\n"a,1\nb,2\n',
+        r":2: not a table \(unexpected end of data\); cor",
+    ),
+    "column twice": ("a.csv", b"text,text\na,b\n", ":1: column 'text' is there twice; rename one"),
+    "Latin-1 header": ("a.csv", b"caf\xe9,text\na,b\n", ":1: byte e9 is not UTF-8; save the file as UTF-8"),
+    "truncated Parquet": ("a.parquet", parquet_of([{"text": "a"}] * 100)[:-50], ": " + NO_PARQUET),
+    "text called Parquet": ("a.parquet", LINES, ": " + NO_PARQUET),
+    "empty Parquet": ("a.parquet", b"", ": " + NO_PARQUET),
+    "garbage called Arrow": ("a.arrow", bytes(range(256)) * 9, ": " + NO_ARROW),
+    "text called Arrow": ("a.arrow", LINES, ": " + NO_ARROW),
+    "empty": ("a.jsonl", b"", r"task 'sums' is empty: no record in {}/a.jsonl; add some or remove the source"),
+    "blank lines only": ("a.jsonl", b"\n \r\n\t\n", r"task 'sums' is empty: no record in {}/a.jsonl; add some or rem"),
+    "empty array": ("a.json", b"[]", r"task 'sums' is empty: no record in {}/a.json; add some or remove the source"),
+    "header only": ("a.csv", b"instruction,output\n", r"task 'sums' is empty: no record in {}/a.csv; add some or rem"),
+    "unknown ending": ("a.docx", b"PK", r"{}/a.docx does not end in .jsonl, .*; name its format under data.sources.0"),
+}
+
+
+@pytest.mark.parametrize("bad_rows", ["refuse", "drop"])
+@pytest.mark.parametrize("kind", FILES)
+def test_a_damaged_file_ends_prepare_whatever_is_said_of_bad_rows(tmp_path, tokenizer, kind, bad_rows):
+    name, content, expected = FILES[kind]
+    path = write(tmp_path, name, content)
+    message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": bad_rows}), tokenizer)
+    where = rf"(data\.sources(\.0\.path)?: |{re.escape(str(path))})"
+    assert re.match(where + expected.replace("{}", re.escape(str(tmp_path)), 1), message), message
+
+
+def test_a_file_that_breaks_off_after_good_rows_is_refused_too(tmp_path, tokenizer):
+    path = write(tmp_path, "a.jsonl.gz", gzip.compress(b"".join(LINES for _ in range(100)))[:-20])
+    message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": "drop"}), tokenizer)
+    assert message.endswith("; it is truncated or damaged, get it anew")
+
+
+def test_where_every_row_is_bad_the_first_is_told(tmp_path, tokenizer):
+    path = write(tmp_path, "a.jsonl", b"{\n7\n")
+    message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": "drop"}), tokenizer)
+    assert message.startswith("data.sources: task 'sums' has no document left, all 2 were dropped")
+    assert f"2 bad_row; the first: {path}:1: not JSON" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("none.jsonl", "{}/none.jsonl does not exist; expected a file, a pattern or a folder"),
+        ("*.jsonl.gz", "no file is called {}/*.jsonl.gz; correct the pattern"),
+        ("folder.jsonl", "folder {}/folder.jsonl has no file that ends in .jsonl, "),
+        ("loop.jsonl", "{}/loop.jsonl does not exist; expected a file, a pattern or a folder"),
+        ("pipe.jsonl", "{}/pipe.jsonl is no regular file, or a link to none; remove or correct it"),
+        ("x" * 300 + ".jsonl", "{}/xxx"),
+    ],
+    ids=["no file", "no match", "folder without files", "link to itself", "pipe", "name too long"],
+)
+def test_a_path_that_leads_to_no_file_is_refused_with_its_key(tmp_path, tokenizer, path, expected):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    message = ends_with(config_of(tmp_path, {"sums": tmp_path / path}), tokenizer)
+    assert message.startswith(f"data.sources.0.path: {expected.format(tmp_path)}")
+
+
+def test_a_file_that_vanishes_while_others_are_read_is_refused(tmp_path, tokenizer, monkeypatch):
+    folder = tmp_path / "data"
+    write(folder, "a.jsonl", LINES)
+    gone = write(folder, "b.jsonl", LINES)
+
+    def vanishing(config: DataConfig) -> Iterator[Any]:
+        for block in blocks_of(config):
+            gone.unlink()
+            yield block
+
+    monkeypatch.setattr("data_prep.prepare.blocks_of", vanishing)
+    assert ends_with(config_of(tmp_path, {"sums": folder}), tokenizer) == (
+        f"data.sources.0.path: cannot read {gone} (No such file or directory); give a file that can be read"
+    )
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without root's leave to read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("locked", ["folder/a.jsonl", "folder/a.jsonl.gz", "folder/a.parquet", "folder"])
+def test_a_file_or_folder_without_leave_to_read_is_refused(locked):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder = Path(name)
+        write(folder / "folder", "a.jsonl" if locked == "folder" else Path(locked).name, LINES)
+        for path in (folder, folder / "folder"):
+            path.chmod(0o755)
+        (folder / locked).chmod(0)
+        try:
+            with as_nobody():
+                message = refusal(folder / "folder")
+        finally:
+            (folder / locked).chmod(0o755)
+        assert str(folder / locked) in message
+        assert "Permission denied" in message
+
+
+REFUSING = (
+    "{% for m in messages %}{% if m['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('Unknown role ' + m['role']) }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_role_that_the_template_does_not_know_is_refused_with_its_place(tmp_path):
+    answer = '{"role": "assistant", "content": "b"}'
+    path = write(tmp_path, "a.jsonl", turns(f'[{QUESTION}, {answer}, {{"role": "critic", "content": "c"}}]'))
+    message = ends_with(config_of(tmp_path, {"sums": path}), tiny_tokenizer(REFUSING))
+    assert message.startswith(f"{path}:2: ")
+    assert "Unknown role critic" in message
+
+
+def test_a_role_that_the_template_does_not_know_can_be_dropped_and_is_counted(tmp_path):
+    answer = '{"role": "assistant", "content": "b"}'
+    lines = turns(f'[{QUESTION}, {answer}, {{"role": "critic", "content": "c"}}]')
+    path = write(tmp_path, "a.jsonl", lines)
+    config = config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": "drop"})
+    removed = prepare(config, tiny_tokenizer(REFUSING)).manifest["removed"]["sums"]["bad_row"]
+    (place,) = removed["first"]
+    assert removed["documents"] == 1
+    assert place.startswith(f"{path}:2: ")
+    assert "Unknown role critic" in place

@@ -1,0 +1,49 @@
+"""The local folder of a base model, found without importing anything heavy."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.recipe import BaseModelConfig
+
+# Pickles and other formats stay where they are; code only on demand.
+FROM_THE_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def resolve_folder(base: "BaseModelConfig") -> Path:
+    """The local folder of `base.model`, fetched from the Hub where it is an id and not a folder.
+
+    Raises UserError where it is neither, or cannot be fetched.
+    """
+    folder = Path(base.model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"base.model: {folder} has no config.json; expected the folder of a transformers model")
+        return folder
+    if folder.is_file():
+        raise UserError(f"base.model: {folder} is a file; expected a folder with config.json and *.safetensors")
+    if base.model.startswith(("/", ".", "~")) or base.model.count("/") > 1:
+        raise UserError(f"base.model: folder {base.model} does not exist; expected a folder or a Hub id")
+    return _fetch(base)
+
+
+def _fetch(base: "BaseModelConfig") -> Path:
+    from huggingface_hub import snapshot_download
+
+    code = ["*.py"] if base.trust_remote_code else []
+    try:
+        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=FROM_THE_HUB + code))
+    except Exception as error:  # many kinds: no network, no such id, no access, a malformed id
+        revision = f" at revision {base.revision}" if base.revision else ""
+        raise UserError(
+            f"base.model: no folder {base.model} here, and it could not be fetched from the Hub{revision}: "
+            f"{type(error).__name__} ({one_line(error)}); "
+            "give a local folder, or check the id and the network"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The text of an exception on one line, shortened."""
+    return " ".join(str(error).split())[:200]
