@@ -87,7 +87,7 @@ def _ask(run: LoadedRun, items: Sequence[dict[str, Any]], batch_size: int) -> li
     for task in dict.fromkeys(item["task"] for item in items):
         mine = [i for i, item in enumerate(items) if item["task"] == task]
         wanted = run.tokenizer([items[i]["answer"] for i in mine], add_special_tokens=False)["input_ids"]
-        given = answers(run, [items[i]["messages"] for i in mine], max(map(len, wanted)) + 4, batch_size)
+        given = answers(run, [items[i] for i in mine], max(map(len, wanted)) + 4, batch_size)
         for i, text in zip(mine, given, strict=True):
             found[i] = text
     return found

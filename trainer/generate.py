@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -39,14 +40,12 @@ def load_run(directory: Path) -> LoadedRun:
     model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
     # Generation gives the head a strided slice, for which a CPU would copy the head's weight once for every row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _head, args: (args[0].contiguous(),))
-    return LoadedRun(recipe, model.eval(), load_tokenizer(recipe.base))
+    return LoadedRun(recipe, model.eval(), load_tokenizer(recipe.base, recipe.data.chat_template))
 
 
-def answers(
-    run: LoadedRun, conversations: Sequence[Sequence[Message]], max_new_tokens: int, batch_size: int
-) -> list[str]:
-    """The model's greedy answer to each conversation, in their order, special tokens left out."""
-    prompts = [_prompt(run.tokenizer, turns) for turns in conversations]
+def answers(run: LoadedRun, items: Sequence[dict[str, Any]], max_new_tokens: int, batch_size: int) -> list[str]:
+    """The model's greedy answer to each item's `messages`, given its `tools`, in their order; no special tokens."""
+    prompts = [_prompt(run.tokenizer, item["messages"], item.get("tools")) for item in items]
     found = [""] * len(prompts)
     for indices in _batches(prompts, batch_size):
         for index, answer in zip(indices, _generate(run, [prompts[i] for i in indices], max_new_tokens), strict=True):
@@ -57,11 +56,11 @@ def answers(
 def answer(run: LoadedRun, prompt: str, max_new_tokens: int) -> str:
     """The answer to one prompt, asked as the prepared set asks."""
     turns = with_system_prompt([{"role": "user", "content": prompt}], run.recipe.data.system_prompt)
-    return answers(run, [turns], max_new_tokens, batch_size=1)[0]
+    return answers(run, [{"messages": turns}], max_new_tokens, batch_size=1)[0]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> list[int]:
-    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+def _prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], tools: list[Any] | None) -> list[int]:
+    text = tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
