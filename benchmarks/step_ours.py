@@ -37,7 +37,7 @@ def recipe_of(base: str, setting: Setting, world: int) -> Recipe:
             "data": {
                 "prepared_dir": "unused",
                 "seq_len": setting.seq_len,
-                "sources": [{"type": "jsonl", "task": "text", "path": "unused"}],
+                "sources": [{"type": "files", "task": "text", "path": "unused"}],
             },
             "train": {
                 "steps": setting.steps,
