@@ -14,6 +14,7 @@ from data_prep.sources.finding import files_of, unreadable
 from data_prep.sources.read import source_key
 
 State = dict[str, Any]
+PACKAGE = Path(__file__).parent
 
 _DECISIVE_LIBRARIES = ("reasoning-gym", "tokenizers", "transformers", "jinja2", "pyarrow")
 _TOKENIZER_FILES = ("*token*", "*.jinja", "*.model", "vocab*", "merges*", "config.json", "chat_template.json")
@@ -106,10 +107,10 @@ def libraries(config: DataConfig) -> dict[str, str]:
     return {name: version(name) for name in [*_DECISIVE_LIBRARIES, *near]}
 
 
-def code_hash() -> str:
-    """Hash of this package's own text, so that a change of the code is never forgotten."""
+def code_hash(package: Path = PACKAGE) -> str:
+    """sha256 of a package's own text, so that a change of the code is never forgotten."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

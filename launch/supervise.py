@@ -5,7 +5,9 @@ running. Its second ends the ranks one after the other and returns 1, whatever t
 """
 
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.errors import UserError
-from trainer.cli import MISTAKE, STATUS_FILE, STOPPED
+from trainer.launch_protocol import LAUNCH_ID, MISTAKE, STATUS_FILE, STOPPED
 
 SCRIPT = Path(__file__).with_name("train.sh")
 LOOK_EVERY = 0.2  # seconds
@@ -31,11 +33,13 @@ class Launch:
 
     def __init__(self, launcher_options: Sequence[str], arguments: Sequence[str], status_file: Path) -> None:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", *launcher_options]
+        if "--master_port" not in launcher_options:  # the usual one may be another run's, or of a rank left behind
+            command += ["--master_port", str(_free_port())]
         self._status_file = status_file
         self._launcher = subprocess.Popen(
             [*command, str(SCRIPT), *arguments],
             start_new_session=True,
-            env={**os.environ, STATUS_FILE: str(status_file)},
+            env={**os.environ, STATUS_FILE: str(status_file), LAUNCH_ID: secrets.token_hex(8)},
         )
         self._told: set[int] = set()  # ranks that have been told to stop
 
@@ -100,8 +104,8 @@ def main(arguments: Sequence[str]) -> int:
     options, retries, passed = [], 0, []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key == "num_gpus":
-            options = ["--num_gpus", value]
+        if key in ("num_gpus", "master_port"):
+            options += [f"--{key}", value]
         elif key == "retries":
             retries = _retries(value)
         else:
@@ -114,6 +118,12 @@ def main(arguments: Sequence[str]) -> int:
             return status
         print(f"launch          ended with status {status}; starting again, {left} retries left", flush=True)
     return status
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def _retries(value: str) -> int:

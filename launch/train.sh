@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 ''':'
 # Trains a recipe. Shell and Python at once, so that every launcher can be given this one file:
-#   bash launch/train.sh RECIPE [num_gpus=N] [retries=N] [key.path=value ...]
+#   bash launch/train.sh RECIPE [num_gpus=N] [retries=N] [master_port=N] [key.path=value ...]
 #       on all GPUs here, or num_gpus of them (or CPU ranks); started again after a fault, up to `retries` times.
 #       SIGTERM, SIGUSR1 or Ctrl-C: every rank saves and ends, exit status 75; the next start goes on from there
 #   deepspeed [--num_gpus N | --hostfile F] launch/train.sh RECIPE [key.path=value ...]

@@ -10,8 +10,8 @@ from tests.distributed import scene
 from trainer import rundir
 from trainer.checkpoint import files
 from trainer.checkpoint.checkpoints import FACTS, FOLDER
-from trainer.recipe import Recipe
-from trainer.resume import HARMLESS, accept_changes, differences, find_beginning
+from trainer.recipe import Recipe, differences
+from trainer.resume import HARMLESS, accept_changes, find_beginning
 
 BASE = "base"
 

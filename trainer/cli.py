@@ -8,15 +8,10 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from trainer.faults import Stopped, TrainingFault
+from trainer.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STATUS_FILE, STOPPED
 from trainer.quiet import quiet_libraries
 from trainer.recipe import load_recipe
 from trainer.signals import StopSignal
-
-MISTAKE = 2  # exit status after a person's mistake
-FAULT = 1  # exit status after a fault while running
-STOPPED = 75  # exit status of a run that saved and ended as a signal asked: sysexits' EX_TEMPFAIL, "run me again"
-INTERRUPTED = 130  # exit status after Ctrl-C where there is nothing to save: 128 and the signal's number
-STATUS_FILE = "TEAMLORA_STATUS_FILE"  # variable: where rank 0 leaves its exit status, which a launcher may not pass on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

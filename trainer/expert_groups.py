@@ -4,7 +4,6 @@ Private to DeepSpeed (written against 0.19.8, which setup.cfg pins): its tables 
 of a parameter that it reads. Some of them alone would be silently wrong; the parity tests see to it.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,13 +39,6 @@ def check_placement(
             f"experts.parallel_size={size}: a group would stand on two nodes; choose a divisor of the ranks of a node "
             "or set experts.across_nodes=true"
         )
-
-
-def everyones_local_rank() -> list[int]:
-    """LOCAL_RANK of every rank; every rank takes part."""
-    found: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(found, int(os.environ.get("LOCAL_RANK", "0")))
-    return found
 
 
 def make_groups(experts: ExpertsConfig) -> ExpertGroups:

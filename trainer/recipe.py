@@ -25,6 +25,7 @@ class RunConfig(Section):
     output_dir: Path = Field(Path("runs"), description="parent folder of all runs")
     seed: int = Field(0, ge=0, description="seeds adapter initial values, dropout and the order of rows")
     deterministic: bool = Field(False, description="only kernels that give the same bits in every rerun; slower")
+    nodes: PositiveInt | None = Field(None, strict=True, description="machines that the ranks must be on; null: any")
     collective_timeout: PositiveFloat = Field(
         1800.0, description="seconds after which ranks that wait for another give up"
     )
@@ -243,6 +244,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"argument {override!r}: the value is not YAML; quote it") from None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) wherever two resolved recipes differ."""
+    for key in dict.fromkeys((*old, *new)):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            yield f"{prefix}{key}", before, now
 
 
 def _one_line(error: ValidationError) -> str:

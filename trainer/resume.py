@@ -1,6 +1,5 @@
 """Where a run begins: at its first step, from a checkpoint of its own or another's, or not at all, being finished."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ from data_prep.errors import UserError
 from trainer import rundir
 from trainer.checkpoint import files
 from trainer.checkpoint.checkpoints import FOLDER, read_facts
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, differences
 
 # Keys that may change between the parts of a run: they alter where and how fast it computes, not what.
 HARMLESS = (
     "run.name",
     "run.output_dir",
+    "run.nodes",
     "run.deterministic",
     "run.collective_timeout",
     "base.attention",
@@ -139,13 +139,3 @@ def accept_changes(old: Recipe, new: Recipe, refusal: str, remedy: str) -> list[
     if refused:
         raise UserError(f"{refusal}: {'; '.join(refused)}; undo that or {remedy}")
     return [f"changed         {line}" for line in lines]
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old, new) wherever two resolved recipes differ."""
-    for key in dict.fromkeys((*old, *new)):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            yield from differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            yield f"{prefix}{key}", before, now

@@ -1,5 +1,6 @@
 """One training run: build its parts, run its steps, publish the adapter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,6 +19,7 @@ from trainer.adapters.calibrate import calibrate
 from trainer.adapters.placement import Placement
 from trainer.adapters.routing import Routing
 from trainer.adapters.save import save_adapter
+from trainer.agreement import RankFacts, check_agreement, describe, everyones_facts
 from trainer.base.fingerprint import check_base_file, write_base_file
 from trainer.base.load import bytes_to_read, load_opened
 from trainer.base.match import OpenedBase, open_base
@@ -38,7 +40,7 @@ from trainer.engine import (
     read_deepspeed_config,
     use_deterministic_kernels,
 )
-from trainer.expert_groups import check_placement, everyones_local_rank, make_groups, tag_experts
+from trainer.expert_groups import check_placement, make_groups, tag_experts
 from trainer.loop import Parts
 from trainer.loss import LabelledLoss
 from trainer.recipe import Recipe
@@ -70,11 +72,18 @@ def train(recipe: Recipe, stop: StopSignal) -> None:
     if recipe.run.deterministic:
         use_deterministic_kernels()
     with process_group(timedelta(seconds=recipe.run.collective_timeout)) as device:
-        clock.lap("process group")
-        _train(recipe, stop, device, clock)
+        met = clock.lap("process group")
+        ranks = everyones_facts(recipe)
+        with agreeing():
+            check_agreement(ranks, recipe.run.nodes)
+        if dist.get_rank() == 0:
+            print(describe(ranks, met), flush=True)
+        _train(recipe, stop, device, clock, ranks)
 
 
-def _train(recipe: Recipe, stop: StopSignal, device: torch.device, clock: StartClock) -> None:
+def _train(
+    recipe: Recipe, stop: StopSignal, device: torch.device, clock: StartClock, ranks: Sequence[RankFacts]
+) -> None:
     first = dist.get_rank() == 0
     with agreeing():
         found = find_beginning(recipe) if first else None
@@ -83,9 +92,8 @@ def _train(recipe: Recipe, stop: StopSignal, device: torch.device, clock: StartC
         if first:
             print(f"{recipe.run.directory} is finished: nothing to do; see {recipe.run.directory / rundir.ADAPTER}")
         return
-    local_ranks = everyones_local_rank()
     with agreeing():
-        checked = _check(recipe, local_ranks)
+        checked = _check(recipe, [rank.local_rank for rank in ranks])
     plan, config, prepared = checked.plan, checked.config, checked.prepared
     fingerprint = checked.opened.fingerprint
     fixed = {

@@ -1,6 +1,7 @@
 """What ranks do together besides steps: held-out losses, saving, mistakes, faults."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -62,7 +63,10 @@ def test_adapter_saved_from_shards_loads_through_plain_peft_and_gives_the_same(s
 
 def test_a_mistake_that_one_rank_meets_is_raised_by_all(seen):
     world, folder = seen
-    assert json.loads((folder / "mistakes.json").read_text()) == ["the last rank's disk is full"] * world
+    found = json.loads((folder / "mistakes.json").read_text())
+    assert found["disk"] == ["the last rank's disk is full"] * world
+    assert len(set(found["launch"])) == 1
+    assert found["launch"][0].startswith(f"rank {world - 1} on {socket.gethostname()} is of another launch than rank 0")
 
 
 @pytest.mark.parametrize(("stage", "dtype", "kind"), FAULTS)

@@ -4,7 +4,9 @@ python -m tests.distributed.worker BASE FOLDER      (with RANK, WORLD_SIZE, ... 
 """
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,12 +24,14 @@ from tests.tiny_models import FAMILIES
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.held import merge_own
 from trainer.adapters.save import save_adapter
+from trainer.agreement import check_agreement, everyones_facts
 from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.base.zero3 import ZeroShards
 from trainer.batches import plan_batches
 from trainer.engine import agreeing, gather_trainable, process_group, read_deepspeed_config
 from trainer.faults import TrainingFault
+from trainer.launch_protocol import LAUNCH_ID
 from trainer.loop import Parts, held_out_losses, run_step
 from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
@@ -213,18 +217,31 @@ def saving(base: Path, folder: Path, device: torch.device) -> None:
         keep(folder / name / "outputs.safetensors", {"logits": logits, "answer": answer})
 
 
-def mistakes(_base: Path, folder: Path, _device: torch.device) -> None:
-    """A mistake that only the last rank meets is raised by all."""
+def mistakes(base: Path, folder: Path, _device: torch.device) -> None:
+    """A mistake that only the last rank meets, and a rank of another launch: both are raised by all."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def meet() -> None:
+        if last:
+            raise UserError("the last rank's disk is full")
+
+    os.environ[LAUNCH_ID] = "before" if last else "now"
+    ranks = everyones_facts(scene.recipe(base))
+    found = {"disk": everyones_answer(meet), "launch": everyones_answer(lambda: check_agreement(ranks, nodes=None))}
+    keep(folder / "mistakes.json", found)
+
+
+def everyones_answer(check: Callable[[], None]) -> list[str]:
+    """What each rank raises, by rank; every rank takes part."""
     told = "nothing was raised"
     try:
         with agreeing():
-            if dist.get_rank() == dist.get_world_size() - 1:
-                raise UserError("the last rank's disk is full")
+            check()
     except UserError as error:
         told = str(error)
     everyone: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(everyone, told)
-    keep(folder / "mistakes.json", everyone)
+    return everyone
 
 
 def faults(base: Path, folder: Path, device: torch.device) -> None:

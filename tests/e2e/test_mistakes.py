@@ -27,6 +27,7 @@ TRAIN = {
     "GPU optimizer on a CPU": (["train.optimizer=adamw_8bit"], "train.optimizer=adamw_8bit: needs a GPU"),
     "no adapter to start from": (["adapter.init_from=base"], "adapter.init_from: base holds no adapter"),
     "attention that is missing": (["base.attention=flash_attention_2"], "set base.attention: sdpa"),
+    "more nodes than there are": (["run.nodes=2"], "run.nodes=2, and the ranks are on 1: "),
     "argument without a value": (["train.steps"], "expected key.path=value"),
 }
 

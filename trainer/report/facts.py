@@ -87,11 +87,12 @@ class StartClock:
         self._parts = [("launcher", mine.create_time() - launch), ("imports", now - mine.create_time())]
         self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        """The time since the last lap went into `name`."""
+    def lap(self, name: str) -> float:
+        """The time since the last lap, which went into `name`."""
         now = time.perf_counter()
-        self._parts.append((name, now - self._last))
-        self._last = now
+        seconds, self._last = now - self._last, now
+        self._parts.append((name, seconds))
+        return seconds
 
     def __str__(self) -> str:
         total = sum(seconds for _, seconds in self._parts)

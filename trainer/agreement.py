@@ -1,0 +1,118 @@
+"""Whether all ranks are of one launch, one recipe and one set-up: compared before anything is loaded.
+
+Launchers compare nothing: a node with another version or older code trains along, a missing hostfile starts a run of
+one node, and a rank that was left behind by a launch joins the next at its port. All of it in silence.
+"""
+
+import os
+import platform
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+from data_prep.errors import UserError
+from data_prep.fingerprint import code_hash
+from trainer.launch_protocol import LAUNCH_ID
+from trainer.recipe import Recipe, differences
+from trainer.rundir import PACKAGES
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What one rank is. Those of all ranks are to agree, but for host and local_rank."""
+
+    host: str
+    local_rank: int
+    launch: str | None
+    versions: dict[str, str]
+    code: tuple[str, str]  # sha256 of data_prep's and of trainer's own text
+    recipe: dict[str, Any]  # as resolved
+
+
+def own_facts(recipe: Recipe) -> RankFacts:
+    """The facts of this process."""
+    return RankFacts(
+        socket.gethostname(),
+        int(os.environ.get("LOCAL_RANK", "0")),
+        os.environ.get(LAUNCH_ID),
+        {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        (code_hash(), code_hash(Path(__file__).parent)),
+        recipe.model_dump(mode="json"),
+    )
+
+
+def everyones_facts(recipe: Recipe) -> list[RankFacts]:
+    """The facts of every rank, in their order; every rank takes part."""
+    found: list[RankFacts | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own_facts(recipe))
+    return found
+
+
+def check_agreement(ranks: Sequence[RankFacts], nodes: int | None) -> None:
+    """Raises UserError where a rank differs from the first, or the ranks are not on as many nodes as run.nodes says."""
+    first = ranks[0]
+    for number, rank in enumerate(ranks):
+        where = f"rank {number} on {rank.host}"
+        if rank.launch != first.launch:
+            raise UserError(
+                f"{where} is of another launch than rank 0 on {first.host}: one of them was left behind by an earlier "
+                "run; end its processes, or give this launch a port of its own (master_port=N)"
+            )
+        for package, wanted in first.versions.items():
+            if rank.versions.get(package) != wanted:
+                raise UserError(
+                    f"{where} has {package} {rank.versions.get(package)}, rank 0 on {first.host} has {wanted}; install "
+                    "the same versions on every node (bash launch/install.sh)"
+                )
+        if rank.code != first.code:
+            raise UserError(
+                f"{where} runs other code of this trainer than rank 0 on {first.host}; bring every node to the same "
+                "commit"
+            )
+        for key, wanted, found in differences(first.recipe, rank.recipe):
+            raise UserError(
+                f"{where} has {key}={found!r}, rank 0 on {first.host} has {wanted!r}; give every node the same recipe"
+            )
+    hosts = Counter(rank.host for rank in ranks)
+    if nodes is not None and len(hosts) != nodes:
+        raise UserError(
+            f"run.nodes={nodes}, and the ranks are on {len(hosts)}: {_listed(hosts)}; give the launcher a hostfile "
+            "that is there and lists every node, or correct run.nodes"
+        )
+
+
+def describe(ranks: Sequence[RankFacts], seconds: float) -> str:
+    """A line for a person. seconds: that the ranks took to meet."""
+    hosts = Counter(rank.host for rank in ranks)
+    place = f"{len(ranks)} on {len(hosts)} node{'s' if len(hosts) > 1 else ''}: {_listed(hosts)}"
+    found = ranks[0].versions
+    versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "deepspeed"))
+    return f"ranks           {place}; {interface()}; met in {seconds:.1f} s; {versions}"
+
+
+def interface() -> str:
+    """The network interface by which this rank reaches the first."""
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
+            address = probe.getsockname()[0]
+        except OSError:
+            return "no interface"
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            return name
+    return address
+
+
+def _listed(hosts: Counter[str]) -> str:
+    return ", ".join(f"{host} ({count})" for host, count in hosts.items())
