@@ -78,6 +78,12 @@ class ChatTemplate:
                 f"base.model: the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; use an "
                 "instruction-tuned model, or name a Jinja file under data.chat_template"
             )
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise UserError(
+                f"base.model: the tokenizer's chat templates are {names}, and none is the default; name a Jinja file "
+                "under data.chat_template"
+            )
         self._tokenizer = tokenizer
         specials = {token.content for token in tokenizer.added_tokens_decoder.values()}
         longest_first = sorted(specials, key=lambda token: (-len(token), token))
@@ -110,6 +116,11 @@ class ChatTemplate:
     def closes_turns(self) -> bool:
         """Whether a special token ends the last assistant turn; without one a model does not learn to stop."""
         return bool(self._end_token())
+
+    def writes_dates(self) -> bool:
+        """Whether the template writes the day on which it is asked, as Llama-3.1's does."""
+        templates = self._tokenizer.chat_template
+        return any("strftime_now" in t for t in (templates.values() if isinstance(templates, dict) else [templates]))
 
     def _end_token(self) -> str:
         """The special token that ends an ordinary assistant turn; empty where none does."""

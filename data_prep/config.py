@@ -102,7 +102,10 @@ class CleaningConfig(Section):
         description="repeated documents of a task's training split; copies of held-out documents always go",
     )
     near_duplicates: float | None = Field(
-        default=None, gt=0, lt=1, description="drop a document this similar to an earlier one of its task (Jaccard)"
+        default=None,
+        gt=0,
+        lt=1,
+        description="drop a document this similar to an earlier one of its task (Jaccard); 6 KB of memory each",
     )
     bad_rows: Literal["refuse", "drop"] = Field(
         default="refuse", description="rows that cannot be read: end with an error, or drop and count them"
@@ -125,14 +128,16 @@ class MixingConfig(Section):
         default=None, description="T in p_i ~ n_i^(1/T) for n_i documents: 1 as they are, large: tasks alike"
     )
     caps: dict[str, PositiveInt] = Field(default_factory=dict, description="most documents of a task that are used")
-    epochs: PositiveFloat = Field(default=1.0, description="draws, as a multiple of the training documents")
+    epochs: PositiveFloat | None = Field(
+        default=None, description="draws, as a multiple of the training documents; null: 1, or as token_budget says"
+    )
     token_budget: PositiveInt | None = Field(default=None, description="draws in tokens, in place of epochs")
 
     @model_validator(mode="after")
     def _one_rule_each(self) -> "MixingConfig":
         if self.weights and self.temperature is not None:
             raise ValueError("has both weights and temperature, which each set the shares; remove one")
-        if self.token_budget is not None and "epochs" in self.model_fields_set:
+        if self.token_budget is not None and self.epochs is not None:
             raise ValueError("has both epochs and token_budget, which each set the length; remove one")
         return self
 

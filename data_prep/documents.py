@@ -28,12 +28,15 @@ class Document:
         turns = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant" and i not in self.given]
         return turns[-1:] if last_only else turns
 
-    def digest(self, seed: int) -> bytes:
+    def digest(self, seed: int, system_prompt: str | None) -> bytes:
         """16 bytes that depend on nothing but the seed and the text, normalised; task and source are left out.
 
         They tell copies, decide the held-out split and set the order, so that none of these moves when data is added.
+        A first turn that is the recipe's system prompt does not count: it is in front of all that have none.
         """
         turns = [_normalised(turn) for turn in self.messages]
+        if system_prompt is not None and turns[:1] == [{"role": "system", "content": normalised(system_prompt)}]:
+            turns = turns[1:]
         content = [seed, turns, _normalised(self.text), _normalised(self.tools)]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
 

@@ -1,12 +1,13 @@
 """Documents that are there twice: copies by their digest, near copies by MinHash."""
 
 import importlib.util
+import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from data_prep.config import CleaningConfig
-from data_prep.documents import Document, normalised
+from data_prep.documents import Document, Message, normalised
 from data_prep.errors import UserError
 
 DUPLICATE = "duplicate"
@@ -82,18 +83,24 @@ class NearDuplicates:
 
 
 def first_of_copies(documents: np.ndarray) -> np.ndarray:
-    """Which documents (DOCUMENT [n]) are the first of their text within their task; bool [n]."""
-    identity = ("task", "high", "low", "piece")
-    order = np.lexsort([documents[name] for name in identity])  # stable: copies stay in the order of the sources
-    first = np.ones(len(documents), bool)
-    ordered = documents[order]
-    same = np.all([ordered[name][1:] == ordered[name][:-1] for name in identity], axis=0)
-    first[order[1:][same]] = False
+    """Which documents (DOCUMENT [n]) are the first of their text within their task; bool [n]. All pieces of one are."""
+    text = [documents[name] for name in ("task", "high", "low")]
+    order = np.lexsort(text)  # stable: copies stay in the order of the sources
+    begins = np.ones(len(documents), bool)
+    begins[1:] = np.any([part[order][1:] != part[order][:-1] for part in text], axis=0)
+    firsts = order[begins][np.cumsum(begins) - 1]  # of each in that order, the first of its text
+    first = np.empty(len(documents), bool)
+    first[order] = np.all([documents[row][order] == documents[row][firsts] for row in ("file", "number")], axis=0)
     return first
 
 
 def _shingles(document: Document) -> list[bytes]:
-    texts = [document.text or "", *(turn.get("content") or "" for turn in document.messages)]
-    words = normalised("\n".join(texts)).lower().split()
+    """All that the document says, calls of tools included, in runs of words."""
+    words = normalised("\n".join([document.text or "", *map(_said, document.messages)])).lower().split()
     count = max(1, len(words) - _SHINGLE + 1)
     return [" ".join(words[start : start + _SHINGLE]).encode() for start in range(count)]
+
+
+def _said(turn: Message) -> str:
+    calls = json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else ""
+    return "\n".join([turn.get("reasoning_content") or "", turn.get("content") or "", calls])

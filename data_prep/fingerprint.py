@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.chat import check_offsets
 from data_prep.config import DataConfig, FilesSource, HubSource
+from data_prep.errors import UserError
 from data_prep.sources.columns import hub_revision
 from data_prep.sources.finding import files_of, unreadable
 from data_prep.sources.read import source_key
@@ -17,7 +18,10 @@ State = dict[str, Any]
 PACKAGE = Path(__file__).parent
 
 _DECISIVE_LIBRARIES = ("reasoning-gym", "tokenizers", "transformers", "jinja2", "pyarrow")
-_TOKENIZER_FILES = ("*token*", "*.jinja", "*.model", "vocab*", "merges*", "config.json", "chat_template.json")
+_TOKENIZER_FILES = (
+    "*token*", "*.jinja", "additional_chat_templates/*", "*.model", "vocab*", "merges*", "config.json",
+    "chat_template.json",
+)  # fmt: skip
 
 
 def config_as_compared(config: DataConfig) -> dict[str, Any]:
@@ -38,7 +42,8 @@ def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     return {
         "sha256": _sha256(lasting + json.dumps(special, sort_keys=True)),
-        "chat_template_sha256": _sha256(tokenizer.get_chat_template() if tokenizer.chat_template else ""),
+        # several templates by name, where the tokenizer has them: one for tools, for instance
+        "chat_template_sha256": _sha256(json.dumps(tokenizer.chat_template or "", sort_keys=True)),
     }
 
 
@@ -52,10 +57,22 @@ def source_states(config: DataConfig, remembered: Sequence[State] = ()) -> list[
     for index, source in enumerate(config.sources):
         key = source_key(index)
         if isinstance(source, FilesSource):
-            states += file_states(files_of(source, key)[0], f"{key}.path", remembered)
+            files = files_of(source, key)[0]
+            _refuse_own_output(source, files, config.prepared_dir, key)
+            states += file_states(files, f"{key}.path", remembered)
         elif isinstance(source, HubSource):
             states.append({"key": f"{key}.name", "path": source.name, "sha256": hub_revision(source, key)})
     return states
+
+
+def _refuse_own_output(source: FilesSource, files: Iterable[Path], prepared_dir: Path, key: str) -> None:
+    own = prepared_dir.resolve()
+    inside = source.path.is_dir() and own.is_relative_to(source.path.resolve())
+    if inside or any(path.resolve().is_relative_to(own) for path in files):
+        raise UserError(
+            f"{key}.path: {source.path} takes in data.prepared_dir={prepared_dir}; prepare into a folder outside of "
+            "the sources"
+        )
 
 
 def file_states(paths: Iterable[Path], key: str, remembered: Sequence[State] = ()) -> list[State]:
@@ -93,7 +110,7 @@ def preparation_key(config: DataConfig, sources: Sequence[State], tokenizer: dic
     """sha256 of everything that decides a prepared set's content; equal keys, equal bytes."""
     decisive = {
         "config": config_as_compared(config),
-        "sources": [(state["key"], state["sha256"]) for state in sources],
+        "sources": [(state["key"], state["path"], state["sha256"]) for state in sources],
         "tokenizer": tokenizer,
         "code": code_hash(),
         "libraries": libraries(config),

@@ -9,7 +9,9 @@ from data_prep.documents import Document, with_system_prompt
 def item_of(document: Document, config: DataConfig) -> bytes:
     """One line of items.jsonl; empty where there is no answer in words, as in a plain text or after a tool call."""
     turns = document.learnt_turns(last_only=True)
-    answer = document.messages[turns[-1]].get("content") if turns else None
+    if not turns or turns[-1] == 0:  # nothing is learnt, or nothing is asked
+        return b""
+    answer = document.messages[turns[-1]].get("content")
     if not answer or not answer.strip():
         return b""
     item = {

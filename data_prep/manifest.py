@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,27 @@ def write_manifest(manifest: dict[str, Any], directory: Path) -> None:
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def describe_split(
-    documents: np.ndarray, row_tokens: np.ndarray, task_rows: np.ndarray, config: DataConfig
-) -> dict[str, Any]:
-    """One split: its documents as drawn (DOCUMENT [n]), tokens by row [rows], rows that hold some of a task [tasks]."""
-    tokens, rows = int(row_tokens.sum()), len(row_tokens)
+@dataclass(frozen=True)
+class Written:
+    """The rows of a split as they were written."""
+
+    row_tokens: np.ndarray  # int64 [rows]
+    task_rows: np.ndarray  # int64 [tasks]: rows that hold some of the task
+
+
+def describe_split(documents: np.ndarray, order: np.ndarray, written: Written, config: DataConfig) -> dict[str, Any]:
+    """One split: its documents (DOCUMENT [n]) by their indices as drawn, and its rows."""
+    tokens, rows = int(written.row_tokens.sum()), len(written.row_tokens)
+    tasks = documents["task"][order]
+    by_task = (documents[order[tasks == index]] for index in range(len(config.tasks)))
     return {
         "rows": rows,
         "tokens": tokens,
         "fill_rate": round(tokens / (rows * config.seq_len), 4) if rows else None,
-        "row_tokens": _histogram(row_tokens, config.seq_len),
+        "row_tokens": _histogram(written.row_tokens, config.seq_len),
         "tasks": {
-            task: _describe_task(documents[documents["task"] == index], int(task_rows[index]), config.seq_len)
-            for index, task in enumerate(config.tasks)
+            task: _describe_task(own, int(task_rows), config.seq_len)
+            for task, own, task_rows in zip(config.tasks, by_task, written.task_rows, strict=True)
         },
     }
 

@@ -22,7 +22,7 @@ def shares(counts: np.ndarray, tasks: list[str], mixing: MixingConfig) -> np.nda
     if mixing.weights:
         sizes = np.array([mixing.weights[task] for task in tasks])
     else:
-        sizes = counts.astype(np.float64) ** (1 / (mixing.temperature or 1.0))
+        sizes = (counts / counts.max()) ** (1 / (mixing.temperature or 1.0))
     return sizes / sizes.sum()
 
 
@@ -43,19 +43,18 @@ def draw(documents: np.ndarray, tasks: list[str], mixing: MixingConfig) -> tuple
     drawn = [np.resize(own, number) for own, number in zip(by_task, draws, strict=True)]
     repeats = [np.arange(number) // len(own) for own, number in zip(by_task, draws, strict=True)]
     indices, again = np.concatenate(drawn), np.concatenate(repeats)
-    order = _spread(documents[indices], again)
+    order = _spread(documents, indices, again)
     return indices[order], again[order]
 
 
 def _capped(documents: np.ndarray, task: int, cap: int | None) -> np.ndarray:
-    own = np.flatnonzero(documents["task"] == task)
-    return own[in_order(documents[own])][:cap]
+    return in_order(documents, np.flatnonzero(documents["task"] == task))[:cap]
 
 
 def _length(documents: np.ndarray, by_task: list[np.ndarray], share: np.ndarray, mixing: MixingConfig) -> int:
     """Draws in all. Those of a token budget hold no more tokens, and less than one document a task fewer."""
     if mixing.token_budget is None:
-        return round(mixing.epochs * sum(map(len, by_task)))
+        return round((mixing.epochs or 1.0) * sum(map(len, by_task)))
     # tokens of the first so many documents, by task
     sums = [np.concatenate([[0], np.cumsum(documents["tokens"][own], dtype=np.int64)]) for own in by_task]
 
@@ -78,8 +77,9 @@ def _whole(parts: np.ndarray) -> np.ndarray:
     return whole
 
 
-def _spread(documents: np.ndarray, again: np.ndarray) -> np.ndarray:
+def _spread(documents: np.ndarray, indices: np.ndarray, again: np.ndarray) -> np.ndarray:
     """An order in which the draws of a document are apart from one another: by a hash of digest and repetition."""
     with np.errstate(over="ignore"):
-        keys = documents["high"] ^ (again.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))  # 2^64 / golden ratio
-    return np.lexsort((documents["task"], documents["piece"], documents["low"], keys))
+        keys = documents["high"][indices] ^ (again.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))  # 2^64 / phi
+    task, piece, low = (documents[name][indices] for name in ("task", "piece", "low"))
+    return np.lexsort((task, piece, low, keys))

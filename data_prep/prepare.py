@@ -38,6 +38,8 @@ _NO_END_TOKEN = (
     "the chat template ends assistant turns with no special token: a model trained on this set does not learn to stop"
 )
 
+_TODAY = "the chat template writes the date, so another day's preparation of the same input differs in it"
+
 
 def prepare(
     config: DataConfig, tokenizer: Any, tokenizer_files: Sequence[Path] = (), say: Callable[[str], None] = print
@@ -101,32 +103,31 @@ def _make(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spool") as spool_folder, Spool(Path(spool_folder)) as spool:
         forms = _fill(spool, config, tokenizer, removals)
         documents = spool.documents
-        if absent := _absent(config, documents):
+        if absent := _absent(config, documents["task"]):
             raise UserError(_why_nothing_is_left(absent[0], removals, config))
         split = split_documents(documents, config)
         for reason, which in split.removed.items():
             _remove(spool, which, reason, removals)
-        train = documents[split.train]
-        if absent := _absent(config, train):
+        if absent := _absent(config, documents["task"][split.train]):
             raise UserError(
                 f"data.held_out: {config.held_out} leaves no document of task {config.tasks[absent[0]]!r} to train on; "
                 "add documents or lower data.held_out"
             )
-        drawn, _ = draw(train, config.tasks, config.mixing)
-        held_out = documents[split.held_out]
-        held_out = held_out[in_order(held_out)]
+        drawn = split.train[draw(documents[split.train], config.tasks, config.mixing)[0]]
         described = {}
-        for name, ordered in zip(SPLITS, (train[drawn], held_out), strict=True):
-            written = write_rows(spool, ordered, config, folder / name)
-            described[name] = describe_split(ordered, written.row_tokens, written.task_rows, config)
-        write_items(spool.items(documents[split.held_out]), folder)
+        for name, order in zip(SPLITS, (drawn, in_order(documents, split.held_out)), strict=True):
+            written = write_rows(spool, order, config, folder / name)
+            described[name] = describe_split(documents, order, written, config)
+        write_items(spool.items(split.held_out), folder)
     return {
         "tasks": config.tasks,
         "splits": described,
         "removed": removals.by_task(config.tasks),
         "forms": {source_key(index): dict(counts) for index, counts in forms.items()},
-        "different_documents": dict(zip(config.tasks, np.bincount(train["task"]).tolist(), strict=True)),
-        "notes": _notes(config, tokenizer, forms, held_out),
+        "different_documents": dict(
+            zip(config.tasks, np.bincount(documents["task"][split.train]).tolist(), strict=True)
+        ),
+        "notes": _notes(config, tokenizer, forms, _absent(config, documents["task"][split.held_out])),
         "config": config.model_dump(mode="json"),
     }
 
@@ -140,7 +141,7 @@ def _fill(spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals) 
     with closing(encode_blocks(blocks_of(config), config, tokenizer)) as blocks:  # ends the workers, whatever happens
         for encoded in blocks:
             for removal in encoded.removals:
-                removals.add(removal.task, removal.reason, removal.place)
+                removals.add(removal.task, removal.reason, 1, [removal.place])
             forms.setdefault(encoded.block.source, Counter()).update(encoded.forms)
             spool.add(encoded)
             if near is not None:
@@ -148,15 +149,18 @@ def _fill(spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals) 
     spool.finish()
     if near is not None:
         first = first_of_copies(spool.documents)
-        _remove(spool, ~near.kept & ~first, DUPLICATE, removals)
-        _remove(spool, ~near.kept & first, NEAR_DUPLICATE, removals)
+        _remove(spool, np.flatnonzero(~near.kept & ~first), DUPLICATE, removals)
+        _remove(spool, np.flatnonzero(~near.kept & first), NEAR_DUPLICATE, removals)
         spool.documents = spool.documents[near.kept]
     return forms
 
 
 def _remove(spool: Spool, which: np.ndarray, reason: str, removals: Removals) -> None:
-    for document in spool.documents[which]:
-        removals.add(int(document["task"]), reason, spool.origin(document))
+    """Counts the documents of those indices as removed."""
+    tasks = spool.documents["task"][which]
+    for task in np.unique(tasks):
+        own = which[tasks == task]
+        removals.add(int(task), reason, len(own), spool.origins(own))
 
 
 def _previous_manifest(config: DataConfig) -> dict[str, Any]:
@@ -167,9 +171,14 @@ def _previous_manifest(config: DataConfig) -> dict[str, Any]:
         return {}  # damaged or of another format: it is made anew
 
 
-def _absent(config: DataConfig, documents: np.ndarray) -> list[int]:
-    """Tasks without a document."""
-    return [int(task) for task in np.flatnonzero(np.bincount(documents["task"], minlength=len(config.tasks)) == 0)]
+def _by_task(config: DataConfig, tasks: np.ndarray) -> dict[str, int]:
+    """Documents by task, from the tasks of documents."""
+    return dict(zip(config.tasks, np.bincount(tasks, minlength=len(config.tasks)).tolist(), strict=True))
+
+
+def _absent(config: DataConfig, tasks: np.ndarray) -> list[int]:
+    """Tasks without a document, among those of documents."""
+    return [index for index, count in enumerate(_by_task(config, tasks).values()) if not count]
 
 
 def _why_nothing_is_left(task: int, removals: Removals, config: DataConfig) -> str:
@@ -187,14 +196,13 @@ def _why_nothing_is_left(task: int, removals: Removals, config: DataConfig) -> s
     )
 
 
-def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], held_out: np.ndarray) -> list[str]:
-    """What a person should know and is no error."""
-    notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in _absent(config, held_out)]
-    if (
-        any(set(counts) - {"text"} for counts in forms.values())
-        and not Encoder(tokenizer, config).template.closes_turns()
-    ):
-        notes.append(_NO_END_TOKEN)
+def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], not_held_out: list[int]) -> list[str]:
+    """What a person should know and is no error. not_held_out: tasks without a held-out document."""
+    notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in not_held_out]
+    if any(set(counts) - {"text"} for counts in forms.values()):
+        template = Encoder(tokenizer, config).template
+        notes += [_NO_END_TOKEN] if not template.closes_turns() else []
+        notes += [_TODAY] if template.writes_dates() else []
     for index, source in enumerate(config.sources):
         key = source_key(index)
         if len(forms.get(index, ())) > 1:

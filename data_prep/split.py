@@ -1,4 +1,6 @@
-"""The held-out split: by each document's own hash, so that it stays put when data is added."""
+"""The held-out split: by each document's own hash. A fraction stays as it is when data is added; of a count, new
+documents replace some.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +48,10 @@ def may_be_held_out(digests: np.ndarray, held_out: float | int) -> np.ndarray:
     return np.ones(len(digests), bool)
 
 
-def in_order(documents: np.ndarray) -> np.ndarray:
-    """Indices of the documents in the order of their digests, which is that of no source and mixes the tasks."""
-    return np.lexsort((documents["task"], documents["piece"], documents["low"], documents["high"]))
+def in_order(documents: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Those indices in the order of the documents' digests, which is that of no source and mixes the tasks."""
+    keys = [documents[name][which] for name in ("task", "piece", "low", "high")]
+    return which[np.lexsort(keys)]
 
 
 def _choose(documents: np.ndarray, first: np.ndarray, held_out: float | int, tasks: Sequence[str]) -> np.ndarray:
@@ -56,8 +59,7 @@ def _choose(documents: np.ndarray, first: np.ndarray, held_out: float | int, tas
         return may_be_held_out(documents["high"], held_out)
     chosen = np.zeros(len(documents), bool)
     for index, task in enumerate(tasks):
-        own = np.flatnonzero(first & (documents["task"] == index))
-        own = own[in_order(documents[own])]
+        own = in_order(documents, np.flatnonzero(first & (documents["task"] == index)))
         # the pieces of a split document are on the same side
         digests = documents[own][["high", "low"]]
         starts = np.flatnonzero(np.concatenate([[True], digests[1:] != digests[:-1]])) if len(own) else own

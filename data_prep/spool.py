@@ -1,8 +1,9 @@
 """Encoded documents on the disk while they are prepared, and in memory only what decides about them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,10 +23,11 @@ class Removals:
         self.counts: Counter[tuple[int, str]] = Counter()
         self.first: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
 
-    def add(self, task: int, reason: str, place: str) -> None:
-        self.counts[task, reason] += 1
-        if len(self.first[task, reason]) < _LISTED:
-            self.first[task, reason].append(place)
+    def add(self, task: int, reason: str, count: int, places: Iterable[str]) -> None:
+        """So many documents of a task; places: where they stand, of which the first are asked for."""
+        self.counts[task, reason] += count
+        first = self.first[task, reason]
+        first += islice(places, _LISTED - len(first))
 
     def by_task(self, tasks: list[str]) -> dict[str, dict[str, Any]]:
         """Documents and the places of the first of them, by task and reason, commonest first."""
@@ -84,10 +86,12 @@ class Spool:
         self._input_ids = self._map("input_ids", np.int32)
         self._scored = self._map("scored", bool)
 
-    def origin(self, document: np.ndarray) -> str:
-        """Where a person finds a document."""
-        place, by_line = list(self._places)[document["file"]]
-        return Block(0, place, by_line, []).origin(int(document["number"]))
+    def origins(self, which: np.ndarray) -> Iterator[str]:
+        """Where a person finds the documents of those indices."""
+        places = list(self._places)
+        for document in (self.documents[index] for index in which):
+            place, by_line = places[document["file"]]
+            yield Block(0, place, by_line, []).origin(int(document["number"]))
 
     def tokens(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """input_ids, int32 [tokens], and scored, bool [tokens], of those documents, one after the other."""
@@ -98,10 +102,10 @@ class Spool:
             np.concatenate([self._scored[:0], *(self._scored[place] for place in places)]),
         )
 
-    def items(self, documents: np.ndarray) -> Iterator[bytes]:
-        """The held-out items of those documents that have one, as JSON lines."""
+    def items(self, which: np.ndarray) -> Iterator[bytes]:
+        """The held-out items of the documents of those indices, where they have one, as JSON lines."""
         with (self._folder / "items").open("rb") as file:
-            for document in documents:
+            for document in (self.documents[index] for index in which):
                 if document["item"]:
                     file.seek(document["item_start"])
                     yield file.read(document["item"])

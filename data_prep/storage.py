@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from data_prep.config import DataConfig
 from data_prep.encode import labels_of
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST
+from data_prep.manifest import MANIFEST, Written
 from data_prep.packing import pack_in_windows
 from data_prep.spool import Spool
 
@@ -88,16 +87,8 @@ def _cannot_write(directory: Path, error: OSError) -> UserError:
     )
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was written of a split."""
-
-    row_tokens: np.ndarray  # int64 [rows]
-    task_rows: np.ndarray  # int64 [tasks]: rows that hold some of the task
-
-
-def write_rows(spool: Spool, documents: np.ndarray, config: DataConfig, directory: Path) -> Written:
-    """Packs the documents (DOCUMENT [n], in the order of training) and writes the rows, a stretch at a time.
+def write_rows(spool: Spool, order: np.ndarray, config: DataConfig, directory: Path) -> Written:
+    """Packs documents, given by their indices in the order of training, and writes the rows, a stretch at a time.
 
     Arrow files of `datasets` with int32 lists input_ids, labels, position_ids, task_ids: [tokens of the row].
     """
@@ -106,8 +97,8 @@ def write_rows(spool: Spool, documents: np.ndarray, config: DataConfig, director
     schema = pa.schema({name: pa.list_(pa.int32()) for name in _COLUMNS})
     lengths, task_rows = [np.zeros(0, np.int64)], np.zeros(len(config.tasks), np.int64)
     with pa.OSFile(str(_without_rows(directory)), "wb") as file, pa.ipc.new_stream(file, schema) as out:
-        for rows in pack_in_windows(documents["tokens"], config.seq_len):
-            own = documents[np.concatenate(rows)]
+        for rows in pack_in_windows(spool.documents["tokens"][order], config.seq_len):
+            own = spool.documents[order[np.concatenate(rows)]]
             row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
             row_tokens = np.bincount(row_of, own["tokens"]).astype(np.int64)
             ends = pa.array(np.concatenate([[0], np.cumsum(row_tokens)]), pa.int32())

@@ -50,7 +50,7 @@ class DocumentMaker:
             return
         for number, row in block.rows:
             try:
-                yield number, _document(source, row, block.origin(number))
+                yield number, _document(source, row, block.origin(number), block.by_line)
             except UserError as error:
                 yield number, error
 
@@ -60,11 +60,14 @@ class DocumentMaker:
         return self._generators[index]
 
 
-def _document(source: FilesSource | HubSource, row: bytes | dict[str, Any] | Unreadable, origin: str) -> Document:
+def _document(
+    source: FilesSource | HubSource, row: bytes | dict[str, Any] | Unreadable, origin: str, by_line: bool
+) -> Document:
     if isinstance(row, Unreadable):
         raise UserError(f"{origin}: {row.why}")
-    record = parse_object(row, origin) if isinstance(row, bytes) else row
-    return to_document(renamed(record, source.fields, origin), source.task, origin)
+    if isinstance(row, bytes):
+        row = parse_object(row, origin, "one JSON object a line" if by_line else "one array of JSON objects")
+    return to_document(renamed(row, source.fields, origin), source.task, origin)
 
 
 def _blocks_of_file(index: int, source: FilesSource, path: Path, key: str) -> Iterator[Block]:

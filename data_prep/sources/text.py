@@ -37,7 +37,7 @@ def json_lines(file: BinaryIO) -> Iterator[Row]:
             yield number, line
 
 
-def parse_object(text: bytes, origin: str, expected: str = "one JSON object a line") -> dict[str, Any]:
+def parse_object(text: bytes, origin: str, expected: str) -> dict[str, Any]:
     """The JSON object that `text` is. Raises UserError where it is no single one, or one with a key twice."""
     try:
         record = json.loads(text.decode("utf-8-sig"), object_pairs_hook=without_repeats)
@@ -64,12 +64,11 @@ def repeated(names: list[str]) -> str | None:
 
 
 def json_array(file: BinaryIO, path: str) -> Iterator[Row]:
-    """Objects of one array, numbered from 0, few in memory at a time.
+    """Elements of one array as bytes, numbered from 0, few in memory at a time; parse_object reads them.
 
-    Raises UserError for the first element that is no object, since nothing tells where the one after it begins.
+    Raises UserError for text between elements that is no comma, since nothing tells where the next one begins.
     """
-    for number, element in enumerate(_elements(file, path)):
-        yield number, parse_object(element, f"{path}[{number}]", "one array of JSON objects")
+    return enumerate(_elements(file, path))
 
 
 def table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:

@@ -18,7 +18,7 @@ def described(
     documents = np.zeros(len(texts), DOCUMENT)
     for index, text in enumerate(texts):
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "4"}]
-        digest = Document("task", messages, "file:1", "chat").digest(seed)
+        digest = Document("task", messages, "file:1", "chat").digest(seed, None)
         documents[index]["number"] = index
         documents[index]["high"] = int.from_bytes(digest[:8], "big")
         documents[index]["low"] = int.from_bytes(digest[8:], "big")

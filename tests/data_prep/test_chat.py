@@ -120,8 +120,9 @@ def test_a_template_without_an_end_token_is_noticed(template, closes):
         ("{{ messages[-1]['content'] }}", r"file\.jsonl:7: .* leaves out, repeats or rewrites turns"),
         (CHATML_TEMPLATE * 2, r"file\.jsonl:7: .* leaves out, repeats or rewrites turns"),
         (None, r"base\.model: .* has no chat template; use an instruction-tuned model"),
+        ({"rag": BARE, "tool_use": BARE}, r"base\.model: .* chat templates are rag, tool_use, and none is the default"),
     ],
-    ids=["lost answer", "doubled answer", "no template"],
+    ids=["lost answer", "doubled answer", "no template", "no default"],
 )
 def test_conversations_without_exact_labels_are_refused_in_one_line(template, message):
     with pytest.raises(UserError, match=message) as caught:

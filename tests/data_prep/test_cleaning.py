@@ -79,7 +79,7 @@ def test_case_indentation_and_inner_blanks_make_another_document(text, other):
 def test_a_document_is_all_its_turns_with_their_roles_and_tools():
     def digest(*messages: tuple[str, str], **keys: object) -> bytes:
         turns = [{"role": role, "content": content} for role, content in messages]
-        return Document("task", turns, "file:1", "chat", **keys).digest(0)
+        return Document("task", turns, "file:1", "chat", **keys).digest(0, None)
 
     different = [
         digest(("user", "a"), ("assistant", "b")),
@@ -91,7 +91,26 @@ def test_a_document_is_all_its_turns_with_their_roles_and_tools():
     ]
     assert len(set(different)) == len(different)
     elsewhere = Document("other", [{"role": "user", "content": "a"}, {"content": "b", "role": "assistant"}], "x:9", "y")
-    assert elsewhere.digest(0) == different[0] != elsewhere.digest(1)
+    assert elsewhere.digest(0, None) == different[0] != elsewhere.digest(1, None)
+
+
+def test_a_system_turn_that_is_the_recipes_makes_no_other_document():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    plain = Document("task", turns, "file:1")
+    spelt_out = Document("task", [{"role": "system", "content": " Be kind.\n"}, *turns], "file:2")
+    assert plain.digest(0, "Be kind.") == spelt_out.digest(0, "Be kind.") == plain.digest(0, None)
+    assert spelt_out.digest(0, "Be brief.") != plain.digest(0, "Be brief.")
+
+
+def test_near_copies_are_told_by_what_is_called_as_well():
+    question = {"role": "user", "content": "Turn it on"}
+    calls = [
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "on", "arguments": {"x": x}}}]}
+        for x in ("the lamp on the desk", "the radio in the kitchen", "the lamp on the desk")
+    ]
+    signatures = Signer().sign([Document("task", [question, call], "file:1") for call in calls])
+    same, other = (np.mean(signatures[0] == signatures[i]) for i in (2, 1))
+    assert same == 1 and other < 0.8
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep"])

@@ -178,6 +178,18 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ["[0]"],
         "field `text` is list; expected text, put it in quotes",
     ),
+    "list in an array": (
+        ".json",
+        b"[%s, [1]]" % GOOD,
+        ["[1]"],
+        "not a JSON object; expected one array of JSON objects",
+    ),
+    "key twice in an array": (
+        ".json",
+        b'[%s, {"text": "a", "text": "b"}, %s]' % (GOOD, CHAT),
+        ["[1]"],
+        "not JSON (key 'text' is there twice); expected one array of JSON objects, correct it",
+    ),
     "half a surrogate pair in an array": (
         ".json",
         b'[%s, {"instruction": "\\ud83d\\u0041", "output": "b"}]' % GOOD,
@@ -306,14 +318,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "array cut off": ("a.json", b"[" + GOOD + b', {"instr', r"\[1\]: the array has no end; the file is cut off or a"),
     "array without end": ("a.json", b"[" + GOOD + b",", r"\[1\]: the array has no end; the file is cut off or a quote"),
     "array of numbers": ("a.json", b"[1, 2, 3]", r"\[0\]: found '1, 2, 3\]' in place of an object; expected one array"),
-    "array of lists": ("a.json", b"[[1], [2]]", r"\[0\]: not a JSON object; expected one array of JSON objects"),
     "no comma": ("a.json", b"[" + GOOD + GOOD + b"]", r"\[1\]: found '{' in place of a comma and an object; expected"),
-    "key twice in an array": (
-        "a.json",
-        b'[{"text": "a", "text": "b"}]',
-        r"\[0\]: not JSON \(key 'text' is there twice",
-    ),
-    "Latin-1 in an array": ("a.json", b'[{"text": "caf\xe9"}]', r"\[0\]: byte e9 is not UTF-8; save the file as UTF-8"),
     "too deep in an array": ("a.json", b'[{"a": ' + b"[" * 10_000, r"\[0\]: over 100 lists and objects within one an"),
     "after an array": ("a.json", b"[" + GOOD + b"]\n" + GOOD, ": found '{' after the end of the array; remove it"),
     "quote without end": (

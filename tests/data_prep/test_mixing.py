@@ -1,21 +1,23 @@
 """Mixing: shares as the formulas say, lengths as asked, every document drawn equally often, always the same order."""
 
+import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep.config import MixingConfig
 from data_prep.errors import UserError
-from data_prep.mixing import draw
+from data_prep.mixing import draw, shares
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
 from data_prep.workers import DOCUMENT
 from tests.data_prep.test_prepare import documents_in
 from tests.data_prep.test_prepared_folder import snapshot
 from tests.test_recipe import MINIMAL
-from trainer.recipe import load_recipe
+from trainer.recipe import dump_recipe, load_recipe
 
 SIZES = {"sums": 9000, "words": 900, "maps": 100}
 TASKS = list(SIZES)
@@ -172,6 +174,17 @@ def test_contradictions_in_the_recipe_are_told_in_one_line(tmp_path, mixing, mes
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(recipe, [f"data.sources={sources}", f"data.mixing={mixing}"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mixing", [{"token_budget": 5000}, {"epochs": 2.0}, {}])
+def test_a_recipe_with_mixing_reads_back_as_it_was_written(tmp_path, mixing):
+    recipe = load_recipe(Path("launch/recipes/quickstart.yaml"), [f"data.mixing={json.dumps(mixing)}"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml", []) == recipe
+
+
+def test_a_low_temperature_gives_the_largest_task_nearly_all():
+    assert shares(np.array([1000, 20]), ["a", "b"], MixingConfig(temperature=0.005)).tolist() == [1.0, 0.0]
 
 
 def test_a_mixed_set_is_the_same_to_the_byte_and_another_seed_gives_another_order(config_of, tokenizer, tmp_path):

@@ -123,3 +123,11 @@ def test_rows_do_not_depend_on_the_order_of_sources(config_of, tokenizer, tmp_pa
         prepare(config, tokenizer)
         rows.append([row["input_ids"].tolist() for row in open_prepared(config, tokenizer).train])
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("system_prompt", [None, "Be brief."])
+def test_an_answer_to_nothing_is_learnt_and_makes_no_item(config_of, tokenizer, system_prompt):
+    alone = [{"messages": [{"role": "assistant", "content": f"hello {i}"}]} for i in range(6)]
+    config = config_of({"sums": SUMS, "words": alone}, system_prompt=system_prompt)
+    assert prepare(config, tokenizer).manifest["splits"]["train"]["tasks"]["words"]["documents"] == 4
+    assert {item["task"] for item in open_prepared(config, tokenizer).items} == {"sums"}

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from data_prep.config import DataConfig
 from data_prep.errors import UserError
-from data_prep.fingerprint import tokenizer_files
+from data_prep.fingerprint import tokenizer_files, tokenizer_hashes
 from data_prep.manifest import read_manifest
 from data_prep.plots import write_plots
 from data_prep.prepare import kept, prepare
@@ -213,6 +213,33 @@ def test_what_cannot_change_the_rows_keeps_them(folder_config, base, tmp_path, c
     change(tmp_path)
     report, loaded = prepare_as_the_command(folder_config, base)
     assert report.reused and loaded is needs_tokenizer
+
+
+def config_of_folder(folder: Path, prepared_dir: Path) -> DataConfig:
+    source = {"type": "files", "task": "sums", "path": folder, "sample_by": "line"}
+    return DataConfig(prepared_dir=prepared_dir, sources=[source], seq_len=128, held_out=2)
+
+
+def test_a_file_that_gets_another_ending_is_read_anew(tokenizer, tmp_path):
+    (tmp_path / "docs").mkdir()
+    path = write_jsonl(tmp_path / "docs" / "a.txt", SUMS)
+    config = config_of_folder(tmp_path / "docs", tmp_path / "prepared")
+    assert prepare(config, tokenizer).manifest["forms"]["data.sources.0"] == {"text": 12}
+    path.rename(path.with_suffix(".jsonl"))
+    assert prepare(config, tokenizer).manifest["forms"]["data.sources.0"] == {"Alpaca": 12}
+
+
+def test_a_source_that_takes_in_the_prepared_set_is_refused(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", SUMS)
+    with pytest.raises(UserError, match=r"^data\.sources\.0\.path: .* takes in data\.prepared_dir=.*; prepare into"):
+        prepare(config_of_folder(tmp_path, tmp_path / "prepared"), tokenizer)
+
+
+def test_another_template_for_tools_makes_another_set():
+    one, other = tiny_tokenizer(), tiny_tokenizer()
+    one.chat_template = {"default": CHATML_TEMPLATE, "tool_use": CHATML_TEMPLATE}
+    other.chat_template = {"default": CHATML_TEMPLATE, "tool_use": CHATML_TEMPLATE + " "}
+    assert tokenizer_hashes(one) != tokenizer_hashes(other)
 
 
 def test_a_set_is_not_kept_for_another_configuration_or_where_there_is_none(folder_config, base):

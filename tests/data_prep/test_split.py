@@ -123,6 +123,7 @@ def test_copies_in_different_tasks_stay_in_training():
 def test_all_pieces_of_a_document_are_on_one_side_and_the_count_is_of_documents(held_out):
     texts = numbers(30)
     pieces = np.concatenate([described(texts, 0, pieces=3), described(texts, 0, pieces=3), described(["w"] * 9, 1)])
+    pieces["number"][90:180] += 30  # other rows of the file
     pieces["low"][-9:] += np.arange(9, dtype=np.uint64)  # nine different words
     split = split_documents(pieces, config(held_out))
     sums = np.arange(len(pieces)) < 180
@@ -134,6 +135,16 @@ def test_all_pieces_of_a_document_are_on_one_side_and_the_count_is_of_documents(
         assert copy <= set(split.removed[reason].tolist())
     if held_out == 5:
         assert np.count_nonzero(sums[split.held_out]) == 5 * 3
+
+
+def test_a_copy_in_more_pieces_goes_with_all_of_them():
+    copy = described(numbers(10), 0, pieces=3)
+    copy["number"] += 10
+    split = split_documents(
+        np.concatenate([described(numbers(10), 0, pieces=2), copy, described(["w"], 1)]), config(1e-9)
+    )
+    assert split.train.tolist() == [*range(20), 50]
+    assert split.removed["duplicate"].tolist() == list(range(20, 50))
 
 
 def test_more_held_out_documents_than_there_are_is_refused():

@@ -133,7 +133,7 @@ def test_an_array_reads_as_its_lines_would(tmp_path, monkeypatch, indent, chunk)
     documents = read(array)
     assert places(documents) == ["[0]", "[1]", "[2]"]
     assert texts(documents) == texts(read(lines))
-    assert [dict(row) for _, row in json_array(io.BytesIO(array.read_bytes()), "")] == TRICKY
+    assert [json.loads(row) for _, row in json_array(io.BytesIO(array.read_bytes()), "")] == TRICKY
 
 
 def test_a_file_of_lines_may_be_called_json_and_one_of_an_array_jsonl(tmp_path):
