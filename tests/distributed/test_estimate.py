@@ -1,0 +1,28 @@
+"""What is estimated from config.json alone is what each rank of a real engine holds, byte for byte."""
+
+import json
+
+import pytest
+
+from tests.distributed import scene
+from tests.distributed.worker import HELD
+from trainer.estimate.estimate import Estimator
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_estimated_bytes_by_category_are_those_that_each_rank_holds(seen, base, name):
+    world, folder = seen
+    recipe = scene.recipe(base, **HELD[name])
+    estimated = {held.name: held for held in Estimator(recipe).estimate(recipe, world).resident}
+    total = {category: held.device + held.host for category, held in estimated.items()}
+    for told, learning in json.loads((folder / "held" / f"{name}.json").read_text()):
+        for category in ("packed weights", "absmax", "unquantised", "adapter"):
+            assert total[category] == told[category], category
+        assert total["master copy"] == learning["master copy"]
+        assert total["optimizer moments"] == learning["optimizer moments"]
+        if name != "zero2":  # which frees its gradients after the step
+            assert total["gradients"] == learning["gradients"]
+    offloaded = name == "offloaded"
+    assert all((estimated[c].device == 0) == offloaded for c in ("adapter", "gradients", "optimizer moments"))

@@ -1,0 +1,60 @@
+"""Builds an engine for each ZeRO stage, makes a step, and leaves what it holds.
+
+python -m tests.estimate.built_engine BASE FOLDER      (with RANK, WORLD_SIZE, ... set)
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.distributed import scene
+from tests.distributed.worker import build, plan_rows
+from tests.estimate.engine_bytes import learning_bytes, storage_bytes
+from trainer.base.nf4 import NF4Linear
+from trainer.engine import process_group
+from trainer.loop import run_step
+from trainer.quiet import quiet_libraries
+from trainer.recipe import Recipe
+from trainer.report.facts import bytes_on_this_rank
+
+STAGES = (0, 1, 2, 3)
+
+
+def recipe_of(base: Path, folder: Path, stage: int, dtype: str) -> Recipe:
+    """ds_configs/zero3.json, or zero2.json with another stage."""
+    found = json.loads(Path(f"ds_configs/zero{3 if stage == 3 else 2}.json").read_text())
+    found["zero_optimization"]["stage"] = stage
+    config = folder / f"stage{stage}.json"
+    config.write_text(json.dumps(found))
+    return scene.recipe(base, base__dtype=dtype, deepspeed__config=str(config))
+
+
+def held(recipe: Recipe, stage: int, device: torch.device) -> dict[str, int]:
+    """Bytes after a step by category, as the run tells them or as the engine's tensors say."""
+    model, parts = build(recipe, device, plan_rows(recipe), [])
+    run_step(parts, 1)
+    told, learning = bytes_on_this_rank(model, stage, 1), learning_bytes(parts.engine)
+    second = [m.second for m in model.modules() if isinstance(m, NF4Linear)]
+    return {
+        **{category: told[category] for category in ("packed weights", "absmax", "unquantised", "adapter")},
+        **{category: learning[category] for category in ("master copy", "optimizer moments")},
+        "absmax, second level": storage_bytes(t for level in second for t in (level.absmax, level.code, level.offset)),
+        "buffers": storage_bytes(model.buffers()),
+    }
+
+
+def main(base: Path, folder: Path) -> None:
+    quiet_libraries()
+    with process_group() as device:
+        found = {
+            f"{stage}-{dtype}": held(recipe_of(base, folder, stage, dtype), stage, device)
+            for stage in STAGES
+            for dtype in ("fp32", "bf16")
+        }
+    (folder / "held.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,29 @@
+"""What DeepSpeed's engine really holds, read from its tensors."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from trainer.engine import fp32_copies
+
+
+def learning_bytes(engine: Any) -> dict[str, int]:
+    """Master copies, moments and gradient buffers after a step, by the storages they stand in."""
+    wrapper = engine.optimizer
+    flat = getattr(wrapper, "fp32_partitioned_groups_flat", None) or getattr(
+        wrapper, "single_partition_of_fp32_groups", None
+    )
+    masters = list(flat) if flat is not None else list(fp32_copies(wrapper).values())
+    moments = [t for s in engine.basic_optimizer.state.values() for t in s.values() if t.dim()]
+    gradients = [getattr(wrapper, "grad_partitions_flat_buffer", None), *(m.grad for m in masters)]
+    return {
+        "master copy": storage_bytes(masters),
+        "optimizer moments": storage_bytes(moments),
+        "gradients": storage_bytes(g for g in gradients if g is not None),
+    }
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -1,0 +1,86 @@
+"""`teamlora estimate`: what it prints, what it suggests, what it refuses."""
+
+import json
+
+import pytest
+
+from trainer.cli import main
+from trainer.estimate.estimate import Estimator
+from trainer.estimate.sizes import GIB, parse_size
+from trainer.recipe import dump_recipe, load_recipe
+
+
+@pytest.fixture
+def path(tmp_path, recipe_of):
+    path = tmp_path / "recipe.yaml"
+    recipe = recipe_of("llama-3-8b", train__micro_batch_size=4, train__global_batch_size=64, data__seq_len=2048)
+    path.write_text(dump_recipe(recipe))
+    return path
+
+
+def asked(capsys, *arguments):
+    assert main(["estimate", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_adds_up(path, capsys):
+    found = asked(capsys, path, "--world-size", "2")
+    resident = sum(held["device"] for held in found["resident"].values())
+    assert found["peak"]["device"] == resident + sum(found["transient"].values())
+    assert found["fits"] and found["would_fit"] == []
+
+
+def test_table_names_every_category_and_the_limit(path, capsys):
+    assert main(["estimate", str(path), "--gpu-memory", "900GiB"]) == 0
+    out = capsys.readouterr().out
+    for word in ("packed weights", "optimizer moments", "activations", "peak", "sends in a step", "fits", "900.00 GiB"):
+        assert word in out
+
+
+@pytest.mark.parametrize("limit", ["40GiB", "24GiB", "16GiB"])
+def test_what_is_suggested_fits_when_it_is_estimated_afresh(path, capsys, limit):
+    found = asked(capsys, path, "--world-size", "2", "--gpu-memory", limit)
+    assert not found["fits"] and found["would_fit"]
+    for suggestion in found["would_fit"]:
+        overrides = [setting for setting in suggestion["settings"] if "=" in setting]
+        worlds = [int(setting.split()[1]) for setting in suggestion["settings"] if setting.startswith("--world-size")]
+        recipe = load_recipe(path, overrides)
+        estimate = Estimator(recipe).estimate(recipe, (worlds or [2])[0])
+        assert estimate.device == suggestion["device"] <= parse_size(limit)
+
+
+def test_what_nothing_helps_is_said(path, capsys):
+    assert main(["estimate", str(path), "--gpu-memory", "10MiB"]) == 0
+    assert "nothing that was tried would fit" in capsys.readouterr().out
+
+
+def test_offload_moves_bytes_to_the_host(path, capsys):
+    on_device = asked(capsys, path)["peak"]
+    found = asked(capsys, path, "deepspeed.config=ds_configs/zero3_offload.json", "--host-memory", "1GiB")
+    assert on_device["host"] == 0
+    assert found["peak"]["host"] > 4 * GIB and found["peak"]["device"] < on_device["device"]
+    assert not found["fits"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--world-size", "3"], "train.global_batch_size=64 is not divisible by"),
+        (["base.model=nowhere/at/all"], "nowhere/at/all does not exist"),
+        (["adapter.target_modules=[nothing]"], "'nothing' matches no linear layer"),
+        (["deepspeed.config=none.json"], "deepspeed.config=none.json"),
+        (["experts.parallel_size=2"], "does not divide the 1 ranks"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(path, capsys, arguments, said):
+    assert main(["estimate", str(path), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["24", "much", "0GB"])
+def test_a_limit_without_a_unit_is_refused(path, capsys, size):
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate", str(path), "--gpu-memory", size])
+    assert ended.value.code == 2
+    assert "no amount of memory such as 24GiB" in capsys.readouterr().err

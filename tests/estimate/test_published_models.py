@@ -1,0 +1,86 @@
+"""Models of known size, from their config.json alone, against closed forms."""
+
+import math
+import time
+
+import pytest
+
+from trainer.estimate.estimate import Estimator
+
+# name: (parameters as published, hidden, intermediate, layers, key/value width)
+MODELS = {
+    "llama-3-8b": (8_030_261_248, 4096, 14336, 32, 1024),
+    "llama-3-70b": (70_553_706_496, 8192, 28672, 80, 1024),
+    "llama-3.1-405b": (405_853_388_800, 16384, 53248, 126, 1024),
+}
+VOCABULARY, WORLD = 128_256, 8
+models = pytest.mark.parametrize("name", MODELS)
+
+
+def held(recipe, world):
+    return {row.name: row.device for row in Estimator(recipe).estimate(recipe, world).resident}
+
+
+@models
+def test_unquantised_parameters_are_as_many_as_published(recipe_of, name):
+    recipe = recipe_of(name, base__quantization="none", train__global_batch_size=WORLD)
+    published = MODELS[name][0]
+    assert held(recipe, 1)["unquantised"] == 2 * published
+    assert held(recipe, WORLD)["unquantised"] == 2 * published // WORLD
+
+
+@models
+def test_packed_weights_take_half_a_byte_and_a_64th_for_their_maxima(recipe_of, name):
+    published, hidden, _, layers, _ = MODELS[name]
+    plain = 2 * VOCABULARY * hidden + (2 * layers + 1) * hidden
+    found = held(recipe_of(name, train__global_batch_size=WORLD), WORLD)
+    assert found["packed weights"] == (published - plain) // 2 // WORLD
+    assert found["absmax"] == (published - plain) // 64 // WORLD
+    assert found["unquantised"] == 2 * plain // WORLD
+
+
+@models
+def test_adapter_and_its_state_follow_teamloras_shapes(recipe_of, name):
+    _, hidden, intermediate, layers, _ = MODELS[name]
+    k, rank = 4, 4
+    sides = [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+    elements = layers * sum(k * rank * d_in + k * d_in + k * k + k * rank * d_out for d_in, d_out in sides)
+    found = held(recipe_of(name), 1)
+    assert found["adapter"] == found["gradients"] == 2 * elements
+    assert (found["master copy"], found["optimizer moments"]) == (4 * elements, 8 * elements)
+
+
+def test_placed_experts_are_cut_over_replicas_and_whole_with_replicate(recipe_of):
+    _, hidden, intermediate, layers, _ = MODELS["llama-3-8b"]
+    experts = 2 * layers * 16 * (2 * intermediate + hidden)  # bytes in bf16 of all B
+    whole = held(recipe_of("llama-3-8b"), 1)["adapter"]
+    shared = whole - experts
+    placed = {"experts__parallel_size": 2, "train__global_batch_size": WORLD}
+    cut = held(recipe_of("llama-3-8b", **placed), WORLD)["adapter"]
+    replicated = held(recipe_of("llama-3-8b", **placed, experts__replicate=True), WORLD)["adapter"]
+    assert cut == (shared + experts) // WORLD
+    assert replicated == shared // WORLD + experts // 2
+
+
+def test_eight_bit_moments_take_a_byte_each_and_a_maximum_a_block(recipe_of):
+    found = held(recipe_of("llama-3-8b", train__optimizer="adamw_8bit"), 1)
+    elements = found["master copy"] // 4
+    assert found["optimizer moments"] == 2 * (elements + 4 * math.ceil(elements / 256))
+
+
+def test_zero3_gathers_each_weight_twice_and_the_embedding_once(recipe_of):
+    recipe = recipe_of("llama-3-8b", base__quantization="none", train__global_batch_size=2 * WORLD)
+    estimate = Estimator(recipe).estimate(recipe, WORLD)
+    published, hidden, *_ = MODELS["llama-3-8b"]
+    a_pass = 2 * (2 * published - VOCABULARY * hidden) * (WORLD - 1) // WORLD
+    assert estimate.sent["gathers of the base"] == 2 * a_pass  # two micro-batches
+    adapter = {row.name: row.device for row in estimate.resident}["adapter"] * (WORLD - 1)
+    assert estimate.sent["gathers of the adapter"] == 4 * adapter
+    assert estimate.sent["gradients"] == 2 * adapter
+
+
+def test_the_largest_is_answered_on_64_ranks_in_seconds(recipe_of):
+    recipe = recipe_of("llama-3.1-405b", train__global_batch_size=64, data__seq_len=4096)
+    began = time.process_time()
+    Estimator(recipe).estimate(recipe, 64)
+    assert time.process_time() - began < 10

@@ -1,0 +1,93 @@
+"""One run's memory and traffic a rank, before anything is launched."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PretrainedConfig
+
+from trainer.base.source import parse_config_alone
+from trainer.batches import plan_batches
+from trainer.engine import read_deepspeed_config
+from trainer.estimate.activations import Activations, activations
+from trainer.estimate.model import RankModel, build_rank_model
+from trainer.estimate.resident import Held, resident
+from trainer.estimate.traffic import sent_bytes
+from trainer.estimate.transient import Transient, transient
+from trainer.estimate.zero import ZeroSettings, zero_settings
+from trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank; all ranks hold equally much.
+
+    resident: from the first step to the last. transient: device bytes at the highest moment of a step. sent: in one
+    optimizer step.
+    """
+
+    recipe: Recipe
+    world_size: int
+    zero: ZeroSettings
+    resident: tuple[Held, ...]
+    transient: Transient
+    sent: dict[str, int]
+
+    @property
+    def rows(self) -> list[Held]:
+        """Every category that is not empty."""
+        coming = (Held(name, device=size) for name, size in self.transient.by_name.items())
+        return [row for row in (*self.resident, *coming) if row.device or row.host]
+
+    @cached_property
+    def device(self) -> int:
+        return sum(row.device for row in self.rows)
+
+    @cached_property
+    def host(self) -> int:
+        return sum(row.host for row in self.rows)
+
+    def fits(self, device: int | None, host: int | None) -> bool:
+        """Into so many bytes a rank; None is no limit."""
+        return (device is None or self.device <= device) and (host is None or self.host <= host)
+
+
+class Estimator:
+    """Estimates a base's recipes, each part of the work once for all recipes that share it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._config: PretrainedConfig = parse_config_alone(recipe.base)
+        self._models: dict[tuple, RankModel] = {}
+        self._activations: dict[tuple, Activations] = {}
+
+    def estimate(self, recipe: Recipe, world_size: int) -> Estimate:
+        """Raises UserError where a run of this recipe on so many ranks would be refused."""
+        plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, world_size)
+        config = read_deepspeed_config(recipe, plan)
+        if recipe.experts.parallel_size > 1:
+            from trainer.expert_groups import check_placement  # imports DeepSpeed, which takes seconds
+
+            check_placement(recipe.experts, range(world_size), config, recipe.deepspeed.config)
+        zero = zero_settings(config)
+        model = self._model(recipe, world_size)
+        coming = transient(model, self._kept(recipe), zero, recipe, world_size)
+        return Estimate(
+            recipe=recipe,
+            world_size=world_size,
+            zero=zero,
+            resident=tuple(resident(model, zero, recipe.train.optimizer, world_size)),
+            transient=coming,
+            sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
+        )
+
+    def _model(self, recipe: Recipe, world_size: int) -> RankModel:
+        key = (recipe.experts.parallel_size, recipe.experts.replicate, world_size)
+        key = key if recipe.experts.parallel_size > 1 else ()
+        if key not in self._models:
+            self._models[key] = build_rank_model(self._config, recipe, world_size)
+        return self._models[key]
+
+    def _kept(self, recipe: Recipe) -> Activations:
+        key = (recipe.train.micro_batch_size, recipe.data.seq_len)
+        if key not in self._activations:
+            self._activations[key] = activations(self._config, recipe)
+        return self._activations[key]

@@ -1,0 +1,42 @@
+"""What of a DeepSpeed configuration decides where bytes lie."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """Stage and offload of ZeRO; bucket sizes and the persistence threshold in elements."""
+
+    stage: int
+    offload_param: bool
+    offload_optimizer: bool
+    reduce_bucket: int
+    prefetch_bucket: int
+    persistence: int
+    sub_group: int
+    overlap: bool
+
+
+def zero_settings(config: dict[str, Any]) -> ZeroSettings:
+    """From DeepSpeed's configuration as a dict; what it leaves out is as in DeepSpeed 0.19.8."""
+    zero = config["zero_optimization"]
+    return ZeroSettings(
+        stage=zero.get("stage", 0),
+        offload_param=_offloaded(zero, "offload_param"),
+        offload_optimizer=_offloaded(zero, "offload_optimizer"),
+        reduce_bucket=_elements(zero, "reduce_bucket_size", 5e8) if zero.get("contiguous_gradients", True) else 0,
+        prefetch_bucket=_elements(zero, "stage3_prefetch_bucket_size", 5e7),
+        persistence=_elements(zero, "stage3_param_persistence_threshold", 1e5),
+        sub_group=_elements(zero, "sub_group_size", 1e9),
+        overlap=zero.get("overlap_comm") or False,
+    )
+
+
+def _offloaded(zero: dict[str, Any], section: str) -> bool:
+    return (zero.get(section) or {}).get("device", "none") != "none"
+
+
+def _elements(zero: dict[str, Any], key: str, default: float) -> int:
+    given = zero.get(key, "auto")
+    return int(default if given == "auto" else given)
