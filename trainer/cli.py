@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import UserError
+from trainer.estimate.sizes import parse_size
 from trainer.faults import Stopped, TrainingFault
 from trainer.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STATUS_FILE, STOPPED
 from trainer.quiet import quiet_libraries
@@ -58,13 +59,19 @@ def _parser() -> argparse.ArgumentParser:
 
     prepare = commands.add_parser("prepare", help="make the prepared set that a recipe trains on")
     train = commands.add_parser("train", help="train a recipe, alone or as a rank of a launcher")
-    for command, run in ((prepare, _prepare), (train, _train)):
+    estimate = commands.add_parser("estimate", help="tell the memory and traffic of a run before it is launched")
+    for command, run in ((prepare, _prepare), (train, _train), (estimate, _estimate)):
         command.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe, see launch/recipes/")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the recipe")
         command.set_defaults(run=run)
     prepare.add_argument("--show", type=_positive, metavar="N", help="print N rows, what is learnt of them in colour")
     # what DeepSpeed's launcher adds; LOCAL_RANK says the same
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+    estimate.add_argument("--world-size", type=_positive, default=1, metavar="N", help="ranks of the run; default: 1")
+    estimate.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a rank's device, such as 24GiB or 80GB")
+    estimate.add_argument("--host-memory", type=_size, metavar="SIZE", help="of the host, a rank's share of it")
+    estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
     generate = commands.add_parser("generate", help="answer a prompt with a finished run's model")
     generate.add_argument("--prompt", required=True, help="the user's turn")
@@ -87,6 +94,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _indices(text: str) -> list[int]:
@@ -121,6 +135,13 @@ def _train(options: argparse.Namespace) -> None:
     from trainer.train import train
 
     train(recipe, stop)
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from trainer.estimate.report import report
+
+    print(report(recipe, options.world_size, options.gpu_memory, options.host_memory, options.json))
 
 
 def _generate(options: argparse.Namespace) -> None:

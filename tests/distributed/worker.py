@@ -20,6 +20,7 @@ from torch import Tensor
 import trainer.train
 from data_prep.errors import UserError
 from tests.distributed import scene
+from tests.estimate.engine_bytes import learning_bytes
 from tests.tiny_models import FAMILIES
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.held import merge_own
@@ -35,6 +36,7 @@ from trainer.launch_protocol import LAUNCH_ID
 from trainer.loop import Parts, held_out_losses, run_step
 from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
+from trainer.report.facts import bytes_on_this_rank
 from trainer.train import assemble, shards_for
 
 # name: (micro batch size, accumulation, changes of the recipe)
@@ -91,6 +93,22 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 # cases that one number of ranks is enough for; replicas there are only on more ranks than a group has
 ONLY = {name: 4 if "replicated" in name else 2 for name in list(PARITY)[-9:]}
+# changes of the recipe under which what a rank holds is compared with what was estimated
+HELD: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "plain": {"base__quantization": "none"},
+    "bf16": {"base__dtype": "bf16"},
+    "offloaded": {"base__dtype": "bf16", "deepspeed__config": OFFLOAD},
+    "zero2": {"deepspeed__config": "ds_configs/zero2.json"},
+    "placed": {"experts__parallel_size": 2},
+    "placed_plain_moelora": {
+        "experts__parallel_size": 2,
+        "adapter__method": "moelora",
+        "base__quantization": "none",
+        "base__dtype": "bf16",
+    },
+    "replicated": {"experts__parallel_size": 2, "experts__replicate": True},
+}
 # (ZeRO stage, compute dtype, what is spoilt)
 FAULTS = [
     (s, d, k)
@@ -105,7 +123,7 @@ def main(base: Path, folder: Path) -> None:
     with process_group() as device:
         for name in (*cases(dist.get_world_size()), *BF16):
             parity(parity_recipe(base, name, dist.get_world_size()), folder / name, device)
-        for case in (shards, held_out, saving, mistakes, faults):
+        for case in (shards, held, held_out, saving, mistakes, faults):
             case(base, folder, device)
         dist.barrier()
 
@@ -187,6 +205,19 @@ def shards(base: Path, folder: Path, device: torch.device) -> None:
         target.mkdir(parents=True, exist_ok=True)
         save_file(mine, target / f"{dist.get_rank()}.safetensors")
         keep(target / "shapes.json", {name: list(p.ds_shape) for name, p in model.named_parameters()})
+
+
+def held(base: Path, folder: Path, device: torch.device) -> None:
+    """What each rank holds after a step, by category: as the run itself tells it, and as the engine's tensors say."""
+    for name, changes in HELD.items():
+        recipe = scene.recipe(base, **changes)
+        model, parts = build(recipe, device, plan_rows(recipe), [])
+        run_step(parts, 1)
+        stage = parts.engine.zero_optimization_stage()
+        mine = [bytes_on_this_rank(model, stage, dist.get_world_size()), learning_bytes(parts.engine)]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        keep(folder / "held" / f"{name}.json", everyone)
 
 
 def held_out(base: Path, folder: Path, device: torch.device) -> None:

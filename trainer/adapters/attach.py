@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -56,6 +58,21 @@ def attach_adapter(model: nn.Module, adapter: AdapterConfig) -> PeftModel:
     return PeftModel.from_pretrained(
         model, adapter.init_from, is_trainable=True, autocast_adapter_dtype=False, config=_continued(adapter)
     )
+
+
+def attach_on_meta(model: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> PeftModel:
+    """The same modules around a model on meta, with parameters on meta in `dtype`, the compute dtype: no values.
+
+    PEFT casts no adapter that is on meta, so that is done here.
+    """
+    config = peft_config(adapter) if adapter.init_from is None else _continued(adapter)
+    config.inference_mode = False  # an adapter on disk says that it is not trained any more
+    with init_empty_weights(include_buffers=False):
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return adapted
 
 
 def _continued(adapter: AdapterConfig) -> PeftConfig:

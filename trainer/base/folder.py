@@ -1,5 +1,6 @@
 """The local folder of a base model, found without importing anything heavy."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 FROM_THE_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
-def resolve_folder(base: "BaseModelConfig") -> Path:
+def resolve_folder(base: "BaseModelConfig", patterns: Sequence[str] = FROM_THE_HUB) -> Path:
     """The local folder of `base.model`, fetched from the Hub where it is an id and not a folder.
 
-    Raises UserError where it is neither, or cannot be fetched.
+    patterns: the files that are fetched. Raises UserError where it is neither, or cannot be fetched.
     """
     folder = Path(base.model).expanduser()
     if folder.is_dir():
@@ -26,15 +27,15 @@ def resolve_folder(base: "BaseModelConfig") -> Path:
         raise UserError(f"base.model: {folder} is a file; expected a folder with config.json and *.safetensors")
     if base.model.startswith(("/", ".", "~")) or base.model.count("/") > 1:
         raise UserError(f"base.model: folder {base.model} does not exist; expected a folder or a Hub id")
-    return _fetch(base)
+    return _fetch(base, patterns)
 
 
-def _fetch(base: "BaseModelConfig") -> Path:
+def _fetch(base: "BaseModelConfig", patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     code = ["*.py"] if base.trust_remote_code else []
     try:
-        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=FROM_THE_HUB + code))
+        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=[*patterns, *code]))
     except Exception as error:  # many kinds: no network, no such id, no access, a malformed id
         revision = f" at revision {base.revision}" if base.revision else ""
         raise UserError(

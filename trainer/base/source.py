@@ -33,10 +33,20 @@ def parse_config(base: "BaseModelConfig") -> PretrainedConfig:
     """
     folder = resolve_folder(base)
     safetensors_files(folder)
+    config = _checked_config(folder, base)
+    _check_attention(base.attention)
+    return config
+
+
+def parse_config_alone(base: "BaseModelConfig") -> PretrainedConfig:
+    """The same from a folder that need hold config.json only; of a Hub id, that alone is fetched."""
+    return _checked_config(resolve_folder(base, ["config.json"]), base)
+
+
+def _checked_config(folder: Path, base: "BaseModelConfig") -> PretrainedConfig:
     config = _parse(folder, base.trust_remote_code)
     _refuse_quantised(config, folder)
     _refuse_non_causal(config, base.trust_remote_code)
-    _check_attention(base.attention)
     return config
 
 
