@@ -37,7 +37,6 @@ from data_prep.workers import encode_blocks
 _NO_END_TOKEN = (
     "the chat template ends assistant turns with no special token: a model trained on this set does not learn to stop"
 )
-
 _TODAY = "the chat template writes the date, so another day's preparation of the same input differs in it"
 
 
@@ -124,9 +123,7 @@ def _make(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
         "splits": described,
         "removed": removals.by_task(config.tasks),
         "forms": {source_key(index): dict(counts) for index, counts in forms.items()},
-        "different_documents": dict(
-            zip(config.tasks, np.bincount(documents["task"][split.train]).tolist(), strict=True)
-        ),
+        "different_documents": _by_task(config, documents["task"][split.train]),
         "notes": _notes(config, tokenizer, forms, _absent(config, documents["task"][split.held_out])),
         "config": config.model_dump(mode="json"),
     }

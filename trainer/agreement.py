@@ -10,7 +10,6 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from data_prep.errors import UserError
 from data_prep.fingerprint import code_hash
 from trainer.launch_protocol import LAUNCH_ID
 from trainer.recipe import Recipe, differences
-from trainer.rundir import PACKAGES
+from trainer.rundir import versions
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def own_facts(recipe: Recipe) -> RankFacts:
         socket.gethostname(),
         int(os.environ.get("LOCAL_RANK", "0")),
         os.environ.get(LAUNCH_ID),
-        {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        {"python": platform.python_version(), **versions()},
         (code_hash(), code_hash(Path(__file__).parent)),
         recipe.model_dump(mode="json"),
     )

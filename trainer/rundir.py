@@ -70,11 +70,16 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
         return []
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages on which results rest."""
+    return {name: version(name) for name in PACKAGES}
+
+
 def _environment() -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
