@@ -1,88 +1,53 @@
-"""What `bash launch/train.sh` runs: DeepSpeed's launcher, signals handed on to the ranks, and retries after faults.
+"""What `bash launch/train.sh` runs: a launch here or on a hostfile's nodes, watched, and started again after faults.
 
-DeepSpeed's launcher does neither. On one node its first process has no handler: a signal ends it and leaves the ranks
-running. Its second ends the ranks one after the other and returns 1, whatever they return.
+A fault ends a launch everywhere: the other ranks notice within run.collective_timeout, and what has not ended of itself
+`Launch.grace` later is killed.
 """
 
 import os
 import secrets
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.errors import UserError
-from trainer.launch_protocol import LAUNCH_ID, MISTAKE, STATUS_FILE, STOPPED
+from trainer.cluster.environment import passed_on
+from trainer.cluster.hostfile import Node, read_hostfile
+from trainer.cluster.local import LocalRanks, launcher_command, slots_here
+from trainer.cluster.network import free_port
+from trainer.cluster.outcome import Outcome
+from trainer.cluster.remote import Reached, RemoteRanks
+from trainer.launch_protocol import LAUNCH_ID, MISTAKE, STOPPED
+from trainer.recipe import Recipe, load_recipe
 
-SCRIPT = Path(__file__).with_name("train.sh")
+SCRIPT = Path(__file__).resolve().with_name("train.sh")
 LOOK_EVERY = 0.2  # seconds
-GRACE = 60.0  # seconds that ranks have to end once their launcher has
 
 
-class Launch:
-    """One start of all ranks, in a session of its own: so they are found however their parents end."""
+@dataclass(frozen=True)
+class Options:
+    """The launch's own options. arguments: the recipe's path and its overrides, which the ranks are given."""
 
-    def __init__(self, launcher_options: Sequence[str], arguments: Sequence[str], status_file: Path) -> None:
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", *launcher_options]
-        if "--master_port" not in launcher_options:  # the usual one may be another run's, or of a rank left behind
-            command += ["--master_port", str(_free_port())]
-        self._status_file = status_file
-        self._launcher = subprocess.Popen(
-            [*command, str(SCRIPT), *arguments],
-            start_new_session=True,
-            env={**os.environ, STATUS_FILE: str(status_file), LAUNCH_ID: secrets.token_hex(8)},
-        )
-        self._told: set[int] = set()  # ranks that have been told to stop
+    arguments: tuple[str, ...]
+    hostfile: Path | None = None
+    num_gpus: int | None = None
+    master_port: int | None = None
+    retries: int = 0
+    min_nodes: int | None = None
+    check: bool = True
 
-    def wait(self, stop: "Stop") -> int:
-        """The exit status, when no process of the launch is left."""
-        while self._launcher.poll() is None:
-            self._hand_on(stop)
-            time.sleep(LOOK_EVERY)
-        if self._launcher.returncode < 0:  # it was ended itself; its ranks do not know
-            stop.asked = stop.asked or signal.SIGTERM
-        ending = time.monotonic() + GRACE
-        while left := list(self._processes()):
-            self._hand_on(stop)
-            if time.monotonic() > ending or stop.at_once:
-                for process in left:
-                    process.kill()
-            time.sleep(LOOK_EVERY)
-        if self._status_file.exists() and self._status_file.read_text() == str(STOPPED):
-            return STOPPED
-        status = self._launcher.returncode
-        return STOPPED if stop.asked and status not in (0, MISTAKE) else abs(status)
-
-    def _hand_on(self, stop: "Stop") -> None:
-        if stop.asked is None:
-            return
-        for process in self._processes():
-            try:
-                if stop.at_once:
-                    process.kill()
-                elif process.pid not in self._told and "RANK" in process.environ():
-                    process.send_signal(stop.asked)
-                    self._told.add(process.pid)
-            except psutil.Error:  # it has ended, or is about to begin
-                continue
-
-    def _processes(self) -> Iterator[psutil.Process]:
-        for process in psutil.process_iter():
-            try:
-                mine = os.getsid(process.pid) == self._launcher.pid
-                if mine and process.status() != psutil.STATUS_ZOMBIE:
-                    yield process
-            except (OSError, psutil.Error):
-                continue
+    @property
+    def recipe(self) -> Recipe:
+        paths = [argument for argument in self.arguments if "=" not in argument]
+        if len(paths) != 1:
+            raise UserError(f"arguments {' '.join(paths)!r}: expected the path of one recipe; see launch/recipes/")
+        return load_recipe(Path(paths[0]), [argument for argument in self.arguments if argument not in paths])
 
 
 class Stop:
@@ -99,37 +64,100 @@ class Stop:
         self.asked = signal.SIGTERM if number == signal.SIGINT else signal.Signals(number)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How ranks are started, again and again. grace: seconds that ranks have to end once one has failed."""
+
+    options: Options
+    nodes: tuple[Node, ...]  # none: this machine
+    silence: float
+    grace: float
+
+    def run(self, stop: Stop) -> Outcome:
+        """One start, to the end of every rank."""
+        ranks = self._on_nodes() if self.nodes else self._here()
+        while ranks.look():
+            if stop.at_once:
+                ranks.end_within(0)
+            elif stop.asked is not None:
+                ranks.ask(stop.asked)
+            time.sleep(LOOK_EVERY)
+        return ranks.outcome()
+
+    def _here(self) -> LocalRanks:
+        slots = {"localhost": slots_here(self.options.num_gpus)}
+        port = self.options.master_port or free_port()
+        command = launcher_command(slots, 0, "127.0.0.1", port, [str(SCRIPT), *self.options.arguments])
+        return LocalRanks(command, {**os.environ, LAUNCH_ID: secrets.token_hex(8)}, self.grace)
+
+    def _on_nodes(self) -> RemoteRanks:
+        reached = Reached(self.nodes, self.silence, self.grace)
+        least = self.options.min_nodes or len(self.nodes)
+        if len(reached.nodes) < least:
+            reached.close()
+            absent = "; ".join(f"{name}: {reason}" for name, reason in reached.absent.items())
+            raise UserError(
+                f"{len(reached.nodes)} of {len(self.nodes)} nodes answer, and min_nodes={least}: {absent}; see "
+                "`teamlora check`, or lower min_nodes"
+            )
+        for name, reason in reached.absent.items():
+            print(f"launch          without {name}: {reason}", flush=True)
+        variables = {**passed_on(os.environ, Path.cwd()), LAUNCH_ID: secrets.token_hex(8)}
+        arguments = [str(SCRIPT), *self.options.arguments, f"run.nodes={len(reached.nodes)}"]
+        return RemoteRanks(reached, arguments, variables, Path.cwd(), self.options.master_port)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Launches, and again after a fault, up to `retries` times: each start goes on from the last good checkpoint."""
-    options, retries, passed = [], 0, []
+    options = parse_options(arguments)
+    recipe = options.recipe
+    nodes = read_hostfile(options.hostfile) if options.hostfile is not None else ()
+    timeout = recipe.run.collective_timeout
+    launch = Launch(options, nodes, silence=timeout, grace=min(60.0, 0.6 * timeout))
+    stop = Stop()
+    for retry in range(1, options.retries + 2):
+        found = launch.run(stop)
+        if found.cause:
+            print(f"launch          failed on {found.cause}", file=sys.stderr, flush=True)
+        if found.status in (0, MISTAKE, STOPPED) or retry > options.retries:
+            break
+        again = f"starting again, retry {retry} of {options.retries}"
+        print(f"launch          ended with status {found.status}; {again}", flush=True)
+    return found.status
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """The launch's own options among the arguments, key=value. Raises UserError for a bad one."""
+    found, passed = {}, []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in ("num_gpus", "master_port"):
-            options += [f"--{key}", value]
+        if key in ("num_gpus", "master_port", "min_nodes"):
+            found[key] = _number(key, value, least=1)
         elif key == "retries":
-            retries = _retries(value)
+            found[key] = _number(key, value, least=0)
+        elif key == "hostfile":
+            found[key] = Path(value)
+        elif key == "check":
+            found[key] = _truth(key, value)
         else:
             passed.append(argument)
-    stop = Stop()
-    for left in range(retries, -1, -1):
-        with tempfile.TemporaryDirectory() as folder:
-            status = Launch(options, passed, Path(folder) / "status").wait(stop)
-        if status in (0, MISTAKE, STOPPED) or left == 0:
-            return status
-        print(f"launch          ended with status {status}; starting again, {left} retries left", flush=True)
-    return status
+    if "hostfile" in found and "num_gpus" in found:
+        raise UserError(f"num_gpus={found['num_gpus']}: with a hostfile its slots say it; remove num_gpus")
+    if "min_nodes" in found and "hostfile" not in found:
+        raise UserError(f"min_nodes={found['min_nodes']}: needs hostfile=FILE; give it, or remove min_nodes")
+    return Options(tuple(passed), **found)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
-def _retries(value: str) -> int:
-    if not value.isdecimal():
-        raise UserError(f"retries={value}: expected how often to start again after a fault, such as retries=3")
+def _number(key: str, value: str, least: int) -> int:
+    if not value.isdecimal() or int(value) < least:
+        raise UserError(f"{key}={value}: expected a whole number of at least {least}; change it")
     return int(value)
+
+
+def _truth(key: str, value: str) -> bool:
+    if value not in ("true", "false"):
+        raise UserError(f"{key}={value}: expected true or false; change it")
+    return value == "true"
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 
 from data_prep.errors import UserError
 from data_prep.fingerprint import code_hash
+from trainer.cluster.network import interface_to
 from trainer.launch_protocol import LAUNCH_ID
 from trainer.recipe import Recipe, differences
 from trainer.rundir import versions
@@ -101,16 +101,7 @@ def interface() -> str:
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         if os.environ.get(variable):
             return os.environ[variable]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
-            address = probe.getsockname()[0]
-        except OSError:
-            return "no interface"
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address == address for found in addresses):
-            return name
-    return address
+    return interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1"))
 
 
 def _listed(hosts: Counter[str]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from trainer.estimate.sizes import parse_size
-from trainer.faults import Stopped, TrainingFault
-from trainer.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STATUS_FILE, STOPPED
+from trainer.faults import LostRank, Stopped, TrainingFault
+from trainer.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
 from trainer.quiet import quiet_libraries
 from trainer.recipe import load_recipe
 from trainer.signals import StopSignal
@@ -17,29 +17,33 @@ from trainer.signals import StopSignal
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; a mistake is one line on the first rank of each machine."""
-    options = _parsed(arguments)
+    try:
+        ending = _run(_parsed(arguments))
+    except BaseException as error:  # which Python tells by its traceback, and argparse by its usage
+        status = MISTAKE if isinstance(error, SystemExit) else FAULT
+        write_ending(Ending(status, " ".join(f"{type(error).__name__}: {error}".split())))
+        raise
+    write_ending(ending)
+    return ending.status
+
+
+def _run(options: argparse.Namespace) -> Ending:
     quiet_libraries()
-    status = _run(options)
-    if STATUS_FILE in os.environ and os.environ.get("RANK", "0") == "0":
-        Path(os.environ[STATUS_FILE]).write_text(str(status))
-    return status
-
-
-def _run(options: argparse.Namespace) -> int:
     try:
         options.run(options)
     except (UserError, TrainingFault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return MISTAKE if isinstance(error, UserError) else FAULT
+        status = MISTAKE if isinstance(error, UserError) else FAULT
+        return Ending(status, str(error), followed=isinstance(error, LostRank))
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)
-        return STOPPED
+        return Ending(STOPPED, str(stopped))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        return Ending(INTERRUPTED, "interrupted")
+    return Ending(0)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

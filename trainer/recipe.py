@@ -26,9 +26,10 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="seeds adapter initial values, dropout and the order of rows")
     deterministic: bool = Field(False, description="only kernels that give the same bits in every rerun; slower")
     nodes: PositiveInt | None = Field(None, strict=True, description="machines that the ranks must be on; null: any")
-    collective_timeout: PositiveFloat = Field(
-        1800.0, description="seconds after which ranks that wait for another give up"
+    start_timeout: PositiveFloat = Field(
+        1800.0, description="seconds after which ranks give up that wait for another before the first step"
     )
+    collective_timeout: PositiveFloat = Field(600.0, description="the same from the first step on")
 
     @property
     def directory(self) -> Path:

@@ -16,6 +16,7 @@ HARMLESS = (
     "run.output_dir",
     "run.nodes",
     "run.deterministic",
+    "run.start_timeout",
     "run.collective_timeout",
     "base.attention",
     "experts",

@@ -36,8 +36,10 @@ from trainer.engine import (
     check_optimizer,
     gather_trainable,
     initialize,
+    naming_lost_ranks,
     process_group,
     read_deepspeed_config,
+    set_collective_timeout,
     use_deterministic_kernels,
 )
 from trainer.expert_groups import check_placement, make_groups, tag_experts
@@ -71,14 +73,15 @@ def train(recipe: Recipe, stop: StopSignal) -> None:
     clock = StartClock()
     if recipe.run.deterministic:
         use_deterministic_kernels()
-    with process_group(timedelta(seconds=recipe.run.collective_timeout)) as device:
+    with process_group(timedelta(seconds=recipe.run.start_timeout)) as device:
         met = clock.lap("process group")
-        ranks = everyones_facts(recipe)
-        with agreeing():
-            check_agreement(ranks, recipe.run.nodes)
-        if dist.get_rank() == 0:
-            print(describe(ranks, met), flush=True)
-        _train(recipe, stop, device, clock, ranks)
+        with naming_lost_ranks("starting"):
+            ranks = everyones_facts(recipe)
+            with agreeing():
+                check_agreement(ranks, recipe.run.nodes)
+            if dist.get_rank() == 0:
+                print(describe(ranks, met), flush=True)
+            _train(recipe, stop, device, clock, ranks)
 
 
 def _train(
@@ -125,13 +128,15 @@ def _train(
     if beginning.checkpoint is not None:
         restore(beginning, saver, engine, routing)
         clock.lap("checkpoint")
+    set_collective_timeout(timedelta(seconds=recipe.run.collective_timeout))
     Course(recipe, parts, checked.steps, beginning, checkpoints, stop, fixed).run(clock)
-    parameters = gather_trainable(model)
-    if first:
-        record_base = partial(write_base_file, model=recipe.base.model, found=fingerprint)
-        save_adapter(model, parameters, recipe.run.directory / rundir.ADAPTER, also=record_base)
-        print(f"adapter         {recipe.run.directory / rundir.ADAPTER}", flush=True)
-    dist.barrier()  # no rank leaves, and so ends the launch, before the adapter is there
+    with naming_lost_ranks("after the last step"):
+        parameters = gather_trainable(model)
+        if first:
+            record_base = partial(write_base_file, model=recipe.base.model, found=fingerprint)
+            save_adapter(model, parameters, recipe.run.directory / rundir.ADAPTER, also=record_base)
+            print(f"adapter         {recipe.run.directory / rundir.ADAPTER}", flush=True)
+        dist.barrier()  # no rank leaves, and so ends the launch, before the adapter is there
 
 
 def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:

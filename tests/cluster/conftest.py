@@ -1,6 +1,6 @@
 import itertools
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +10,7 @@ from tests.e2e.conftest import Workplace, make_workplace
 from tests.e2e.test_run import SCRIPT, ZERO3
 
 LIMIT = 180  # seconds
-PORTS = itertools.count(29700)  # a port of its own for each launch: ranks left behind would meet the next at theirs
+PORTS = itertools.count(29900)  # a port of its own for each launch: ranks left behind would meet the next at theirs
 PASSED_ON = {
     "GLOO_SOCKET_IFNAME": "eth0",
     "OMP_NUM_THREADS": "1",
@@ -61,17 +61,28 @@ class Train:
     place: Workplace
 
     def begin(self, *nodes: str, **overrides: object) -> subprocess.Popen:
-        """Starts a launch with these values of the recipe: run__name is run.name."""
+        """Starts a launch by DeepSpeed's launcher with these values of the recipe: run__name is run.name."""
+        options = ["--hostfile", self._hostfile(nodes), "--master_port", str(next(PORTS))]
+        return self._on_launcher("deepspeed", *options, SCRIPT, overrides)
+
+    def begin_supervised(self, *nodes: str, options: Sequence[str] = (), **overrides: object) -> subprocess.Popen:
+        """The same by `bash launch/train.sh` with options of its own."""
+        return self._on_launcher("bash", SCRIPT, f"hostfile={self._hostfile(nodes)}", *options, overrides)
+
+    def _hostfile(self, nodes: Sequence[str]) -> str:
         hostfile = self.place.folder / "hostfile"
         hostfile.unlink(missing_ok=True)
         if nodes:
             hostfile.write_text("".join(f"{node} slots=1\n" for node in nodes))
-        options = ["--hostfile", hostfile.name, "--master_port", str(next(PORTS))]
+        return hostfile.name
+
+    def _on_launcher(self, *command: str | Mapping[str, object]) -> subprocess.Popen:
+        *words, overrides = command
         values = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
-        command = ["deepspeed", *options, SCRIPT, "recipe.yaml", ZERO3, *values]
         return self.cluster.launcher.begin(
-            *command, folder=self.place.folder, env=self.place.environment(), timeout=LIMIT
-        )
+            *words, "recipe.yaml", ZERO3, *values,
+            folder=self.place.folder, env=self.place.environment(), timeout=LIMIT,
+        )  # fmt: skip
 
     def __call__(self, *nodes: str, **overrides: object) -> subprocess.CompletedProcess:
         """A launch to its end."""

@@ -1,0 +1,147 @@
+"""What a launch is told: hostfile, variables, options; and what it tells of its ranks' endings."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import UserError
+from trainer.cluster.environment import passed_on
+from trainer.cluster.hostfile import Node, read_hostfile
+from trainer.cluster.local import slots_here
+from trainer.cluster.outcome import Outcome, RankEnding, outcome
+from trainer.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def supervise():
+    """launch/ is a folder of programs, no package."""
+    spec = importlib.util.spec_from_file_location("supervise", REPOSITORY / "launch" / "supervise.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_hostfile_is_read_in_its_order(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# the cluster\nnode-b slots=2\n\n  node-a   slots=8  # the old one\n")
+    assert read_hostfile(path) == (Node("node-b", 2), Node("node-a", 8))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("node-a\n", "line 1: 'node-a': expected `name slots=N`"),
+        ("node-a slots=0\n", "line 1: 'node-a slots=0': expected"),
+        ("node-a slots=2\nnode-a slots=2\n", "line 2: node-a is listed twice"),
+        ("# nothing\n", "lists no node"),
+        (None, "No such file or directory; give a file with a line such as `node-a slots=8` a node"),
+    ],
+)
+def test_a_bad_hostfile_is_refused(tmp_path, text, told):
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as refusal:
+        read_hostfile(path)
+    assert str(refusal.value).startswith(f"hostfile={path}")
+    assert told in str(refusal.value)
+
+
+def test_threads_interface_and_proxy_are_passed_on_and_the_shell_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / ".deepspeed_env").write_text('NCCL_SOCKET_IFNAME=ib0\nMY_TOKEN="two words"\n')
+    shell = {
+        "OMP_NUM_THREADS": "8",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "HTTPS_PROXY": "http://proxy:3128",
+        "no_proxy": "localhost",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "SSH_CONNECTION": "here",
+        "HOME": "/root",
+    }
+    assert passed_on(shell, tmp_path) == {
+        "OMP_NUM_THREADS": "8",
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "HTTPS_PROXY": "http://proxy:3128",
+        "no_proxy": "localhost",
+        "MY_TOKEN": "two words",
+    }
+
+
+@pytest.mark.parametrize("line", ["", "# threads", "OMP_NUM_THREADS", "=8"])
+def test_a_line_of_deepspeed_env_that_would_end_its_launcher_is_refused(tmp_path, monkeypatch, line):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / ".deepspeed_env").write_text(f"A=1\n{line}\nB=2\n")
+    with pytest.raises(UserError, match=r"deepspeed_env, line 2: .*expected NAME=VALUE"):
+        passed_on({}, tmp_path)
+
+
+def test_devices_are_those_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f,7")
+    assert slots_here(None) == [2, "GPU-5f", 7]
+    assert slots_here(2) == [2, "GPU-5f"]
+    with pytest.raises(UserError, match="num_gpus=4: 3 are here"):
+        slots_here(4)
+
+
+def test_the_launchs_options_are_told_from_the_recipes(supervise):
+    found = supervise.parse_options(
+        ["hostfile=hf", "my.yaml", "min_nodes=1", "retries=2", "check=false", "train.steps=3"]
+    )
+    assert found.arguments == ("my.yaml", "train.steps=3")
+    assert (found.hostfile, found.min_nodes, found.retries, found.check) == (Path("hf"), 1, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["num_gpus=two"], "num_gpus=two: expected a whole number of at least 1"),
+        (["retries=-1"], "retries=-1: expected a whole number of at least 0"),
+        (["check=yes"], "check=yes: expected true or false"),
+        (["hostfile=hf", "num_gpus=2"], "num_gpus=2: with a hostfile its slots say it"),
+        (["min_nodes=1"], "min_nodes=1: needs hostfile=FILE"),
+    ],
+)
+def test_bad_options_of_a_launch_are_refused(supervise, arguments, told):
+    with pytest.raises(UserError, match=told):
+        supervise.parse_options(arguments)
+
+
+def ended(rank: int, status: int, line: str = "", followed: bool = False, stuck: bool = False) -> RankEnding:
+    return RankEnding(rank, Ending(status, line, followed), stuck)
+
+
+LOST = ended(0, FAULT, "another rank has ended", followed=True)
+HALTED = ended(1, FAULT, "was halted", stuck=True)
+OWN = ended(2, FAULT, "ValueError: no")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "launchers", "stopping", "expected"),
+    [
+        ([ended(0, 0), ended(1, 0)], [0, 0], False, Outcome(0)),
+        ([ended(0, STOPPED), ended(1, STOPPED)], [1], False, Outcome(STOPPED)),
+        ([ended(1, MISTAKE), ended(0, FAULT, "x")], [1], False, Outcome(MISTAKE)),
+        ([LOST, HALTED], [1], False, Outcome(FAULT, "node, rank 1: was halted")),
+        ([LOST, HALTED, OWN], [1], False, Outcome(FAULT, "node, rank 2: ValueError: no")),
+        ([LOST], [1], False, Outcome(FAULT, "node, rank 0: another rank has ended")),
+        ([LOST], [1], True, Outcome(STOPPED, "node, rank 0: another rank has ended")),
+        ([], [2], False, Outcome(MISTAKE)),
+        ([], [-9], False, Outcome(9)),
+        ([], [1], True, Outcome(STOPPED)),
+    ],
+)
+def test_the_outcome_names_the_first_cause(ranks, launchers, stopping, expected):
+    assert outcome([("node, ", found) for found in ranks], launchers, stopping) == expected
+
+
+def test_a_rank_leaves_its_ending_for_its_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv(ENDINGS, raising=False)
+    write_ending(Ending(0))
+    monkeypatch.setenv(ENDINGS, str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    write_ending(Ending(FAULT, "the disk is full"))
+    assert read_endings(tmp_path) == {3: Ending(FAULT, "the disk is full")}
