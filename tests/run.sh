@@ -1,16 +1,12 @@
 #!/usr/bin/env bash
 # Installs what is missing, then runs the tests: `bash tests/run.sh` all of them, `bash tests/run.sh fast` those
-# without process groups, whole commands or real models. Further arguments go to pytest.
-# `bash tests/run.sh cluster` runs those on emulated hosts instead, which takes root and some Debian packages.
+# without process groups, whole commands or real models. Further arguments go to pytest. Those in tests/cluster emulate
+# hosts, which takes root and some Debian packages; where they cannot be had they are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh test
 # One thread a process: the distributed tests run 2 and 4 ranks on what may be 2 cores.
 export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "${1:-}" = fast ]; then shift; exec .venv/bin/python -m pytest -m "not slow" "$@"; fi
-if [ "${1:-}" = cluster ]; then
-    shift
-    bash tests/cluster/install.sh
-    exec .venv/bin/python -m pytest tests/cluster "$@"
-fi
-exec .venv/bin/python -m pytest --ignore tests/cluster "$@"
+bash tests/cluster/install.sh
+exec .venv/bin/python -m pytest "$@"
