@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.cluster.conftest import Train
 from tests.cluster.emulated import NODES, ended
+from tests.cluster.launching import Train
 from tests.e2e.test_lost_ranks import wait_for_steps
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def told_after(harm: Callable[[], object], train: Train, run: str) -> str:
     """All that a launch on both nodes told, which the harm ended with a failure, and soon."""
     endless = {"train__steps": 2000, "train__eval_every": 0, "run__collective_timeout": TIMEOUT}
     launched = train.begin(*NODES, run__name=run, **endless)
-    wait_for_steps(train.place.folder / "runs" / run / "metrics.jsonl", 2)
+    wait_for_steps(train.metrics(run), 2)
     harm()
     since = time.monotonic()
     done = ended(launched)
