@@ -17,12 +17,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Metric = Annotated[
+    Literal["exact_match", "choices", "token_f1", "rouge_l"] | None,
+    Field(description="how held-out answers are scored; null: by likelihood where there are choices, else exact match"),
+]
 Task = Annotated[str, Field(min_length=1, description="task the documents belong to; sources may share one")]
 Fields = Annotated[
     dict[
         Literal[
             "instruction", "input", "output", "history", "prompt", "completion", "messages", "conversations", "text",
-            "system", "tools",
+            "system", "tools", "choices",
         ],
         str,
     ],
@@ -47,6 +51,7 @@ class FilesSource(Section):
         default="document", description="what is one document in plain text: a file, a paragraph or a line"
     )
     fields: Fields = Field(default_factory=dict)
+    metric: Metric = None
 
 
 class HubSource(Section):
@@ -59,6 +64,7 @@ class HubSource(Section):
     split: str = Field(default="train", min_length=1, description="split of the dataset")
     revision: str | None = Field(default=None, description="commit, tag or branch; null: the newest")
     fields: Fields = Field(default_factory=dict)
+    metric: Metric = None
 
 
 class ReasoningGymSource(Section):
@@ -74,6 +80,7 @@ class ReasoningGymSource(Section):
         default=QUESTION,
         description="text of the user's turn; {question} stands for the generator's question",
     )
+    metric: Metric = None
 
     @field_validator("options")
     @classmethod
@@ -172,6 +179,11 @@ class DataConfig(Section):
         """Names of the tasks in the order of the sources; a task id is the index into them."""
         return list(dict.fromkeys(source.task for source in self.sources))
 
+    @property
+    def metrics(self) -> dict[str, str | None]:
+        """How each task's held-out answers are scored."""
+        return {source.task: source.metric for source in self.sources}
+
     @field_validator("held_out", mode="before")
     @classmethod
     def _held_out_is_a_fraction_or_a_count(cls, value: Any) -> Any:
@@ -183,6 +195,16 @@ class DataConfig(Section):
                 "nor a whole number of documents per task (such as 100)"
             )
         return value
+
+    @model_validator(mode="after")
+    def _one_metric_a_task(self) -> "DataConfig":
+        for source in self.sources:
+            if source.metric != self.metrics[source.task]:
+                raise ValueError(
+                    f"sources of task {source.task!r} have the metrics {source.metric} and "
+                    f"{self.metrics[source.task]}; give all of them the same"
+                )
+        return self
 
     @model_validator(mode="after")
     def _mixing_names_the_tasks(self) -> "DataConfig":

@@ -22,6 +22,7 @@ class Document:
     text: str | None = None  # learnt as a whole, without chat template
     tools: list[dict[str, Any]] | None = None  # JSON schemas, for the chat template
     given: frozenset[int] = frozenset()  # assistant turns that are part of the question, and not learnt
+    choices: tuple[str, ...] = ()  # answers of which a model is to find the last answer the likeliest
 
     def learnt_turns(self, last_only: bool) -> list[int]:
         """Indices of the assistant turns to learn; of the last one only, where asked for."""

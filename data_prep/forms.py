@@ -55,7 +55,7 @@ def renamed(record: Mapping[str, Any], fields: Mapping[str, str], origin: str) -
     for ours, theirs in fields.items():
         if theirs in record:
             named[ours] = record[theirs]
-        elif ours not in ("input", "history", "system", "tools"):
+        elif ours not in ("input", "history", "system", "tools", "choices"):
             raise UserError(
                 f"{origin}: lacks field `{theirs}`, which the source's `fields` names for `{ours}`; it has "
                 f"{_names(record)}, correct the recipe or the record"
@@ -114,7 +114,22 @@ def _document(
     if record.get("system") not in (None, "") and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": _text(record, "system", origin)}, *turns]
         given = frozenset(index + 1 for index in given)
-    return Document(task, turns, origin, form, tools=_tools(record, origin), given=given)
+    tools, choices = _tools(record, origin), _choices(record, turns[-1], origin)
+    return Document(task, turns, origin, form, tools=tools, given=given, choices=choices)
+
+
+def _choices(record: Mapping[str, Any], answer: Message, origin: str) -> tuple[str, ...]:
+    """Two or more different texts, one of them the answer; what else a field of that name may hold is left alone."""
+    choices = _parsed(record.get("choices"))
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        return ()
+    if answer["role"] != "assistant" or answer.get("content") not in choices:
+        return ()
+    if len({*choices}) < len(choices) or len(choices) < 2:
+        return ()
+    for choice in choices:
+        _refuse_surrogates(choice, "choices", origin)
+    return tuple(choices)
 
 
 def _is_conversation(value: Any) -> bool:

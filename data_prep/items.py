@@ -1,23 +1,46 @@
-"""Held-out items: a conversation up to its last answer, and that answer, for generation to be asked and scored."""
+"""Held-out items: a conversation up to its last answer, and that answer, for generation to be asked and scored.
+
+Keys of a line of items.jsonl, of which the last three are there only where there is something to say:
+
+    task      name of the task
+    messages  the conversation up to the answer, the recipe's system prompt included: [{"role", "content", ...}, ...]
+    answer    text that the model should write
+    tools     JSON schemas, for the chat template
+    choices   two or more different texts, `answer` one of them: which does the model find the likeliest?
+    metric    the recipe's for this task: exact_match, choices, token_f1 or rouge_l; absent: choices where the item has
+              them, else exact_match. With metric choices every item has choices.
+"""
 
 import json
 
 from data_prep.config import DataConfig
 from data_prep.documents import Document, with_system_prompt
+from data_prep.errors import UserError
 
 
 def item_of(document: Document, config: DataConfig) -> bytes:
-    """One line of items.jsonl; empty where there is no answer in words, as in a plain text or after a tool call."""
+    """One line of items.jsonl; empty where there is no answer in words, as in a plain text or after a tool call.
+
+    Raises UserError where the recipe wants choices and the document has none.
+    """
     turns = document.learnt_turns(last_only=True)
     if not turns or turns[-1] == 0:  # nothing is learnt, or nothing is asked
         return b""
     answer = document.messages[turns[-1]].get("content")
     if not answer or not answer.strip():
         return b""
+    metric = config.metrics[document.task]
+    if metric == "choices" and not document.choices:
+        raise UserError(
+            f"{document.origin}: metric `choices` of task {document.task!r} needs a field `choices`, a list of "
+            "different texts with the answer among them; add it, or choose another metric"
+        )
     item = {
         "task": document.task,
         "messages": with_system_prompt(document.messages[: turns[-1]], config.system_prompt),
         "answer": answer,
         **({"tools": document.tools} if document.tools else {}),
+        **({"choices": list(document.choices)} if document.choices else {}),
+        **({"metric": metric} if metric else {}),
     }
     return json.dumps(item, ensure_ascii=False).encode() + b"\n"

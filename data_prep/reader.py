@@ -27,7 +27,7 @@ class PreparedSet:
 
     `train` and `held_out` are memory-mapped datasets of packed rows, in numpy format: row i is a dictionary of
     arrays input_ids, labels, position_ids, task_ids, each [tokens of the row], at most seq_len. `items` are the
-    held-out documents to generate answers for: {"task", "messages" up to the answer, "answer"}.
+    held-out documents to generate answers for: {"task", "messages" up to the answer, "answer", ...}, see items.py.
     """
 
     directory: Path

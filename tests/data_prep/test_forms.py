@@ -480,3 +480,29 @@ def test_optional_fields_of_the_recipe_may_be_absent_and_the_others_not():
         "a.jsonl:3: lacks field `answer`, which the source's `fields` names for `output`; it has ['question'], correct "
         "the recipe or the record"
     )
+
+
+@pytest.mark.parametrize("choices", [["a", "4"], '["a", "4"]'], ids=["a list", "a list as JSON, as in a table"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "2 + 2?", "output": "4"},
+        {"prompt": "2 + 2?", "completion": "4"},
+        {"messages": [USER, {**ASSISTANT, "content": "4"}]},
+    ],
+    ids=lambda record: next(iter(record)),
+)
+def test_choices_that_hold_the_answer_are_kept_with_any_conversation(record, choices):
+    assert document({**record, "choices": choices}).choices == ("a", "4")
+    assert named({**record, "options": choices, "choices": 5}, choices="options").choices == ("a", "4")
+    assert named(record, choices="options").choices == ()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [["a", "b"], ["4"], ["4", "4"], ["4", 5], ["4", " "], {"text": ["4", "5"]}, "4", None],
+    ids=["without the answer", "one", "twice", "a number", "blank", "an object", "a text", "null"],
+)
+def test_a_field_choices_of_another_meaning_is_left_alone(choices):
+    assert document({"instruction": "2 + 2?", "output": "4", "choices": choices}).choices == ()
+    assert document({"messages": [USER, ASSISTANT, {**USER, "content": "4"}], "choices": ["4", "5"]}).choices == ()

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from data_prep.config import DataConfig
+from data_prep.errors import UserError
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
 from tests.data_prep.conftest import SUMS, WORDS
@@ -88,6 +90,37 @@ def test_held_out_documents_become_items_with_the_turns_before_the_last_answer(c
     ]
     for item in items[2:]:
         assert {"messages": [*item["messages"], {"role": "assistant", "content": item["answer"]}]} in WORDS
+
+
+def test_items_have_the_records_choices_and_the_recipes_metric_where_there_are_any(config_of, tokenizer):
+    chosen = [{"instruction": f"{i}?", "output": str(i), "choices": ["x", str(i)]} for i in range(4)]
+    config = config_of({"chosen": chosen, "words": WORDS})
+    prepare(config, tokenizer)
+    own, others = (open_prepared(config, tokenizer).items[part] for part in (slice(0, 2), slice(2, 4)))
+    assert [item["choices"] for item in own] == [["x", item["answer"]] for item in own]
+    assert not any({"choices", "metric"} & {*item} for item in others) and "metric" not in own[0]
+
+    sources = [source.model_copy(update={"metric": "rouge_l"}) for source in config.sources]
+    scored = config.model_copy(update={"sources": sources})
+    prepare(scored, tokenizer)
+    assert {item["metric"] for item in open_prepared(scored, tokenizer).items} == {"rouge_l"}
+
+
+def test_a_document_without_the_choices_that_the_metric_needs_is_refused_with_its_place(config_of, tokenizer):
+    config = config_of({"sums": SUMS})
+    source = config.sources[0].model_copy(update={"metric": "choices"})
+    with pytest.raises(
+        UserError, match=r"sums\.jsonl:\d+: metric `choices` of task 'sums' needs a field `choices`, a li"
+    ):
+        prepare(config.model_copy(update={"sources": [source]}), tokenizer)
+
+
+def test_sources_of_a_task_with_two_metrics_are_refused():
+    sources = [{"type": "files", "task": "dates", "path": "a.json", "metric": metric} for metric in ("token_f1", None)]
+    with pytest.raises(
+        ValueError, match="sources of task 'dates' have the metrics token_f1 and None; give all of them"
+    ):
+        DataConfig(prepared_dir="prepared", seq_len=64, sources=sources)
 
 
 def test_what_cannot_be_learned_from_is_dropped_and_counted_by_reason(config_of, tokenizer):
