@@ -98,7 +98,17 @@ class ReasoningGymSource(Section):
         return prompt
 
 
-Source = Annotated[FilesSource | HubSource | ReasoningGymSource, Field(discriminator="type")]
+class SuiteSource(Section):
+    """Rows of one of the suite's tasks, made on the spot from packages with free licences; see suite/SUITE.md."""
+
+    type: Literal["suite"] = Field(description="kind of source: a task of the suite")
+    task: str = Field(min_length=1, description="name of the suite's task, e.g. hypernyms")
+    count: int = Field(gt=0, description="documents to make, held-out ones included")
+    seed: int = Field(default=0, description="seed of the task's rows")
+    metric: Metric = None
+
+
+Source = Annotated[FilesSource | HubSource | ReasoningGymSource | SuiteSource, Field(discriminator="type")]
 
 
 class CleaningConfig(Section):

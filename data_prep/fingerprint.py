@@ -13,6 +13,7 @@ from data_prep.errors import UserError
 from data_prep.sources.columns import hub_revision
 from data_prep.sources.finding import files_of, unreadable
 from data_prep.sources.read import source_key
+from data_prep.suite.tasks import packages_of
 
 State = dict[str, Any]
 PACKAGE = Path(__file__).parent
@@ -121,7 +122,7 @@ def preparation_key(config: DataConfig, sources: Sequence[State], tokenizer: dic
 def libraries(config: DataConfig) -> dict[str, str]:
     """Versions of the libraries that generate, read, clean, tokenise and render."""
     near = ["datasketch"] if config.cleaning.near_duplicates is not None else []
-    return {name: version(name) for name in [*_DECISIVE_LIBRARIES, *near]}
+    return {name: version(name) for name in [*_DECISIVE_LIBRARIES, *near, *packages_of(config)]}
 
 
 def code_hash(package: Path = PACKAGE) -> str:

@@ -32,6 +32,7 @@ from data_prep.sources.read import blocks_of, source_key
 from data_prep.split import in_order, split_documents
 from data_prep.spool import Removals, Spool
 from data_prep.storage import alone, refuse_foreign_folder, replacing, write_items, write_rows
+from data_prep.suite.tasks import refuse_unknown_tasks
 from data_prep.workers import encode_blocks
 
 _NO_END_TOKEN = (
@@ -51,6 +52,7 @@ def prepare(
     """
     started = time.perf_counter()
     refuse_missing_library(config.cleaning)
+    refuse_unknown_tasks(config)
     refuse_foreign_folder(config.prepared_dir)
     with alone(config.prepared_dir, say):
         previous = _previous_manifest(config)
@@ -84,6 +86,7 @@ def kept(config: DataConfig, tokenizer_files: Sequence[Path]) -> PrepareReport |
     """
     started = time.perf_counter()
     refuse_missing_library(config.cleaning)
+    refuse_unknown_tasks(config)
     previous = _previous_manifest(config)
     if not previous.get("tokenizer_files"):
         return None

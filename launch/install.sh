@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository and installs this package with its pinned dependencies. Safe to run again:
 # nothing is done while setup.cfg and constraints.txt are what was installed last. An argument names extras: test,
-# benchmark, or both as test,benchmark.
+# suite, near-duplicates, benchmark, or several as suite,benchmark.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras="${1:-}"

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource, Section
+from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource, Section, SuiteSource
 from data_prep.errors import UserError
 
 _SOURCES = {  # by the tag that tells them apart
     "files": FilesSource,
     "hub": HubSource,
     "reasoning_gym": ReasoningGymSource,
+    "suite": SuiteSource,
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource
+from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource, SuiteSource
 from data_prep.documents import Document
 from data_prep.errors import UserError
 from data_prep.forms import renamed, to_document
@@ -14,6 +14,7 @@ from data_prep.sources.columns import arrow, hub, parquet
 from data_prep.sources.finding import DAMAGE, files_of, format_of, is_compressed, open_file, unreadable
 from data_prep.sources.gym import Generator
 from data_prep.sources.text import json_array, json_lines, parse_object, plain_text, refuse_other_encodings, table
+from data_prep.suite.tasks import records
 
 
 def source_key(index: int) -> str:
@@ -27,6 +28,8 @@ def blocks_of(config: DataConfig) -> Iterator[Block]:
         key = source_key(index)
         if isinstance(source, ReasoningGymSource):
             yield from in_blocks(index, source.generator, False, ((number, {}) for number in range(source.count)))
+        elif isinstance(source, SuiteSource):
+            yield from in_blocks(index, source.task, False, enumerate(records(source, key)))
         elif isinstance(source, HubSource):
             yield from in_blocks(index, source.name, False, hub(source, key))
         else:
@@ -61,13 +64,17 @@ class DocumentMaker:
 
 
 def _document(
-    source: FilesSource | HubSource, row: bytes | dict[str, Any] | Unreadable, origin: str, by_line: bool
+    source: FilesSource | HubSource | SuiteSource,
+    row: bytes | dict[str, Any] | Unreadable,
+    origin: str,
+    by_line: bool,
 ) -> Document:
     if isinstance(row, Unreadable):
         raise UserError(f"{origin}: {row.why}")
     if isinstance(row, bytes):
         row = parse_object(row, origin, "one JSON object a line" if by_line else "one array of JSON objects")
-    return to_document(renamed(row, source.fields, origin), source.task, origin)
+    fields = {} if isinstance(source, SuiteSource) else source.fields
+    return to_document(renamed(row, fields, origin), source.task, origin)
 
 
 def _blocks_of_file(index: int, source: FilesSource, path: Path, key: str) -> Iterator[Block]:

@@ -1,0 +1,117 @@
+"""Problems with one right answer that are made without a package: syllogisms and dates."""
+
+import datetime
+import functools
+import itertools
+import random
+from collections.abc import Iterator
+
+from data_prep.suite.rows import Row
+
+YES, NO, UNKNOWN = "yes", "no", "unknown"
+_VERDICTS = (YES, NO, UNKNOWN)
+_GROUPS = (
+    "actors", "bakers", "climbers", "dancers", "doctors", "drivers", "farmers", "fishers", "gardeners", "judges",
+    "lawyers", "painters", "parents", "pilots", "poets", "runners", "sailors", "singers", "students", "swimmers",
+    "tailors", "teachers", "voters", "writers",
+)  # fmt: skip
+_FORMS = ("All {} are {}.", "No {} are {}.", "Some {} are {}.", "Some {} are not {}.")
+_SYMMETRIC = (1, 2)
+_REGIONS = tuple(itertools.product((False, True), repeat=3))  # who is in which of three groups
+_FIRST_DAY, _LAST_DAY = datetime.date(2000, 1, 1), datetime.date(2049, 12, 31)
+_MOST_DAYS = 40
+_MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
+
+Statement = tuple[int, int, int]  # index into _FORMS, and which of three groups stand in it
+
+
+def syllogisms(rng: random.Random) -> Iterator[Row]:
+    """Whether a statement follows from two premises, is ruled out by them, or neither; in turn, so that none is common.
+
+    Groups may be empty or not: where that would change the verdict, there is no row.
+    """
+    by_verdict = _syllogisms()
+    for verdict in itertools.cycle(_VERDICTS):
+        first, second, conclusion = rng.choice(by_verdict[verdict])
+        names = rng.sample(_GROUPS, 3)
+        asked = _in_words(conclusion, names)
+        question = (
+            f"{_in_words(first, names)} {_in_words(second, names)} Is it true that {asked[0].lower()}{asked[1:-1]}? "
+            "Answer yes, no or unknown."
+        )
+        entity = [*sorted((_fact(first, names), _fact(second, names))), _fact(conclusion, names)]
+        yield Row(" ".join(entity), question, verdict, _VERDICTS)
+
+
+def dates(rng: random.Random) -> Iterator[Row]:
+    """The date some days after or before another, from 2 to 40 of them."""
+    while True:
+        days = rng.randrange((_LAST_DAY - _FIRST_DAY).days + 1)
+        day = _FIRST_DAY + datetime.timedelta(days=days)
+        offset = rng.randint(2, _MOST_DAYS)
+        sign, word = rng.choice([(1, "after"), (-1, "before")])
+        answer = day + datetime.timedelta(days=sign * offset)
+        yield Row(
+            f"{min(day, answer)} {max(day, answer)}", f"What date is {offset} days {word} {_long(day)}?", _long(answer)
+        )
+
+
+def _long(day: datetime.date) -> str:
+    return f"{day.day} {_MONTHS[day.month - 1]} {day.year}"  # strftime would write the month in the locale's language
+
+
+def _in_words(statement: Statement, names: list[str]) -> str:
+    form, subject, predicate = statement
+    return _FORMS[form].format(names[subject], names[predicate])
+
+
+def _fact(statement: Statement, names: list[str]) -> str:
+    """The same for two statements that say the same, as no poets are voters and no voters are poets do."""
+    form, *groups = statement
+    named = [names[group] for group in groups]
+    return _FORMS[form].format(*(sorted(named) if form in _SYMMETRIC else named))
+
+
+@functools.cache
+def _syllogisms() -> dict[str, list[tuple[Statement, Statement, Statement]]]:
+    """Premises about groups 0 and 1, and 1 and 2, and a statement about 0 and 2, by verdict."""
+    forms = range(len(_FORMS))
+    found: dict[str, list[tuple[Statement, Statement, Statement]]] = {verdict: [] for verdict in _VERDICTS}
+    firsts = [(form, *groups) for form in forms for groups in ((0, 1), (1, 0))]
+    seconds = [(form, *groups) for form in forms for groups in ((1, 2), (2, 1))]
+    conclusions = [(form, *groups) for form in forms for groups in ((0, 2), (2, 0))]
+    for syllogism in itertools.product(firsts, seconds, conclusions):
+        verdict = _verdict(*syllogism)
+        if verdict is not None:
+            found[verdict].append(syllogism)
+    return found
+
+
+def _verdict(first: Statement, second: Statement, conclusion: Statement) -> str | None:
+    """None where the verdict depends on whether groups may be empty."""
+    verdicts = set()
+    for worlds in (_worlds(), tuple(filter(_all_groups_have_members, _worlds()))):
+        truths = {_holds(conclusion, w) for w in worlds if _holds(first, w) and _holds(second, w)}
+        verdicts.add(UNKNOWN if len(truths) != 1 else YES if truths == {True} else NO)
+    return verdicts.pop() if len(verdicts) == 1 else None
+
+
+@functools.cache
+def _worlds() -> tuple[tuple[tuple[bool, ...], ...], ...]:
+    """Every choice of regions that have someone in them."""
+    return tuple(
+        tuple(itertools.compress(_REGIONS, chosen)) for chosen in itertools.product((0, 1), repeat=len(_REGIONS))
+    )
+
+
+def _all_groups_have_members(world: tuple[tuple[bool, ...], ...]) -> bool:
+    return all(any(person[group] for person in world) for group in range(3))
+
+
+def _holds(statement: Statement, world: tuple[tuple[bool, ...], ...]) -> bool:
+    form, subject, predicate = statement
+    found = {person[predicate] for person in world if person[subject]}
+    return (False not in found, True not in found, True in found, False in found)[form]

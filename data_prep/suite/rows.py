@@ -1,0 +1,29 @@
+"""A row of the suite: one question about one entity, and its answer."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A question and its answer.
+
+    `entity` is what the row is about: a word, a country, a number, a problem. A task has one row an entity, so rows on
+    two sides of a split never share a fact. `choices`, where there are any, hold the answer once.
+    """
+
+    entity: str
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+
+def in_random_order(items: Iterable[Item], rng: random.Random) -> list[Item]:
+    """A shuffled copy. The items have to come in an order of their own, never in that of a set."""
+    shuffled = list(items)
+    rng.shuffle(shuffled)
+    return shuffled

@@ -1,0 +1,67 @@
+"""Forms of words: past tenses, translations, numbers in words."""
+
+import functools
+import json
+import random
+import re
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+from data_prep.suite.rows import Row, in_random_order
+from data_prep.suite.wordnet import first_senses
+
+_LANGUAGES = {"de": "German", "es": "Spanish", "fr": "French", "pt": "Portuguese"}
+_SHARE_OF_REGULAR = 0.4
+_NUMBERS = range(13, 1000)
+
+
+def past_tense(rng: random.Random) -> Iterator[Row]:
+    """The past tense of a verb that WordNet knows in use and that has one only: six in ten, while they last, irregular
+    or with a changed spelling."""
+    import lemminflect
+
+    changed, regular = [], []
+    for verb, sense in first_senses("verb").items():
+        forms = lemminflect.getAllInflections(verb, upos="VERB").get("VBD", ()) if sense.uses else ()
+        if len(forms) == 1 and re.fullmatch("[a-z]+", verb) and forms[0] != verb:
+            (regular if forms[0] in (f"{verb}d", f"{verb}ed") else changed).append((verb, forms[0]))
+    changed, regular = in_random_order(changed, rng), in_random_order(regular, rng)
+    while changed or regular:
+        of = regular if regular and (not changed or rng.random() < _SHARE_OF_REGULAR) else changed
+        verb, past = of.pop()
+        yield Row(verb, f"What is the past tense of the verb {verb}?", past)
+
+
+def translations(rng: random.Random) -> Iterator[Row]:
+    """One word for a thing, an animal or a person in one of four languages, in lower case: the names of emoji."""
+    names = {language: _names_of_emoji(language) for language in _LANGUAGES}
+    for emoji, english in in_random_order(_names_of_emoji("en").items(), rng):
+        language = rng.choice(list(_LANGUAGES))
+        foreign = names[language].get(emoji)
+        if foreign is not None and foreign not in english:
+            yield Row(english, f"Translate into {_LANGUAGES[language]}, in lower case: {english}", foreign)
+
+
+def number_words(rng: random.Random) -> Iterator[Row]:
+    """A number from 13 to 999 in words, in one of four languages."""
+    from num2words import num2words
+
+    for number in in_random_order(_NUMBERS, rng):
+        language = rng.choice(list(_LANGUAGES))
+        question = f"Write the number {number} in {_LANGUAGES[language]} words."
+        yield Row(str(number), question, num2words(number, lang=language))
+
+
+@functools.cache
+def _names_of_emoji(language: str) -> dict[str, str]:
+    """Names of a single word by emoji, without variants of skin and hair."""
+    name = "emoji" if language == "en" else f"emoji_{language}"
+    path = distribution("emoji").locate_file(f"emoji/unicode_codes/{name}.json")
+    names = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    found = {}
+    for emoji, value in sorted(names.items()):
+        word = (value[language] if isinstance(value, dict) else value).strip(":").lower()
+        if re.fullmatch(r"[^\W\d_]+", word):
+            found[emoji] = word
+    return found
