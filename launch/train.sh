@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 ''':'
 # Trains a recipe. Shell and Python at once, so that every launcher can be given this one file:
-#   bash launch/train.sh RECIPE [num_gpus=N] [retries=N] [master_port=N] [key.path=value ...]
-#       on all GPUs here, or num_gpus of them (or CPU ranks); started again after a fault, up to `retries` times.
-#       SIGTERM, SIGUSR1 or Ctrl-C: every rank saves and ends, exit status 75; the next start goes on from there
+#   bash launch/train.sh RECIPE [num_gpus=N | hostfile=F] [retries=N] [min_nodes=N] [check=false] [key.path=value ...]
+#       on all GPUs here, or num_gpus of them (or CPU ranks), or on a hostfile's nodes; started again after a fault, up
+#       to `retries` times. SIGTERM, SIGUSR1 or Ctrl-C: every rank saves and ends, exit status 75; the next start goes
+#       on from there
 #   deepspeed [--num_gpus N | --hostfile F] launch/train.sh RECIPE [key.path=value ...]
 #   deepspeed --no_python launch/train.sh RECIPE ...                 starts it as a program of its own
 #   torchrun --nproc_per_node N launch/train.sh RECIPE ...
