@@ -89,16 +89,19 @@ class Reached:
             node.give_up("not needed")
 
     def _wait_for_hellos(self, nodes: Sequence[RemoteNode]) -> None:
-        ending = time.monotonic() + CONNECT + 5
+        beat = time.monotonic()
+        ending = beat + CONNECT + 5
         while waiting := [node for node in nodes if not node.hello and not node.lost]:
             if time.monotonic() > ending:
                 for node in waiting:
                     node.give_up(f"no answer in {CONNECT + 5} s")
+            if time.monotonic() > beat + BEAT_EVERY:  # for those that wait with us
+                beat = time.monotonic()
+                for node in nodes:
+                    node.tell()
             try:
                 node, message = self.inbox.get(timeout=BEAT_EVERY)
             except queue.Empty:
-                for node in nodes:
-                    node.tell()
                 continue
             if message is None:
                 node.lost = node.lost or node.why_silent()
