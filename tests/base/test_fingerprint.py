@@ -10,18 +10,13 @@ from data_prep.errors import UserError
 from tests.base.test_refusals import edit_config, edit_weights
 from tests.tiny_models import tiny_llama
 from trainer.base.fingerprint import check_base_file, fingerprint, write_base_file
-from trainer.base.weights import Weights
-
-
-def of(folder) -> str:
-    return fingerprint(Weights(folder))
 
 
 def test_files_and_folders_do_not_matter(tmp_path):
-    one = of(tiny_llama(tmp_path / "one"))
-    assert of(tiny_llama(tmp_path / "many", max_shard_size="50KB")) == one
+    one = fingerprint(tiny_llama(tmp_path / "one"))
+    assert fingerprint(tiny_llama(tmp_path / "many", max_shard_size="50KB")) == one
     shutil.move(tmp_path / "one", tmp_path / "moved")
-    assert of(edit_config(tmp_path / "moved", transformers_version="9.9.9")) == one
+    assert fingerprint(edit_config(tmp_path / "moved", transformers_version="9.9.9")) == one
 
 
 def change_one_weight(tensors):
@@ -35,14 +30,22 @@ def change_a_dtype(tensors):
 @pytest.mark.parametrize("edit", [change_one_weight, change_a_dtype])
 def test_weights_that_differ_give_another(tmp_path, edit):
     folder = tiny_llama(tmp_path)
-    before = of(folder)
-    assert of(edit_weights(folder, edit)) != before
+    before = fingerprint(folder)
+    assert fingerprint(edit_weights(folder, edit)) != before
+
+
+def test_sampling_fewer_tensors_still_tells_names_and_shapes_and_is_the_same_where_there_are_no_more(tmp_path):
+    folder = tiny_llama(tmp_path)
+    assert fingerprint(folder, most=1000) == fingerprint(folder)
+    assert fingerprint(folder, most=3) not in (fingerprint(folder), fingerprint(folder, most=2))
+    before = fingerprint(folder, most=3)
+    assert fingerprint(edit_weights(folder, change_a_dtype), most=3) != before
 
 
 def test_another_seed_and_another_config_give_another(tmp_path):
-    first = of(tiny_llama(tmp_path / "a"))
-    assert of(tiny_llama(tmp_path / "b", seed=1)) != first
-    assert of(edit_config(tmp_path / "a", rms_norm_eps=1e-3)) != first
+    first = fingerprint(tiny_llama(tmp_path / "a"))
+    assert fingerprint(tiny_llama(tmp_path / "b", seed=1)) != first
+    assert fingerprint(edit_config(tmp_path / "a", rms_norm_eps=1e-3)) != first
 
 
 def test_an_adapter_on_its_base_passes_and_on_another_is_refused(tmp_path):

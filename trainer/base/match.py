@@ -53,7 +53,7 @@ def open_base(base: "BaseModelConfig") -> OpenedBase:
     weights = Weights(resolve_folder(base))
     names = match_names(model, weights)
     check_packing(config, base.attention, base.trust_remote_code)
-    return OpenedBase(base, model, weights, names, fingerprint(weights))
+    return OpenedBase(base, model, weights, names, fingerprint(weights.folder))
 
 
 def skeleton(config: PretrainedConfig, base: "BaseModelConfig") -> PreTrainedModel:
