@@ -48,11 +48,7 @@ def open_prepared(config: DataConfig, tokenizer: Any) -> PreparedSet:
     Raises UserError where there is none, where it was made with another tokenizer, chat template or data section, from
     sources that have changed since (sources no longer there are not asked about), or where it is damaged.
     """
-    directory = config.prepared_dir
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise UserError(f"data.prepared_dir: no prepared set in {directory}; {_REPAIR}")
-    _check_config(config, manifest, directory)
+    directory, manifest = config.prepared_dir, manifest_for(config)
     _check_tokenizer(tokenizer, manifest, directory)
     _check_sources(config, manifest)
     try:
@@ -63,6 +59,19 @@ def open_prepared(config: DataConfig, tokenizer: Any) -> PreparedSet:
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise UserError(f"data.prepared_dir: {directory} is damaged ({cause}); remove it and {_REPAIR}") from error
+
+
+def manifest_for(config: DataConfig) -> dict[str, Any]:
+    """The manifest in prepared_dir. Reads nothing else.
+
+    Raises UserError where there is none, or where the set was made with another data section.
+    """
+    directory = config.prepared_dir
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise UserError(f"data.prepared_dir: no prepared set in {directory}; {_REPAIR}")
+    _check_config(config, manifest, directory)
+    return manifest
 
 
 def _check_config(config: DataConfig, manifest: dict[str, Any], directory: Path) -> None:

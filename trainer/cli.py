@@ -1,6 +1,7 @@
 """The `teamlora` command: parse, hand over, nothing else."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make the prepared set that a recipe trains on")
     train = commands.add_parser("train", help="train a recipe, alone or as a rank of a launcher")
     estimate = commands.add_parser("estimate", help="tell the memory and traffic of a run before it is launched")
-    for command, run in ((prepare, _prepare), (train, _train), (estimate, _estimate)):
+    check = commands.add_parser("check", help="look for mistakes on all nodes before a launch")
+    for command, run in ((prepare, _prepare), (train, _train), (estimate, _estimate), (check, _check)):
         command.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe, see launch/recipes/")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the recipe")
         command.set_defaults(run=run)
@@ -76,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a rank's device, such as 24GiB or 80GB")
     estimate.add_argument("--host-memory", type=_size, metavar="SIZE", help="of the host, a rank's share of it")
     estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
+
+    check.add_argument("--hostfile", type=Path, metavar="F", help="nodes of the launch; default: this machine alone")
+    check.add_argument(
+        "--master-port", type=_positive, metavar="N", help="where rank 0 listens; default: any free port"
+    )
+    check.add_argument("--limit", type=_positive, metavar="SECONDS", help="for the estimate of memory; default: 12")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
 
     generate = commands.add_parser("generate", help="answer a prompt with a finished run's model")
     generate.add_argument("--prompt", required=True, help="the user's turn")
@@ -146,6 +155,18 @@ def _estimate(options: argparse.Namespace) -> None:
     from trainer.estimate.report import report
 
     print(report(recipe, options.world_size, options.gpu_memory, options.host_memory, options.json))
+
+
+def _check(options: argparse.Namespace) -> None:
+    from trainer.cluster.check import LIMIT, check_launch
+    from trainer.cluster.findings import counted
+    from trainer.cluster.hostfile import read_hostfile
+
+    nodes = read_hostfile(options.hostfile) if options.hostfile is not None else None
+    report = check_launch(options.recipe, options.overrides, nodes, options.master_port, options.limit or LIMIT)
+    print(json.dumps(report.as_dict()) if options.json else report, flush=True)
+    if report.errors:
+        raise UserError(f"the check found {counted(len(report.errors), 'error')}; correct what it tells on stdout")
 
 
 def _generate(options: argparse.Namespace) -> None:

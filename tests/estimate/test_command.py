@@ -28,6 +28,8 @@ def test_json_adds_up(path, capsys):
     resident = sum(held["device"] for held in found["resident"].values())
     assert found["peak"]["device"] == resident + sum(found["transient"].values())
     assert found["fits"] and found["would_fit"] == []
+    moments = found["resident"]["optimizer moments"]["device"]
+    assert found["trained_parameters"] * 8 == pytest.approx(2 * moments, rel=1e-3)  # AdamW's two in fp32, on two ranks
 
 
 def test_table_names_every_category_and_the_limit(path, capsys):

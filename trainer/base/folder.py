@@ -25,9 +25,14 @@ def resolve_folder(base: "BaseModelConfig", patterns: Sequence[str] = FROM_THE_H
         return folder
     if folder.is_file():
         raise UserError(f"base.model: {folder} is a file; expected a folder with config.json and *.safetensors")
-    if base.model.startswith(("/", ".", "~")) or base.model.count("/") > 1:
+    if not may_be_of_the_hub(base.model):
         raise UserError(f"base.model: folder {base.model} does not exist; expected a folder or a Hub id")
     return _fetch(base, patterns)
+
+
+def may_be_of_the_hub(model: str) -> bool:
+    """Whether `base.model` can be an id of the Hub, and not a folder only."""
+    return not (model.startswith(("/", ".", "~")) or model.count("/") > 1)
 
 
 def _fetch(base: "BaseModelConfig", patterns: Sequence[str]) -> Path:

@@ -22,7 +22,10 @@ def ssh_command(host: str, module: str, arguments: Sequence[str] = (), silence: 
         "ServerAliveInterval": max(1, math.ceil(silence / 3)),
         "ServerAliveCountMax": 3,
         "ForwardX11": "no",
+        "ControlMaster": "no",  # a shared connection's process would outlive the command and keep its output open
     }
     settings = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     remote = shlex.join([sys.executable, "-m", module, *arguments])
-    return ["ssh", *settings, host, f"cd {shlex.quote(str(REPOSITORY))} && exec {remote}"]
+    # by way of trainer/, so that an empty folder in place of the checkout is told as one
+    entered = f"cd {shlex.quote(str(REPOSITORY / 'trainer'))} && cd .. && exec {remote}"
+    return ["ssh", *settings, host, entered]

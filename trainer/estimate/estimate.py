@@ -19,7 +19,7 @@ from trainer.recipe import Recipe
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank; all ranks hold equally much.
+    """Bytes of one rank; all ranks hold equally much. trained: elements of the whole adapter.
 
     resident: from the first step to the last. transient: device bytes at the highest moment of a step. sent: in one
     optimizer step.
@@ -27,6 +27,7 @@ class Estimate:
 
     recipe: Recipe
     world_size: int
+    trained: int
     zero: ZeroSettings
     resident: tuple[Held, ...]
     transient: Transient
@@ -73,6 +74,7 @@ class Estimator:
         return Estimate(
             recipe=recipe,
             world_size=world_size,
+            trained=_trained(model, recipe.experts.parallel_size),
             zero=zero,
             resident=tuple(resident(model, zero, recipe.train.optimizer, world_size)),
             transient=coming,
@@ -91,3 +93,9 @@ class Estimator:
         if key not in self._activations:
             self._activations[key] = activations(self._config, recipe)
         return self._activations[key]
+
+
+def _trained(model: RankModel, parallel_size: int) -> int:
+    own = model.by_expert  # a share of the experts, where they are placed
+    trained = (p for p in model.model.parameters() if p.requires_grad)
+    return sum(p.numel() * (parallel_size if p in own else 1) for p in trained)

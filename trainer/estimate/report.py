@@ -55,9 +55,10 @@ def _settings(change: Change) -> str:
 def _as_object(
     found: Estimate, device: int | None, host: int | None, others: list[tuple[Change, Estimate]]
 ) -> dict[str, object]:
-    """Bytes throughout."""
+    """Bytes throughout, but for `trained_parameters`."""
     return {
         "world_size": found.world_size,
+        "trained_parameters": found.trained,
         "zero_stage": found.zero.stage,
         "resident": {row.name: {"device": row.device, "host": row.host} for row in found.resident},
         "transient": found.transient.by_name,

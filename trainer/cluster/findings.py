@@ -1,0 +1,363 @@
+"""What is wrong with a set-up, from what its machines told: plain functions of facts."""
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from trainer.base.folder import may_be_of_the_hub
+from trainer.cluster.ask import Answer, Failure
+from trainer.cluster.hostfile import Node
+from trainer.cluster.probe import SAMPLED, Facts
+from trainer.cluster.ssh import REPOSITORY
+from trainer.estimate.sizes import GIB
+from trainer.recipe import Recipe, differences
+
+ALL = "all"
+LEAST_DISK = 2**27  # bytes for what a run writes beside checkpoints
+CLOCK = 5.0  # seconds
+COMPARED = f"configuration, tokenizer, names and shapes of tensors, some bytes of up to {SAMPLED} of them"  # of a base
+INSTALL = f"make the checkout and its .venv at this path on that node: {REPOSITORY}, bash launch/install.sh"
+
+_SSH = {  # what ssh says: the remedy
+    "Could not resolve hostname": "correct the name in the hostfile, or make it known in /etc/hosts or ~/.ssh/config",
+    "Permission denied": "let this machine's key in: ssh-copy-id {host}",
+    "Host key verification failed": "accept the machine's key once: ssh {host}",
+    "Connection refused": "start sshd there, or name its port in ~/.ssh/config",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. host: a name as in the hostfile, or ALL."""
+
+    level: Literal["ok", "warning", "error"]
+    host: str
+    what: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank's memory, and of the run's disk, as they are estimated."""
+
+    device: int
+    host: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that findings are made of.
+
+    answers: of the nodes, in their order. here: of the launching machine, where that is no node. need: None where it
+    was not estimated.
+    """
+
+    recipe: Recipe
+    nodes: Sequence[Node]
+    answers: Sequence[Answer]
+    here: Answer | None = None
+    need: Need | None = None
+
+    @cached_property
+    def facts(self) -> dict[str, Facts]:
+        """Of the nodes that answered, by name."""
+        return {answer.host: answer.facts for answer in self.answers if answer.facts is not None}
+
+    @cached_property
+    def slots(self) -> dict[str, int]:
+        return {node.name: node.slots for node in self.nodes}
+
+    @property
+    def everywhere(self) -> dict[str, Facts]:
+        """Those of the launching machine too, which come first."""
+        here = {self.here.host: self.here.facts} if self.here is not None and self.here.facts is not None else {}
+        return here | self.facts
+
+
+def findings(seen: Seen) -> list[Finding]:
+    """Every check's findings: those of hosts with a mistake, or one that says what is in order."""
+    found: list[Finding] = []
+    for what, (check, in_order) in _CHECKS.items():
+        bad = [Finding(level, host, what, text, remedy) for level, host, text, remedy in check(seen)]
+        found += bad
+        if not bad and seen.facts and (text := in_order(seen)):
+            found.append(Finding("ok", ALL, what, text))
+    return found
+
+
+_Level = Literal["warning", "error"]
+_Found = Iterator[tuple[_Level, str, str, str]]  # level, host, text, remedy
+_Check = Callable[[Seen], _Found]
+
+
+def _unreached(seen: Seen) -> _Found:
+    for answer in seen.answers:
+        if answer.failure is not None:
+            yield "error", answer.host, *_failure(answer.host, answer.failure)
+
+
+def _failure(host: str, failure: Failure) -> tuple[str, str]:
+    """Text and remedy for a command that did not answer."""
+    said = failure.said or "nothing was said"
+    if failure.status is None:
+        return f"no answer in time ({said})", f"see what keeps it: ssh {host}"
+    if failure.status == 255:  # ssh's own
+        known = (remedy for text, remedy in _SSH.items() if text in said)
+        remedy = next(known, "see that it is up, and that `ssh {host}` works without a question")
+        return f"not reached: {said}", remedy.format(host=host)
+    if re.search(r"\bcd\b", said) or "No module named 'trainer" in said:
+        return f"no checkout at {REPOSITORY} ({said})", INSTALL
+    if failure.status in (126, 127) or "No module named" in said:
+        return f"no interpreter at {sys.executable} with this project's packages ({said})", INSTALL
+    return f"does not answer as this code does ({said})", f"bring it to the same commit; {INSTALL}"
+
+
+def _run_nodes(seen: Seen) -> _Found:
+    wanted = seen.recipe.run.nodes
+    if wanted is not None and wanted != len(seen.nodes):
+        text = f"run.nodes={wanted}, and the launch is on {counted(len(seen.nodes), 'node')}"
+        yield "error", ALL, text, "give a hostfile that lists every node, or correct run.nodes"
+
+
+def _same_machine(seen: Seen) -> _Found:
+    names: dict[str, str] = {}
+    for host, facts in seen.facts.items():
+        first = names.setdefault(facts.machine, host)
+        if first != host:
+            text = f"is the same machine as {first}: both are {facts.hostname}"
+            yield "error", host, text, "list a machine once, with all its slots"
+
+
+def _slots(seen: Seen) -> _Found:
+    with_gpus = [host for host, facts in seen.facts.items() if facts.gpus]
+    for host, facts in seen.facts.items():
+        slots, gpus = seen.slots[host], facts.gpus
+        if gpus is None:
+            yield "error", host, f"its GPUs cannot be used: {facts.problems['gpus']}", "repair the driver there"
+        elif with_gpus and not gpus:
+            yield "error", host, f"has no GPU, as {with_gpus[0]} has", "see nvidia-smi there, or take it off the list"
+        elif gpus and slots > len(gpus):
+            text = f"slots={slots}, and it has {counted(len(gpus), 'GPU')}"
+            yield "error", host, text, f"write slots={len(gpus)} in the hostfile"
+        elif not gpus and slots > facts.cores:
+            text = f"slots={slots} on {counted(facts.cores, 'core')}, without a GPU"
+            yield "warning", host, text, f"write slots={facts.cores} in the hostfile"
+
+
+def _told(name: str, remedy: str) -> _Check:
+    """A check of what a machine could not find out by itself."""
+
+    def check(seen: Seen) -> _Found:
+        for host, facts in seen.facts.items():
+            if name in facts.problems:
+                yield "error", host, facts.problems[name], remedy
+
+    return check
+
+
+def _usual(values: Mapping[str, Any]) -> tuple[str, Any]:
+    """The value that most hosts have, and the first host with it; of several such values the first."""
+    texts = {host: json.dumps(value, sort_keys=True) for host, value in values.items()}
+    most = Counter(texts.values()).most_common(1)[0][0]
+    host = next(host for host, text in texts.items() if text == most)
+    return host, values[host]
+
+
+def _others(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
+    """(host, its value, a host with the usual value, that) of every host with another value."""
+    known = {host: value for host, value in values.items() if value is not None}
+    if known:
+        usual_host, usual = _usual(known)
+        yield from ((host, value, usual_host, usual) for host, value in known.items() if value != usual)
+
+
+def _packages(seen: Seen) -> _Found:
+    values = {host: {"python": facts.python, **facts.versions} for host, facts in seen.facts.items()}
+    for package in dict.fromkeys(name for each in values.values() for name in each):
+        of = {host: each.get(package) or "not installed" for host, each in values.items()}
+        for host, found, other, wanted in _others(of):
+            yield "error", host, f"{package} is {found}, on {other} {wanted}", "bash launch/install.sh there"
+
+
+def _code(seen: Seen) -> _Found:
+    for host, _, other, _ in _others({host: facts.code for host, facts in seen.everywhere.items()}):
+        yield "error", host, f"has other code of this trainer than {other}", "bring it to the same commit"
+
+
+def _recipe(seen: Seen) -> _Found:
+    yield from _told("recipe", "give every node the same recipe")(seen)
+    recipes = {host: facts.recipe for host, facts in seen.everywhere.items()}
+    for host, found, other, wanted in _others(recipes):
+        changes = list(differences(wanted, found))
+        key, before, now = changes[0]
+        more = f" ({len(changes) - 1} more keys differ)" if len(changes) > 1 else ""
+        yield "error", host, f"has {key}={now!r}, {other} has {before!r}{more}", "give every node the same recipe"
+
+
+def _deepspeed(seen: Seen) -> _Found:
+    yield from _told("deepspeed", "copy it to the same path there")(seen)
+    for host, _, other, _ in _others({host: facts.deepspeed for host, facts in seen.facts.items()}):
+        text = f"deepspeed.config={seen.recipe.deepspeed.config} is another file than on {other}"
+        yield "error", host, text, f"copy it from {other}"
+
+
+def _base(seen: Seen) -> _Found:
+    for host, facts in seen.facts.items():
+        if problem := facts.problems.get("base"):
+            yield _absent_base(seen, host, problem)
+    for host, _, other, _ in _others({host: facts.base for host, facts in seen.facts.items()}):
+        text = f"base.model={seen.recipe.base.model} is another than on {other} ({COMPARED})"
+        yield "error", host, text, f"copy it from {other}"
+
+
+def _absent_base(seen: Seen, host: str, problem: str) -> tuple[_Level, str, str, str]:
+    model = seen.recipe.base.model
+    others = [other for other, facts in seen.facts.items() if facts.base_in_folder]
+    if others:
+        return "error", host, f"base.model={model}: not there, as it is on {others[0]}", f"copy it from {others[0]}"
+    if may_be_of_the_hub(model):
+        text = f"base.model={model} is not in its cache and will be fetched"
+        return "warning", host, text, "fetch it before, or give a folder that every node has"
+    return "error", host, problem, "copy it to the same path there"
+
+
+def _prepared(seen: Seen) -> _Found:
+    yield from _told("prepared", "do so there, or copy the set to the same path")(seen)
+    for host, _, other, _ in _others({host: facts.prepared for host, facts in seen.facts.items()}):
+        text = f"data.prepared_dir={seen.recipe.data.prepared_dir} is another set than on {other}"
+        yield "error", host, text, f"copy it from {other}"
+
+
+def _run_directory(seen: Seen) -> _Found:
+    """An error on the first node only: the others' ranks write nothing, unless one of them becomes the first."""
+    needed = max(LEAST_DISK, seen.need.disk if seen.need is not None else 0)
+    for host, facts in seen.facts.items():
+        level = "error" if host == seen.nodes[0].name else "warning"
+        if problem := facts.problems.get("run_directory"):
+            yield level, host, f"run.output_dir={seen.recipe.run.output_dir}: {problem}", "give a folder of its own"
+        elif facts.disk is not None and facts.disk < needed:
+            text = f"{_gib(facts.disk)} free at {facts.run_directory}, and the run writes {_gib(needed)}"
+            yield level, host, text, "make room, give another run.output_dir, or lower checkpoint.keep_last"
+
+
+def _clock(seen: Seen) -> _Found:
+    for answer in seen.answers:
+        if answer.clock is not None and abs(answer.clock.ahead) - answer.clock.doubt > CLOCK:
+            way = "ahead of" if answer.clock.ahead > 0 else "behind"
+            text = f"its clock is {abs(answer.clock.ahead):.0f} s {way} this machine's"
+            yield "warning", answer.host, text, "set both by NTP"
+
+
+def _connection(seen: Seen) -> _Found:
+    for answer in seen.answers:
+        if answer.unreached is not None:
+            text = f"does not reach {seen.nodes[0].name} at {answer.unreached}"
+            yield "error", answer.host, text, "open all ports between the nodes, and see the route from there"
+
+
+def _memory(seen: Seen) -> _Found:
+    if seen.need is None:
+        return
+    for host, facts in seen.facts.items():
+        slots = seen.slots[host]
+        for number, gpu in enumerate((facts.gpus or [])[:slots]):
+            if gpu.free is not None and gpu.total is not None and seen.need.device > gpu.free:
+                yield "error", host, *_lacks(seen.need.device, gpu.free, gpu.total, f"GPU {number}", seen)
+        each = seen.need.host if facts.gpus else seen.need.host + seen.need.device
+        if each * slots > facts.memory:
+            need = "rank needs" if slots == 1 else "ranks need"
+            text = f"{slots} {need} {_gib(each * slots)} of host memory, and {_gib(facts.memory)} are free"
+            yield "error", host, text, _smaller(seen, "--host-memory", facts.memory // slots)
+
+
+def _lacks(needed: int, free: int, total: int, which: str, seen: Seen) -> tuple[str, str]:
+    text = f"a rank needs {_gib(needed)}, and {_gib(free)} of the {_gib(total)} of {which} are free"
+    if needed <= total:
+        return text, "end what else runs there, see nvidia-smi"
+    return text, _smaller(seen, "--gpu-memory", total)
+
+
+def _smaller(seen: Seen, option: str, size: int) -> str:
+    ranks = sum(seen.slots.values())
+    return f"see what would fit: teamlora estimate RECIPE --world-size {ranks} {option} {size / GIB:.1f}GiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 rank, 2 ranks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _describe_slots(seen: Seen) -> str:
+    ranks, gpus = sum(seen.slots.values()), sum(len(facts.gpus or ()) for facts in seen.facts.values())
+    return f"{counted(ranks, 'rank')} on {counted(gpus, 'GPU') if gpus else 'CPUs'}"
+
+
+def _describe_packages(seen: Seen) -> str:
+    facts = next(iter(seen.facts.values()))
+    return ", ".join(f"{name} {found}" for name, found in {"python": facts.python, **facts.versions}.items())
+
+
+def _describe_disk(seen: Seen) -> str:
+    first = seen.facts.get(seen.nodes[0].name)
+    if first is None or first.disk is None:
+        return ""
+    return f"{first.run_directory} can be written, {_gib(first.disk)} are free"
+
+
+def _describe_clock(seen: Seen) -> str:
+    furthest = max(abs(answer.clock.ahead) + answer.clock.doubt for answer in seen.answers if answer.clock is not None)
+    return f"within {furthest:.1f} s of this machine's"
+
+
+def _describe_port(seen: Seen) -> str:
+    first = seen.facts.get(seen.nodes[0].name)
+    return f"{first.port} is free on {seen.nodes[0].name}" if first is not None else ""
+
+
+def _describe_connection(seen: Seen) -> str:
+    first = seen.facts.get(seen.nodes[0].name)
+    if first is None or len(seen.facts) == 1:
+        return ""
+    return f"every node reaches {seen.nodes[0].name} at {first.address}"
+
+
+def _describe_memory(seen: Seen) -> str:
+    if seen.need is None:
+        return ""
+    return f"a rank needs {_gib(seen.need.device)} and {_gib(seen.need.host)} of its host, as estimated"
+
+
+def _known(name: str, text: str) -> Callable[[Seen], str]:
+    """A text for where every node that answered knows this of itself."""
+    return lambda seen: text if all(getattr(facts, name) is not None for facts in seen.facts.values()) else ""
+
+
+_CHECKS: dict[str, tuple[_Check, Callable[[Seen], str]]] = {  # and what is said where all is in order
+    "reached": (_unreached, lambda seen: f"{counted(len(seen.nodes), 'machine')} in all"),
+    "nodes": (_run_nodes, lambda seen: ""),
+    "machine": (_same_machine, lambda seen: "each is another" if len(seen.facts) > 1 else ""),
+    "slots": (_slots, _describe_slots),
+    "folder": (_told("folder", "make it there, with all that the recipe names"), lambda seen: ""),
+    "packages": (_packages, _describe_packages),
+    "code": (_code, lambda seen: f"{REPOSITORY}: the same"),
+    "recipe": (_recipe, _known("recipe", "the same, as resolved")),
+    "deepspeed": (_deepspeed, _known("deepspeed", "the same file")),
+    "base": (_base, _known("base", f"the same: {COMPARED}")),
+    "prepared": (_prepared, _known("prepared", "the same: key of the set, size of its files")),
+    "run directory": (_run_directory, _describe_disk),
+    "clock": (_clock, _describe_clock),
+    "port": (_told("port", "give another with --master-port, or end what listens there"), _describe_port),
+    "connection": (_connection, _describe_connection),
+    "memory": (_memory, _describe_memory),
+}
