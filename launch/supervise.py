@@ -17,6 +17,7 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.errors import UserError
+from trainer.cluster.check import check_launch
 from trainer.cluster.environment import passed_on
 from trainer.cluster.hostfile import Node, read_hostfile
 from trainer.cluster.local import LocalRanks, launcher_command, slots_here
@@ -24,7 +25,7 @@ from trainer.cluster.network import free_port
 from trainer.cluster.outcome import Outcome
 from trainer.cluster.remote import Reached, RemoteRanks
 from trainer.launch_protocol import LAUNCH_ID, MISTAKE, STOPPED
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import load_recipe
 
 SCRIPT = Path(__file__).resolve().with_name("train.sh")
 LOOK_EVERY = 0.2  # seconds
@@ -40,14 +41,20 @@ class Options:
     master_port: int | None = None
     retries: int = 0
     min_nodes: int | None = None
-    check: bool = True
+    check: bool = True  # of several nodes
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> Path:
+        """Its path. Raises UserError where none, or several, are given."""
         paths = [argument for argument in self.arguments if "=" not in argument]
         if len(paths) != 1:
             raise UserError(f"arguments {' '.join(paths)!r}: expected the path of one recipe; see launch/recipes/")
-        return load_recipe(Path(paths[0]), [argument for argument in self.arguments if argument not in paths])
+        return Path(paths[0])
+
+    @property
+    def overrides(self) -> list[str]:
+        """The values of the recipe that are replaced."""
+        return [argument for argument in self.arguments if "=" in argument]
 
 
 class Stop:
@@ -110,10 +117,12 @@ class Launch:
 def main(arguments: Sequence[str]) -> int:
     """Launches, and again after a fault, up to `retries` times: each start goes on from the last good checkpoint."""
     options = parse_options(arguments)
-    recipe = options.recipe
+    recipe = load_recipe(options.recipe, options.overrides)
     nodes = read_hostfile(options.hostfile) if options.hostfile is not None else ()
     timeout = recipe.run.collective_timeout
     launch = Launch(options, nodes, silence=timeout, grace=min(60.0, 0.6 * timeout))
+    if nodes and options.check:
+        check(options, nodes)
     stop = Stop()
     for retry in range(1, options.retries + 2):
         found = launch.run(stop)
@@ -124,6 +133,17 @@ def main(arguments: Sequence[str]) -> int:
         again = f"starting again, retry {retry} of {options.retries}"
         print(f"launch          ended with status {found.status}; {again}", flush=True)
     return found.status
+
+
+def check(options: Options, nodes: Sequence[Node]) -> None:
+    """Shows what `teamlora check` finds. Raises UserError for errors, but for those of nodes that may be left out."""
+    report = check_launch(options.recipe, options.overrides, nodes, options.master_port)
+    absent = {finding.host for finding in report.errors if finding.what == "reached"}
+    spared = absent if options.min_nodes is not None and len(nodes) - len(absent) >= options.min_nodes else set()
+    errors = [finding for finding in report.errors if finding.host not in spared]
+    print(report if report.errors or report.warnings else f"check           {report.summary}", flush=True)
+    if errors:
+        raise UserError("nothing was started: mend the errors above, see launch/CLUSTER.md; check=false starts anyway")
 
 
 def parse_options(arguments: Sequence[str]) -> Options:

@@ -49,7 +49,7 @@ def test_a_fault_ends_the_launch_everywhere_within_its_bound_and_is_named(cluste
     write_raises(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run = fault.replace(" ", "_")
-    launched = train.begin_supervised(*NODES, run__name=run, **ENDLESS)
+    launched = train.begin_supervised(*NODES, options=["check=false"], run__name=run, **ENDLESS)
     wait_for_steps(train.metrics(run), 2)
     with FAULTS[fault].harm(cluster):
         since = time.monotonic()
@@ -61,10 +61,12 @@ def test_a_fault_ends_the_launch_everywhere_within_its_bound_and_is_named(cluste
 
 def test_a_node_that_does_not_come_is_refused_or_left_out(shared, cluster, train):
     with cluster.cut_off("node-b"):
+        checked = ended(train.begin_supervised(*NODES, run__name="absent"))
+        assert "error    node-b  reached        not reached: ssh: connect to host node-b" in checked.stdout
+        assert refused(checked, cluster).startswith("error: nothing was started")
         line = refused(ended(train.begin_supervised(*NODES, options=["check=false"], run__name="absent")), cluster)
         assert line.startswith("error: 1 of 2 nodes answer, and min_nodes=2: node-b: ssh: connect to host node-b")
-        options = ["check=false", "min_nodes=1"]
-        done = ended(train.begin_supervised(*NODES, options=options, run__name="without"))
+        done = ended(train.begin_supervised(*NODES, options=["min_nodes=1"], run__name="without"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "launch          without node-b: ssh: connect to host" in done.stdout
     assert len(shared.records("without")) == 4

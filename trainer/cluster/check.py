@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.errors import UserError
 from trainer.cluster.ask import Answer, ask_all, ask_here
+from trainer.cluster.environment import passed_on
 from trainer.cluster.findings import ALL, Finding, Need, Seen, counted, findings
 from trainer.cluster.hostfile import Node
 from trainer.cluster.probe import Request
@@ -51,8 +53,13 @@ class Report:
         for finding in ordered:
             text = f"{finding.text}; {finding.remedy}" if finding.remedy else finding.text
             lines.append(f"{finding.level:9}{finding.host:{width}}{finding.what:15}{text}")
+        return "\n".join([*lines, "", self.summary])
+
+    @property
+    def summary(self) -> str:
+        """In a few words."""
         counts = f"{counted(len(self.errors), 'error')}, {counted(len(self.warnings), 'warning')}"
-        return "\n".join([*lines, "", f"{counted(len(self.nodes), 'node')} in {self.seconds:.1f} s: {counts}"])
+        return f"{counted(len(self.nodes), 'node')} in {self.seconds:.1f} s: {counts}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -83,7 +90,7 @@ def check_launch(
     hosts = tuple(nodes) if nodes is not None else (Node(socket.gethostname(), _gpus_here() or 1),)
     with _estimating(recipe_path, overrides, sum(node.slots for node in hosts)) as estimating:
         seen = Seen(recipe, hosts, *_answers(hosts, request, over_ssh=nodes is not None))
-        environment = list(launcher_environment()) if len(hosts) > 1 else []
+        environment = list(_bad_variables()) if len(hosts) > 1 else []
         found = [*environment, *findings(seen)]
         if not any(finding.level == "error" for finding in found):  # else they are told at once
             need, problem = _estimated(estimating, seen, started, limit)
@@ -153,12 +160,8 @@ def _checkpoints(config: CheckpointConfig, steps: int | None) -> int:
     return config.keep_last + config.keep_best + for_good + 1
 
 
-def launcher_environment() -> Iterator[Finding]:
-    """DeepSpeed's launcher reads NAME=VALUE lines for its nodes, and ends with a traceback at any other line."""
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for path in (Path.home() / name, Path(name)):
-        if path.is_file():
-            for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-                if "=" not in line:
-                    text = f"{path}, line {number}: {line!r} ends DeepSpeed's launcher with a traceback"
-                    yield Finding("error", socket.gethostname(), "environment", text, "leave NAME=VALUE lines only")
+def _bad_variables() -> Iterator[Finding]:
+    try:
+        passed_on(os.environ, Path.cwd())
+    except UserError as error:
+        yield Finding("error", socket.gethostname(), "environment", str(error))
