@@ -296,13 +296,3 @@ def test_the_command_hands_on_its_arguments(reported, tmp_path):
 def test_a_hostfile_that_is_missing_is_an_error(tmp_path, capsys):
     assert main(["check", "recipe.yaml", "--hostfile", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: hostfile=")
-
-
-def test_lines_that_deepspeeds_launcher_cannot_read_are_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / ".deepspeed_env").write_text("A=1\n\n# comment\nB=\n")
-    found = check.launcher_environment()
-    assert [(f.level, f.what, f.text.partition(": ")[0]) for f in found] == [
-        ("error", "environment", f".deepspeed_env, line {number}") for number in (2, 3)
-    ]
