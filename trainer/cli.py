@@ -6,14 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
 from trainer.estimate.sizes import parse_size
 from trainer.faults import LostRank, Stopped, TrainingFault
 from trainer.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
 from trainer.quiet import quiet_libraries
-from trainer.recipe import load_recipe
 from trainer.signals import StopSignal
+
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,8 +125,16 @@ def _indices(text: str) -> list[int]:
     return sorted({int(part) for part in text.split(",")})
 
 
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    from trainer.recipe import (
+        load_recipe,
+    )  # not above: a rank that is being asked to end listens after 0.03 s, not 0.15
+
+    return load_recipe(options.recipe, options.overrides)
+
+
 def _prepare(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = _recipe(options)
     from data_prep.fingerprint import tokenizer_files
     from data_prep.prepare import kept, prepare
     from trainer.base.folder import resolve_folder
@@ -144,14 +155,17 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     stop = StopSignal()  # first of all: imports take seconds, in which a scheduler may ask
-    recipe = load_recipe(options.recipe, options.overrides)
-    from trainer.train import train
+    try:
+        recipe = _recipe(options)
+        from trainer.train import train
 
-    train(recipe, stop)
+        train(recipe, stop)
+    finally:
+        stop.ignore()
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = _recipe(options)
     from trainer.estimate.report import report
 
     print(report(recipe, options.world_size, options.gpu_memory, options.host_memory, options.json))

@@ -19,3 +19,8 @@ class StopSignal:
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+
+    def ignore(self) -> None:
+        """From now on: as it exits, Python gives signals back their default, which would end it with another status."""
+        for number in ASKING:
+            signal.signal(number, signal.SIG_IGN)
