@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,10 @@ class Host:
         """{rank: its process}, to be stopped or killed by a test."""
         found: dict[int, psutil.Process] = {}
         for process in self.processes():
-            rank = process.environ().get("RANK")
-            if rank is not None:
-                found.setdefault(int(rank), process)
+            with suppress(psutil.Error):  # it has ended
+                rank = process.environ().get("RANK")
+                if rank is not None:
+                    found.setdefault(int(rank), process)
         return found
 
     @contextmanager
