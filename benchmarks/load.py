@@ -33,9 +33,10 @@ SIZES = {
 FILES = 4
 
 
-def build_model(folder: Path) -> int:
+def build_model(folder: Path, layers: int = SIZES["num_hidden_layers"]) -> int:
     """Writes a random bf16 Llama of several safetensors files; returns the bytes of its tensors."""
-    config = LlamaConfig(**SIZES, tie_word_embeddings=False)
+    folder.mkdir(exist_ok=True)
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": layers}, tie_word_embeddings=False)
     with init_empty_weights():
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
     config.architectures = ["LlamaForCausalLM"]

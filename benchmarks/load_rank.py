@@ -1,8 +1,6 @@
 """One rank of `python -m benchmarks.load`: loads the base one way while another process watches its memory."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.memory import PeakWatch, anonymous_bytes
 from benchmarks.usual import usual_quantization
 from trainer.base.load import load_opened
 from trainer.base.match import open_base
@@ -23,18 +22,6 @@ from trainer.engine import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import BaseModelConfig
 
-# Samples the anonymous memory of the process given, every 2 ms, until its standard input ends; prints the peak.
-WATCHER = """
-import sys, time, threading
-threading.Thread(target=lambda: (sys.stdin.read(), stopped.append(1))).start() if (stopped := []) is not None else 0
-peak = 0
-while not stopped:
-    for line in open(f"/proc/{sys.argv[1]}/status"):
-        if line.startswith("RssAnon"):
-            peak = max(peak, 1024 * int(line.split()[1]))
-    time.sleep(0.002)
-print(peak)
-"""
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "bf16": {"enabled": True},
@@ -87,26 +74,15 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
 def measure(way: str, folder: str, device: torch.device) -> dict[str, Any]:
     dist.barrier()
-    watcher = subprocess.Popen(
-        [sys.executable, "-S", "-c", WATCHER, str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    time.sleep(0.3)
+    watch = PeakWatch()
     before = anonymous_bytes()
     started = time.perf_counter()
     model = {"usual": usual, "ours": ours}[way](folder, device)
     initialize(model)
     seconds = time.perf_counter() - started
-    peak = int(watcher.communicate("")[0])
+    peak = watch.peak()
     return {
         "seconds": seconds,
         "peak": peak - before,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 
@@ -17,10 +17,12 @@ def run_ranks(
     limit: float = 600,
     within: Sequence[Sequence[str]] | None = None,
     master: str = "127.0.0.1",
+    environment: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Runs `python ARGUMENTS` as `world` ranks of one thread each and returns what each printed.
 
     within: for each rank, words before the command (`ip netns exec NAME`, say); master: rank 0's address as seen there.
+    environment: variables beside those of this process and of the launch.
 
     Raises RuntimeError with a rank's last words if one fails, and ends the others; TimeoutExpired after `limit`
     seconds.
@@ -35,7 +37,7 @@ def run_ranks(
         ranks = [
             subprocess.Popen(
                 [*(within[rank] if within else ()), sys.executable, *arguments],
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**os.environ, **(environment or {}), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
