@@ -25,7 +25,8 @@ from trainer.base.load import bytes_to_read, load_opened
 from trainer.base.match import OpenedBase, open_base
 from trainer.base.shards import Shards, Whole
 from trainer.base.source import load_tokenizer
-from trainer.base.zero3 import ZeroShards, check_config
+from trainer.base.zero3 import ZeroShards
+from trainer.base.zero_config import check_config
 from trainer.batches import BatchPlan, plan_batches, steps_in
 from trainer.checkpoint.checkpoints import FOLDER, Checkpoints
 from trainer.checkpoint.files import sweep
@@ -143,8 +144,7 @@ def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:
     train = recipe.train
     plan = plan_batches(train.global_batch_size, train.micro_batch_size, dist.get_world_size())
     config = read_deepspeed_config(recipe, plan)
-    if config["zero_optimization"].get("stage") == 3:
-        check_config(config, recipe.deepspeed.config)
+    check_config(config, recipe.deepspeed.config)
     check_placement(recipe.experts, local_ranks, config, recipe.deepspeed.config)
     check_optimizer(train)
     opened = open_base(recipe.base)

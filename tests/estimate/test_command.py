@@ -1,6 +1,7 @@
 """`teamlora estimate`: what it prints, what it suggests, what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,11 @@ def path(tmp_path, recipe_of):
 
 
 def asked(capsys, *arguments):
-    assert main(["estimate", *map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    """What is printed; the status says whether it fits."""
+    status = main(["estimate", *map(str, arguments), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert status == (0 if found["fits"] else 2)
+    return found
 
 
 def test_json_adds_up(path, capsys):
@@ -47,13 +51,35 @@ def test_what_is_suggested_fits_when_it_is_estimated_afresh(path, capsys, limit)
         overrides = [setting for setting in suggestion["settings"] if "=" in setting]
         worlds = [int(setting.split()[1]) for setting in suggestion["settings"] if setting.startswith("--world-size")]
         recipe = load_recipe(path, overrides)
-        estimate = Estimator(recipe).estimate(recipe, (worlds or [2])[0])
+        estimate = Estimator(recipe, "cuda").estimate(recipe, (worlds or [2])[0])
         assert estimate.device == suggestion["device"] <= parse_size(limit)
 
 
 def test_what_nothing_helps_is_said(path, capsys):
-    assert main(["estimate", str(path), "--gpu-memory", "10MiB"]) == 0
-    assert "nothing that was tried would fit" in capsys.readouterr().out
+    assert main(["estimate", str(path), "--gpu-memory", "10MiB"]) == 2
+    printed = capsys.readouterr()
+    assert "nothing that was tried would fit" in printed.out
+    assert printed.err.startswith("error: does not fit: device ") and printed.err.count("\n") == 1
+
+
+def test_what_does_not_fit_is_an_error_that_names_the_nearest_change(path, capsys):
+    assert main(["estimate", str(path), "--world-size", "2", "--gpu-memory", "40GiB", "--host-memory", "9GiB"]) == 2
+    printed = capsys.readouterr()
+    assert "does not fit    device" in printed.out and "would fit" in printed.out
+    assert printed.err.startswith("error: does not fit: device ") and "of 40.00 GiB; it would with " in printed.err
+    assert "host" not in printed.err and printed.err.count("\n") == 1
+
+
+def test_a_deepspeed_file_that_training_refuses_is_refused(path, tmp_path, capsys):
+    config = json.loads(Path("ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(config))
+    assert main(["estimate", str(path), f"deepspeed.config={tmp_path / 'hpz.json'}"]) == 2
+    assert "zero_hpz_partition_size=2 corrupts a packed base" in capsys.readouterr().err
+
+
+def test_a_gpus_memory_makes_it_an_estimate_for_a_gpu(path, capsys):
+    assert asked(capsys, path, "--gpu-memory", "900GiB")["device_kind"] == "cuda"
 
 
 def test_offload_moves_bytes_to_the_host(path, capsys):

@@ -68,6 +68,23 @@ def test_eight_bit_moments_take_a_byte_each_and_a_maximum_a_block(recipe_of):
     assert found["optimizer moments"] == 2 * (elements + 4 * math.ceil(elements / 256))
 
 
+@pytest.mark.parametrize(("kind", "elements"), [("cuda", 50_000_000), ("cpu", None)])
+def test_the_reduce_bucket_is_reserved_on_a_gpu_and_filled_by_gradients_on_a_cpu(recipe_of, kind, elements):
+    recipe = recipe_of("llama-3-8b", adapter__expert_rank=1, train__global_batch_size=WORLD)
+    rows = {row.name: row.device for row in Estimator(recipe, kind).estimate(recipe, WORLD).resident}
+    assert rows["reduce bucket"] == (2 * elements if elements else rows["adapter"] * WORLD)
+
+
+def test_while_loading_the_adapter_is_whole_before_it_is_cut(recipe_of):
+    recipe = recipe_of("llama-3-8b", train__global_batch_size=WORLD)
+    found = Estimator(recipe, "cpu").estimate(recipe, WORLD)
+    rows = {row.name: row.device for row in found.resident}
+    base = ("packed weights", "absmax", "absmax, second level", "unquantised", "buffers", "libraries")
+    assert found.loading.device == sum(rows[name] for name in base) + rows["master copy"] + rows["adapter"] * (
+        1 + WORLD
+    )
+
+
 def test_zero3_gathers_each_weight_twice_and_the_embedding_once(recipe_of):
     recipe = recipe_of("llama-3-8b", base__quantization="none", train__global_batch_size=2 * WORLD)
     estimate = Estimator(recipe).estimate(recipe, WORLD)

@@ -1,5 +1,8 @@
 """What comes and goes in a step, against closed forms for Llama-3-8B in bf16."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from trainer.estimate.estimate import Estimator
@@ -22,14 +25,66 @@ def test_logits_stand_three_times_in_fp32_and_twice_in_bf16(transient):
     assert transient().logits == TOKENS * VOCABULARY * 16
 
 
-def test_a_layer_and_the_head_are_gathered_whole_and_only_where_they_are_sharded(transient):
-    linears = HIDDEN * (2 * HIDDEN + 2 * NARROW + 3 * INTERMEDIATE)
-    adapter = 3 * (16 * (HIDDEN + INTERMEDIATE) + 16) + 4 * (2 * HIDDEN + INTERMEDIATE)
-    found = transient()
-    assert found.gathered_layer == linears // 2 + linears // 64 + 2 * (2 * HIDDEN + adapter)
-    assert found.gathered_head == 2 * VOCABULARY * HIDDEN
+LINEARS = HIDDEN * (2 * HIDDEN + 2 * NARROW + 3 * INTERMEDIATE)  # elements of a layer's
+ADAPTER = 3 * (16 * (HIDDEN + INTERMEDIATE) + 16) + 4 * (2 * HIDDEN + INTERMEDIATE)
+PACKED = LINEARS // 2 + LINEARS // 64
+LAYER = PACKED + 2 * (2 * HIDDEN + ADAPTER)  # bytes
+HEAD = 2 * VOCABULARY * HIDDEN
+
+
+def config_with(folder, **zero):
+    """ds_configs/zero3.json with other values."""
+    config = json.loads(Path("ds_configs/zero3.json").read_text())
+    config["zero_optimization"] |= zero
+    (folder / "zero3.json").write_text(json.dumps(config))
+    return {"deepspeed__config": str(folder / "zero3.json")}
+
+
+def test_nothing_is_gathered_where_nothing_is_sharded(transient):
     alone = transient(world=1)
-    assert (alone.gathered_layer, alone.gathered_head, alone.prefetch) == (0, 0, 0)
+    assert (alone.gathered, alone.arriving, alone.placed) == (0, 0, 0)
+
+
+def test_a_model_below_the_limit_of_live_parameters_is_whole(transient, tmp_path):
+    roomy = config_with(tmp_path, stage3_max_live_parameters=10**11)
+    whole = LAYERS * LAYER + 2 * HIDDEN + HEAD
+    assert transient(**roomy).gathered == whole
+    # checkpointing makes the embedding's output want a gradient, so backward needs the embedding as well
+    assert transient(**roomy, train__activation_checkpointing=True).gathered == whole + HEAD
+
+
+def test_above_it_gathers_stop_there(transient, tmp_path):
+    elements = LAYERS * (PACKED + 2 * HIDDEN + ADAPTER) + HIDDEN + HEAD // 2
+    size = LAYERS * LAYER + 2 * HIDDEN + HEAD
+    live = 10**9
+    assert transient(**config_with(tmp_path, stage3_max_live_parameters=live)).gathered == pytest.approx(
+        size * live / elements + HEAD
+    )
+
+
+def test_without_prefetch_one_layer_and_the_head_are_whole(transient, tmp_path):
+    assert transient(**config_with(tmp_path, stage3_prefetch_bucket_size=0)).gathered == LAYER + HEAD
+
+
+def test_autograd_keeps_plain_linears_whole_unless_layers_are_recomputed(transient, tmp_path):
+    plain = {"base__quantization": "none", **config_with(tmp_path, stage3_prefetch_bucket_size=0)}
+    layer = 2 * (LINEARS + 2 * HIDDEN + ADAPTER)
+    assert transient(**plain).gathered == layer + HEAD + LAYERS * 2 * LINEARS
+    assert transient(**plain, train__activation_checkpointing=True).gathered == layer + HEAD
+
+
+def test_the_largest_parameter_arrives_beside_its_copy(transient):
+    assert transient().arriving == HEAD
+
+
+def test_placed_adapters_of_two_layers_are_whole(transient):
+    assert transient(experts__parallel_size=2).placed == 2 * 2 * ADAPTER
+
+
+def test_a_step_makes_an_fp32_gradient_and_two_temporaries_of_adamws(transient):
+    assert transient().step == LAYERS * ADAPTER // WORLD * 3 * 4
+    assert transient(base__dtype="fp32").step == LAYERS * ADAPTER // WORLD * 2 * 4
+    assert transient(train__optimizer="adamw_8bit").step == LAYERS * ADAPTER // WORLD * 4
 
 
 def test_the_largest_weight_is_dequantised_in_the_compute_dtype(transient):

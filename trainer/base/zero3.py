@@ -5,7 +5,6 @@ and attributes private to DeepSpeed (written against 0.19.8, which setup.cfg pin
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,21 +13,12 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 from torch import Tensor, nn
 
-from data_prep.errors import UserError
-
-# What the engine would do to shards behind our back, and the value that keeps it from it.
-REFUSED = {
-    "zero_hpz_partition_size": 1,
-    "zero_quantized_weights": False,
-    "zero_quantized_nontrainable_weights": False,
-    "use_all_reduce_for_fetch_params": False,
-}
-
 
 class ZeroShards:
     """The shards of ZeRO-3 for a process group that stands already (trainer.base.shards.Shards).
 
-    `config` is DeepSpeed's configuration as `deepspeed.initialize` will get it, one that `check_config` let pass:
+    `config` is DeepSpeed's configuration as `deepspeed.initialize` will get it, one that
+    `trainer.base.zero_config.check_config` let pass:
     parameter offload and pinning follow from it. Every rank makes the same calls of `keep` in the same order:
     DeepSpeed numbers parameters.
     """
@@ -65,15 +55,3 @@ class ZeroShards:
         assert parameter.ds_numel_aligned == run.numel() * self.world, (shape, run.numel(), self.world)
         free_param(parameter)
         return parameter
-
-
-def check_config(config: dict[str, Any], path: Path) -> None:
-    """Raises UserError, naming the file `path`, for what a base handed over in shards cannot bear."""
-    zero = config["zero_optimization"]
-    for key, safe in REFUSED.items():
-        if zero.get(key, safe) != safe:
-            raise UserError(f"{path}: zero_optimization.{key}={zero[key]} corrupts a packed base; set it to {safe}")
-    if (zero.get("offload_param") or {}).get("device") == "nvme":
-        raise UserError(f"{path}: zero_optimization.offload_param.device=nvme cannot take a packed base; use cpu")
-    if config.get("data_types", {}).get("buffer_dtype"):
-        raise UserError(f"{path}: data_types.buffer_dtype would cast rotary buffers; remove it")

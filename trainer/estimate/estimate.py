@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from transformers import PretrainedConfig
 
 from trainer.base.source import parse_config_alone
+from trainer.base.zero_config import check_config
 from trainer.batches import plan_batches
 from trainer.engine import read_deepspeed_config
 from trainer.estimate.activations import Activations, activations
+from trainer.estimate.measured import DeviceKind
 from trainer.estimate.model import RankModel, build_rank_model
 from trainer.estimate.resident import Held, resident
 from trainer.estimate.traffic import sent_bytes
@@ -16,13 +19,16 @@ from trainer.estimate.transient import Transient, transient
 from trainer.estimate.zero import ZeroSettings, zero_settings
 from trainer.recipe import Recipe
 
+# What is there only once the first step begins.
+NOT_YET = ("gradients", "optimizer moments", "reduce bucket", "kept whole (persistence)")
+
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of one rank; all ranks hold equally much. trained: elements of the whole adapter.
 
-    resident: from the first step to the last. transient: device bytes at the highest moment of a step. sent: in one
-    optimizer step.
+    resident: from the first step to the last. transient: device bytes at the highest moment of a step. loading: the
+    highest moment before the first step. sent: in one optimizer step.
     """
 
     recipe: Recipe
@@ -31,21 +37,22 @@ class Estimate:
     zero: ZeroSettings
     resident: tuple[Held, ...]
     transient: Transient
+    loading: Held
     sent: dict[str, int]
 
     @property
     def rows(self) -> list[Held]:
-        """Every category that is not empty."""
+        """Every category of training that is not empty."""
         coming = (Held(name, device=size) for name, size in self.transient.by_name.items())
         return [row for row in (*self.resident, *coming) if row.device or row.host]
 
     @cached_property
     def device(self) -> int:
-        return sum(row.device for row in self.rows)
+        return max(self.loading.device, sum(row.device for row in self.rows))
 
     @cached_property
     def host(self) -> int:
-        return sum(row.host for row in self.rows)
+        return max(self.loading.host, sum(row.host for row in self.rows))
 
     def fits(self, device: int | None, host: int | None) -> bool:
         """Into so many bytes a rank; None is no limit."""
@@ -53,9 +60,13 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates a base's recipes, each part of the work once for all recipes that share it."""
+    """Estimates a base's recipes, each part of the work once for all recipes that share it.
 
-    def __init__(self, recipe: Recipe) -> None:
+    kind: of the device that training will run on; None: a GPU if this machine has one.
+    """
+
+    def __init__(self, recipe: Recipe, kind: DeviceKind | None = None) -> None:
+        self.kind: DeviceKind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
         self._config: PretrainedConfig = parse_config_alone(recipe.base)
         self._models: dict[tuple, RankModel] = {}
         self._activations: dict[tuple, Activations] = {}
@@ -64,20 +75,22 @@ class Estimator:
         """Raises UserError where a run of this recipe on so many ranks would be refused."""
         plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, world_size)
         config = read_deepspeed_config(recipe, plan)
+        check_config(config, recipe.deepspeed.config)
         if recipe.experts.parallel_size > 1:
             from trainer.expert_groups import check_placement  # imports DeepSpeed, which takes seconds
 
             check_placement(recipe.experts, range(world_size), config, recipe.deepspeed.config)
         zero = zero_settings(config)
         model = self._model(recipe, world_size)
-        coming = transient(model, self._kept(recipe), zero, recipe, world_size)
+        held = tuple(resident(model, zero, recipe.train.optimizer, world_size, self.kind))
         return Estimate(
             recipe=recipe,
             world_size=world_size,
             trained=_trained(model, recipe.experts.parallel_size),
             zero=zero,
-            resident=tuple(resident(model, zero, recipe.train.optimizer, world_size)),
-            transient=coming,
+            resident=held,
+            transient=transient(model, self._kept(recipe), zero, recipe, world_size),
+            loading=_loading(held, model),
             sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
         )
 
@@ -99,3 +112,10 @@ def _trained(model: RankModel, parallel_size: int) -> int:
     own = model.by_expert  # a share of the experts, where they are placed
     trained = (p for p in model.model.parameters() if p.requires_grad)
     return sum(p.numel() * (parallel_size if p in own else 1) for p in trained)
+
+
+def _loading(held: tuple[Held, ...], model: RankModel) -> Held:
+    """When DeepSpeed takes over: the base, where it stays, the adapter as each rank makes it and as it is kept."""
+    there = [row for row in held if row.name not in NOT_YET]
+    made = sum(p.numel() * p.element_size() for p in model.model.parameters() if p.requires_grad)
+    return Held("while loading", sum(row.device for row in there) + made, sum(row.host for row in there))

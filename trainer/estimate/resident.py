@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear
+from trainer.estimate.measured import LIBRARIES, DeviceKind
 from trainer.estimate.model import RankModel
 from trainer.estimate.zero import ZeroSettings
 
@@ -43,7 +44,9 @@ def partition(parameter: nn.Parameter, rank_model: RankModel, world_size: int) -
     return -(-parameter.numel() // ranks)
 
 
-def resident(rank_model: RankModel, zero: ZeroSettings, optimizer: str, world_size: int) -> list[Held]:
+def resident(
+    rank_model: RankModel, zero: ZeroSettings, optimizer: str, world_size: int, kind: DeviceKind
+) -> list[Held]:
     """All categories; on a machine without an accelerator "device" and "host" are the same memory."""
     named = list(rank_model.model.named_parameters())
     sharded = zero.stage == 3
@@ -69,6 +72,8 @@ def resident(rank_model: RankModel, zero: ZeroSettings, optimizer: str, world_si
         Held("buffers", device=sum(b.nbytes for b in _buffers(rank_model.model))),
         parameters("adapter", trained),
         *_learning(trained, rank_model, zero, optimizer, world_size, elements),
+        Held("reduce bucket", device=_reduce_bucket(trained, rank_model, zero, kind)),
+        Held("libraries", device=LIBRARIES[kind]),
     ]
 
 
@@ -98,9 +103,17 @@ def _learning(
     }
     for name, size in sizes.items():
         yield Held(name, host=size) if offloaded else Held(name, device=size)
-    # ZeRO-3 reserves its bucket for gradients on their way once; the others make theirs in each backward
-    bucket = zero.reduce_bucket * width if zero.stage == 3 else 0
-    yield Held("reduce bucket", device=bucket)
+
+
+def _reduce_bucket(trained: Iterable[nn.Parameter], rank_model: RankModel, zero: ZeroSettings, kind: DeviceKind) -> int:
+    """ZeRO-3 reserves its bucket for gradients on their way once; the others make theirs in each backward.
+
+    On a CPU memory is there once it is written to: as far as the gradients of all ranks' parameters reach.
+    """
+    if zero.stage != 3:
+        return 0
+    used = min(zero.reduce_bucket, sum(p.numel() for p in trained)) if kind == "cpu" else zero.reduce_bucket
+    return used * rank_model.dtype.itemsize
 
 
 def sub_groups(

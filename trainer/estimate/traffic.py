@@ -7,8 +7,8 @@ more within its backward, on parameters that are there already. Every micro-batc
 compute dtype.
 
 Gradients are exact. Gathers are an upper bound, by a layer or two: what stands before the first adapter has no
-backward, and what is used last in forward is still there when backward begins. A base that fits whole into the prefetch
-bucket is gathered about once.
+backward, and what is used last in forward is still there when backward begins. A model of fewer elements than
+stage3_max_live_parameters is gathered about once, from the second step on (trainer.estimate.gathered).
 """
 
 from collections.abc import Iterable

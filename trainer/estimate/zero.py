@@ -6,13 +6,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """Stage and offload of ZeRO; bucket sizes and the persistence threshold in elements."""
+    """Stage and offload of ZeRO; buckets, live parameters and persistence in elements."""
 
     stage: int
     offload_param: bool
     offload_optimizer: bool
     reduce_bucket: int
     prefetch_bucket: int
+    max_live: int
     persistence: int
     sub_group: int
     overlap: bool
@@ -27,6 +28,7 @@ def zero_settings(config: dict[str, Any]) -> ZeroSettings:
         offload_optimizer=_offloaded(zero, "offload_optimizer"),
         reduce_bucket=_elements(zero, "reduce_bucket_size", 5e8) if zero.get("contiguous_gradients", True) else 0,
         prefetch_bucket=_elements(zero, "stage3_prefetch_bucket_size", 5e7),
+        max_live=_elements(zero, "stage3_max_live_parameters", 1e9),
         persistence=_elements(zero, "stage3_param_persistence_threshold", 1e5),
         sub_group=_elements(zero, "sub_group_size", 1e9),
         overlap=zero.get("overlap_comm") or False,
