@@ -11,6 +11,7 @@ from trainer.base.zero_config import check_config
 from trainer.batches import plan_batches
 from trainer.engine import read_deepspeed_config
 from trainer.estimate.activations import Activations, activations
+from trainer.estimate.loading import loading
 from trainer.estimate.measured import DeviceKind
 from trainer.estimate.model import RankModel, build_rank_model
 from trainer.estimate.resident import Held, resident
@@ -18,9 +19,6 @@ from trainer.estimate.traffic import sent_bytes
 from trainer.estimate.transient import Transient, transient
 from trainer.estimate.zero import ZeroSettings, zero_settings
 from trainer.recipe import Recipe
-
-# What is there only once the first step begins.
-NOT_YET = ("gradients", "optimizer moments", "reduce bucket", "kept whole (persistence)")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class Estimator:
             zero=zero,
             resident=held,
             transient=transient(model, self._kept(recipe), zero, recipe, world_size),
-            loading=_loading(held, model),
+            loading=loading(held, model, recipe.experts),
             sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
         )
 
@@ -112,10 +110,3 @@ def _trained(model: RankModel, parallel_size: int) -> int:
     own = model.by_expert  # a share of the experts, where they are placed
     trained = (p for p in model.model.parameters() if p.requires_grad)
     return sum(p.numel() * (parallel_size if p in own else 1) for p in trained)
-
-
-def _loading(held: tuple[Held, ...], model: RankModel) -> Held:
-    """When DeepSpeed takes over: the base, where it stays, the adapter as each rank makes it and as it is kept."""
-    there = [row for row in held if row.name not in NOT_YET]
-    made = sum(p.numel() * p.element_size() for p in model.model.parameters() if p.requires_grad)
-    return Held("while loading", sum(row.device for row in there) + made, sum(row.host for row in there))
