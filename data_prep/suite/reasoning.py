@@ -19,7 +19,7 @@ _FORMS = ("All {} are {}.", "No {} are {}.", "Some {} are {}.", "Some {} are not
 _SYMMETRIC = (1, 2)
 _REGIONS = tuple(itertools.product((False, True), repeat=3))  # who is in which of three groups
 _FIRST_DAY, _LAST_DAY = datetime.date(2000, 1, 1), datetime.date(2049, 12, 31)
-_MOST_DAYS = 40
+_MOST_DAYS = 9
 _MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
@@ -31,7 +31,8 @@ Statement = tuple[int, int, int]  # index into _FORMS, and which of three groups
 def syllogisms(rng: random.Random) -> Iterator[Row]:
     """Whether a statement follows from two premises, is ruled out by them, or neither; in turn, so that none is common.
 
-    Groups may be empty or not: where that would change the verdict, there is no row.
+    They are of Aristotle's first figure, in which the terms stand in a row: A and B, B and C, so A and C. Groups may be
+    empty or not: where that would change the verdict, there is no row.
     """
     by_verdict = _syllogisms()
     for verdict in itertools.cycle(_VERDICTS):
@@ -47,7 +48,7 @@ def syllogisms(rng: random.Random) -> Iterator[Row]:
 
 
 def dates(rng: random.Random) -> Iterator[Row]:
-    """The date some days after or before another, from 2 to 40 of them."""
+    """The date some days after or before another, from 2 to 9 of them."""
     while True:
         days = rng.randrange((_LAST_DAY - _FIRST_DAY).days + 1)
         day = _FIRST_DAY + datetime.timedelta(days=days)
@@ -78,12 +79,9 @@ def _fact(statement: Statement, names: list[str]) -> str:
 @functools.cache
 def _syllogisms() -> dict[str, list[tuple[Statement, Statement, Statement]]]:
     """Premises about groups 0 and 1, and 1 and 2, and a statement about 0 and 2, by verdict."""
-    forms = range(len(_FORMS))
     found: dict[str, list[tuple[Statement, Statement, Statement]]] = {verdict: [] for verdict in _VERDICTS}
-    firsts = [(form, *groups) for form in forms for groups in ((0, 1), (1, 0))]
-    seconds = [(form, *groups) for form in forms for groups in ((1, 2), (2, 1))]
-    conclusions = [(form, *groups) for form in forms for groups in ((0, 2), (2, 0))]
-    for syllogism in itertools.product(firsts, seconds, conclusions):
+    for first, second, conclusion in itertools.product(range(len(_FORMS)), repeat=3):
+        syllogism = ((first, 0, 1), (second, 1, 2), (conclusion, 0, 2))
         verdict = _verdict(*syllogism)
         if verdict is not None:
             found[verdict].append(syllogism)

@@ -13,6 +13,7 @@ from data_prep.suite.wordnet import first_senses
 
 _LANGUAGES = {"de": "German", "es": "Spanish", "fr": "French", "pt": "Portuguese"}
 _SHARE_OF_REGULAR = 0.4
+_WRONG_CHOICES = 3
 _NUMBERS = range(13, 1000)
 
 
@@ -34,13 +35,16 @@ def past_tense(rng: random.Random) -> Iterator[Row]:
 
 
 def translations(rng: random.Random) -> Iterator[Row]:
-    """One word for a thing, an animal or a person in one of four languages, in lower case: the names of emoji."""
+    """The English for a thing, an animal or a person in one of four languages, among four words: the names of emoji."""
     names = {language: _names_of_emoji(language) for language in _LANGUAGES}
+    english_words = sorted({*_names_of_emoji("en").values()})
     for emoji, english in in_random_order(_names_of_emoji("en").items(), rng):
         language = rng.choice(list(_LANGUAGES))
         foreign = names[language].get(emoji)
-        if foreign is not None and foreign not in english:
-            yield Row(english, f"Translate into {_LANGUAGES[language]}, in lower case: {english}", foreign)
+        if foreign is not None and english not in foreign:
+            wrong = rng.sample([word for word in english_words if word != english], _WRONG_CHOICES)
+            choices = tuple(in_random_order([english, *wrong], rng))
+            yield Row(english, f"What is this {_LANGUAGES[language]} word in English: {foreign}?", english, choices)
 
 
 def number_words(rng: random.Random) -> Iterator[Row]:

@@ -20,20 +20,21 @@ BY_HAND = {
                   "shark fish", "coffee drink", "cat mammal"},
     "past_tense": {"tell told", "write wrote", "stop stopped", "go went", "carry carried", "swim swam", "teach taught",
                    "build built", "walk walked", "need needed", "panic panicked", "begin began"},
-    "translations": {"Spanish dog perro", "French dog chien", "German dog hund", "Portuguese dog cachorro",
-                     "Spanish house casa", "French house maison", "German house haus", "Portuguese house casa",
-                     "Spanish fish pez", "French fish poisson", "German fish fisch", "Portuguese fish peixe",
-                     "Spanish butterfly mariposa", "French butterfly papillon", "German butterfly schmetterling",
-                     "Portuguese butterfly borboleta", "Spanish chair silla", "French chair chaise",
-                     "German chair stuhl", "Portuguese chair cadeira", "Spanish church iglesia",
-                     "French church église", "German church kirche", "Portuguese church igreja"},
+    "translations": {"Spanish perro dog", "French chien dog", "German hund dog", "Portuguese cachorro dog",
+                     "Spanish casa house", "French maison house", "German haus house", "Portuguese casa house",
+                     "Spanish pez fish", "French poisson fish", "Portuguese peixe fish", "Spanish mariposa butterfly",
+                     "French papillon butterfly", "German schmetterling butterfly", "Portuguese borboleta butterfly",
+                     "Spanish silla chair", "French chaise chair", "German stuhl chair", "Portuguese cadeira chair",
+                     "Spanish iglesia church", "French église church", "German kirche church",
+                     "Portuguese igreja church", "Spanish manzana apple", "German schlüssel key", "French clé key",
+                     "Spanish llave key", "Portuguese chave key"},
 }  # fmt: skip
 PATTERNS = {
     "antonyms": r"What is the opposite of (\w+)\?",
     "cities": r"In which country is the city of (.+)\?",
     "hypernyms": r"What kind of thing is this: (\w+)\?",
     "past_tense": r"What is the past tense of the verb (\w+)\?",
-    "translations": r"Translate into (\w+, in lower case: \w+)",
+    "translations": r"What is this (\w+ word in English: \w+)\?",
 }
 
 
@@ -46,7 +47,7 @@ def test_answers_that_a_person_knows(task):
     asked_about = {pair.rpartition(" ")[0] if task != "hypernyms" else pair.partition(" ")[0] for pair in known}
     found = set()
     for row in islice(rows_of(task, 0), 5000):
-        asked = re.fullmatch(PATTERNS[task], row.question)[1].replace(", in lower case:", "")
+        asked = re.fullmatch(PATTERNS[task], row.question)[1].replace(" word in English:", "")
         if asked in asked_about:
             found.add(f"{asked} {row.answer}")
     assert found <= known
