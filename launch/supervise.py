@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     nodes = read_hostfile(options.hostfile) if options.hostfile is not None else ()
     timeout = recipe.run.collective_timeout
-    launch = Launch(options, nodes, silence=timeout, grace=min(60.0, 0.6 * timeout))
+    launch = Launch(options, nodes, silence=timeout, grace=min(60.0, 0.4 * timeout))
     if nodes and options.check:
         check(options, nodes)
     stop = Stop()

@@ -17,7 +17,7 @@ from trainer.launch_protocol import STOPPED
 pytestmark = pytest.mark.slow
 
 TIMEOUT = 8  # seconds that a rank waits for another
-BOUND = 1.6 * TIMEOUT + 15  # seconds from a fault to the end: the rest is for a loaded machine
+BOUND = 1.4 * TIMEOUT + 15  # seconds from a fault to the end: the rest is for a loaded machine
 ENDLESS = {
     "train__steps": 2000,
     "train__eval_every": 0,

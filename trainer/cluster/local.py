@@ -89,15 +89,19 @@ class LocalRanks:
         left = list(self._processes())
         self._note(left)
         status = self.launcher.poll()
-        if status is not None and status < 0:  # it was ended itself; its ranks do not know
+        if status is not None and status < 0 and not self._killing:  # it was ended itself; its ranks do not know
             self.ask(signal.SIGTERM)
         if status is not None or any(found.ending.status != 0 for found in self._seen.values()):
             self.end_within(self._grace)
-        if time.monotonic() >= self._ending:
+        if self._killing:
             self._kill(left)
         elif self._asked is not None:
             self._hand_on()
         return bool(left) or status is None
+
+    @property
+    def _killing(self) -> bool:
+        return time.monotonic() >= self._ending
 
     def endings(self) -> list[RankEnding]:
         """How each rank ended, in that order."""
