@@ -74,9 +74,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the recipe")
         command.set_defaults(run=run)
     prepare.add_argument("--show", type=_positive, metavar="N", help="print N rows, what is learnt of them in colour")
-    # what DeepSpeed's launcher adds; LOCAL_RANK says the same
-    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-
     estimate.add_argument("--world-size", type=_positive, default=1, metavar="N", help="ranks of the run; default: 1")
     estimate.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a rank's device, such as 24GiB or 80GB")
     estimate.add_argument("--host-memory", type=_size, metavar="SIZE", help="of the host, a rank's share of it")
@@ -92,9 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="answer a prompt with a finished run's model")
     generate.add_argument("--prompt", required=True, help="the user's turn")
     generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: 128")
-    evaluate = commands.add_parser("evaluate", help="exact match by task on held-out items, before and after training")
-    evaluate.add_argument("--items-per-task", type=_positive, default=100, metavar="N", help="default: 100")
-    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: 32")
+    evaluate = commands.add_parser(
+        "evaluate", help="scores by task on held-out items, against the base and other runs; alone or under a launcher"
+    )
+    _add_evaluate_options(evaluate)
+    # what DeepSpeed's launcher adds, after launch/train.sh or before the command; LOCAL_RANK says the same
+    for place in (train, parser):
+        place.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
     experts = commands.add_parser("experts", help="list a run's experts, or write its adapter with others")
     change = experts.add_mutually_exclusive_group()
     change.add_argument("--keep", type=_indices, metavar="I,J", help="experts to keep, by number; the others go")
@@ -104,6 +106,30 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("directory", type=Path, metavar="RUN", help="folder of a finished run")
         command.set_defaults(run=run)
     return parser
+
+
+def _add_evaluate_options(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "--against",
+        type=_names,
+        default=["base"],
+        metavar="base,RUN2",
+        help="baselines: base, other runs or adapters' folders, or none; default: base",
+    )
+    evaluate.add_argument("--items-per-task", type=_positive, default=100, metavar="N", help="default: 100")
+    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: 32")
+    evaluate.add_argument("--recipe", type=Path, help="tells base and data where RUN is an adapter's folder")
+    evaluate.add_argument(
+        "--deepspeed",
+        type=Path,
+        metavar="FILE",
+        help="ZeRO-3, for a base too large for one rank: ds_configs/zero3.json",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print evaluation.json in place of the table")
+
+
+def _names(text: str) -> list[str]:
+    return [] if text == "none" else [name for name in text.split(",") if name]
 
 
 def _positive(text: str) -> int:
@@ -184,15 +210,19 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from trainer.generate import answer, load_run
+    from trainer.evaluation.answers import answer
+    from trainer.evaluation.models import load_run
 
     print(answer(load_run(options.directory), options.prompt, options.max_new_tokens))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from trainer.evaluate import evaluate
+    from trainer.evaluation.evaluate import Wanted, evaluate
 
-    print(evaluate(options.directory, options.items_per_task, options.batch_size))
+    sizes = options.items_per_task, options.batch_size
+    found = evaluate(Wanted(options.directory, options.recipe, options.against, *sizes, options.deepspeed))
+    if found is not None:  # on the first rank
+        print(found.as_json() if options.json else found, flush=True)
 
 
 def _experts(options: argparse.Namespace) -> None:

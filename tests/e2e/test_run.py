@@ -127,7 +127,7 @@ def test_generate_answers_and_evaluate_scores_by_task(workplace, first):
     done = workplace.teamlora("evaluate", "runs/first", "--items-per-task", "3")
     assert done.returncode == 0, done.stderr
     kept = json.loads((workplace.folder / "runs" / "first" / "evaluation.json").read_text())
-    assert [(score["task"], score["items"]) for score in kept["scores"]] == [("upper", 3), ("twice", 3)]
+    assert [(task["task"], task["items"]) for task in kept["tasks"]] == [("upper", 3), ("twice", 3)]
 
 
 def test_a_finished_run_says_so_and_ends_well(workplace, first):

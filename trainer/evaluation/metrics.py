@@ -1,0 +1,73 @@
+"""Scores of one given answer, from 0 to 1, and which of them a task is judged by."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+EXACT_MATCH, CHOICES, TOKEN_F1, ROUGE_L = "exact_match", "choices", "token_f1", "rouge_l"
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def metric_of(item: dict[str, Any]) -> str:
+    """The metric that the item's task is judged by (data_prep.items)."""
+    return item.get("metric") or (CHOICES if item.get("choices") else EXACT_MATCH)
+
+
+def exact_match(given: str, wanted: str) -> float:
+    """1 where the two are the same but for outer white space and one full stop at the end."""
+    return float(normalised(given) == normalised(wanted))
+
+
+def normalised(text: str) -> str:
+    return text.strip().removesuffix(".").rstrip()
+
+
+def token_f1(given: str, wanted: str) -> float:
+    """SQuAD's F1 of words, as often as they come: in lower case, without punctuation and English articles."""
+    words, expected = _words(given), _words(wanted)
+    if not words or not expected:
+        return float(words == expected)
+    common = (Counter(words) & Counter(expected)).total()
+    return 2 * common / (len(words) + len(expected))
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def rouge_l(given: str, wanted: str) -> float:
+    """ROUGE-L's F-measure by the package rouge-score, with words of any script."""
+    return _rouge().score(wanted, given)["rougeL"].fmeasure
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_AnyScript())
+
+
+class _AnyScript:
+    """rouge-score's own tokenizer knows the letters a to z only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+TEXT_METRICS = {EXACT_MATCH: exact_match, TOKEN_F1: token_f1, ROUGE_L: rouge_l}
+"""The metrics that compare a written answer with the wanted one."""
+
+
+def likeliest(log_likelihoods: Sequence[float]) -> int:
+    """The choice that the model finds likeliest: by the sum over its tokens, as lm-eval's `acc` does."""
+    return max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+
+
+def likeliest_by_length(log_likelihoods: Sequence[float], choices: Sequence[str]) -> int:
+    """The same by the sum over the choice's length in characters, as lm-eval's `acc_norm` does."""
+    return likeliest([total / len(text) for total, text in zip(log_likelihoods, choices, strict=True)])
