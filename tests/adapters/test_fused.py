@@ -94,6 +94,29 @@ def test_output_without_gradient_is_the_same_and_the_base_output_is_left_alone(m
     assert torch.equal(y, before)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@methods
+def test_a_frozen_adapter_computes_the_loop_for_few_tokens_and_many(method, options, dtype, tolerance):
+    config = config_of(method, **options)
+    experts = experts_of(config, dtype=dtype)
+    experts.freeze()
+    for rows in ((16, 1), (2, 50)):
+        x, y = (t.detach() for t in inputs(*rows, dtype=dtype))
+        before = y.clone()
+        with torch.no_grad():
+            out = experts(x, y)
+        assert out.dtype == dtype
+        assert off(out, loop(config, copied(experts), x.double(), y.double()).detach()) <= tolerance
+        assert torch.equal(y, before)
+
+
+def test_a_frozen_adapter_with_gradients_still_gives_them():
+    experts = experts_of(config_of("teamlora"))
+    experts.freeze()
+    experts(*inputs(1)).sum().backward()
+    assert all(p.grad is not None for p in experts.parameters())
+
+
 @methods
 def test_views_in_and_an_expanded_gradient_from_behind(method, options):
     config = config_of(method, **options)

@@ -25,6 +25,9 @@ RENORMALIZE_FLOOR = 0.1
 """Smallest sum of omega that renormalisation divides by. A trained M can drive the sum to zero or below;
 with the floor the weights grow tenfold at most, stay finite and keep their signs."""
 
+FEW_TOKENS = 64
+"""Up to so many in one forward `FrozenExperts` is the quicker way."""
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -184,6 +187,50 @@ def gated_experts(
     # autocast does not reach the backward of a custom function: the dtype is decided here, for both
     with torch.autocast(device, enabled=False):
         return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, probe, placed)
+
+
+class FrozenExperts:
+    """`gated_experts` for few tokens of an adapter that does not learn any more: generation, a token at a time.
+
+    There the cost is not arithmetic but the number of operations and bytes. So A and the router are joined once,
+    scale * M gets a column for each low-rank activation, and activations lie in rows, [tokens, rank]:
+
+        [z, logits] = x [A ; S]^T        out = y + (z * softmax(logits) W) B        W [j, k r_B]: scale * M, r_B times
+
+    Holds a copy of A: the parameters must not change afterwards.
+    """
+
+    def __init__(self, a: Tensor, router: Tensor, interaction: Tensor | None, experts: Tensor, gate: Gate) -> None:
+        if gate.renormalize:
+            raise ValueError("renormalised weights have no product with a constant matrix")
+        k, expert_rank, _ = experts.shape
+        mixing = _scaled(interaction, gate, torch.promote_types(a.dtype, torch.float32))
+        if mixing is None:
+            mixing = torch.eye(k, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device) * gate.scale
+        self._projection = torch.cat((a, router)).t()
+        self._rank = len(a)
+        self._weights = mixing.t().repeat_interleave(expert_rank, 1)
+        self._repeats = k if gate.heads == 1 else 1
+        self._experts = experts.flatten(0, 1)
+
+    def serves(self, x: Tensor, y: Tensor) -> bool:
+        """Whether this is the quicker way, and gives what `gated_experts` would."""
+        return (
+            x.numel() <= FEW_TOKENS * x.shape[-1]
+            and not torch.is_grad_enabled()
+            and x.dtype == y.dtype == self._experts.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [..., d_in], y [..., d_out], both in the parameters' dtype -> [..., d_out]."""
+        projected = x.reshape(-1, x.shape[-1]) @ self._projection
+        z, logits = projected[:, : self._rank], projected[:, self._rank :]
+        if self._repeats > 1:
+            z = z.repeat(1, self._repeats)
+        weights = torch.softmax(logits, 1, dtype=self._weights.dtype) @ self._weights
+        gated = z * weights.to(z.dtype)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), gated, self._experts).view(y.shape)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

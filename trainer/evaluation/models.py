@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.errors import UserError
 from trainer import rundir
+from trainer.adapters.layer import freeze_experts
 from trainer.base.fingerprint import check_base_file
 from trainer.base.load import load_opened
 from trainer.base.match import OpenedBase, open_base
@@ -96,7 +97,10 @@ def wearing(base: PreTrainedModel, adapter: Path | None) -> Iterator[PreTrainedM
 
 
 def put_on(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).eval()
+    """The base under an adapter that does not change any more."""
+    model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).eval()
+    freeze_experts(model)
+    return model
 
 
 def _ready(base: PreTrainedModel) -> PreTrainedModel:
