@@ -102,7 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--keep", type=_indices, metavar="I,J", help="experts to keep, by number; the others go")
     change.add_argument("--add", type=_positive, metavar="N", help="experts to add; they change no output yet")
     experts.add_argument("--to", type=Path, metavar="FOLDER", help="default: adapter-Kexperts in the run")
-    for command, run in ((generate, _generate), (evaluate, _evaluate), (experts, _experts)):
+    export = commands.add_parser("export", help="write a run's adapter for other tools, and measure what that costs")
+    forms = "peft: as it is; lora: for plain PEFT, gates fixed at their mean; merged: that, folded into the base"
+    export.add_argument("--to", choices=("peft", "lora", "merged"), required=True, help=forms)
+    export.add_argument("--output", type=Path, metavar="FOLDER", help="default: export-lora and the like in the run")
+    export.add_argument("--task", metavar="NAME", help="take the gates' mean over this task alone; default: over all")
+    export.add_argument("--rows", type=_positive, default=64, metavar="N", help="for mean and price; default: 64")
+    export.add_argument("--base", choices=("original", "dequantised"), help="what merged adds to; default: original")
+    for command, run in ((generate, _generate), (evaluate, _evaluate), (experts, _experts), (export, _export)):
         command.add_argument("directory", type=Path, metavar="RUN", help="folder of a finished run")
         command.set_defaults(run=run)
     return parser
@@ -232,3 +239,9 @@ def _experts(options: argparse.Namespace) -> None:
         print(list_experts(options.directory))
     else:
         print(change_experts(options.directory, options.keep, options.add or 0, options.to))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from trainer.export.export import Request, export
+
+    print(export(Request(options.directory, options.to, options.output, options.task, options.rows, options.base)))

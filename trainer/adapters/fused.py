@@ -233,6 +233,13 @@ class FrozenExperts:
         return torch.addmm(y.reshape(-1, y.shape[-1]), gated, self._experts).view(y.shape)
 
 
+def expert_weights(x: Tensor, router: Tensor, interaction: Tensor | None, gate: Gate) -> Tensor:
+    """omega of every token of x [..., d_in], as the gate applies it but for its scale: fp32 [k, tokens]."""
+    phi = _softmax(router @ _rows(x, router.dtype).t())
+    weights, _ = _compete(phi, _scaled(interaction, gate, phi.dtype), gate)
+    return weights / gate.scale
+
+
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., n] -> [tokens, n] in the compute dtype."""
     return x.reshape(-1, x.shape[-1]).to(dtype)

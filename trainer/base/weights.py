@@ -44,6 +44,9 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slices[name].get_shape())
 
+    def numel(self, name: str) -> int:
+        return math.prod(self.shape(name))
+
     def dtype(self, name: str) -> str:
         """The dtype as safetensors writes it: BF16, F16, F32, or one that BYTES does not list."""
         return self._slices[name].get_dtype()

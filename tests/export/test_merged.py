@@ -1,0 +1,102 @@
+"""Merged folders: transformers alone computes base plus update, on either base."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.adapters.parts import logits, plain_model
+from trainer.base.load import load_base
+from trainer.base.match import open_base
+from trainer.export.export import Request, export
+from trainer.export.lora import LowRank
+from trainer.export.merged import write_merged
+
+BF16 = 2.0**-8  # of a value: what rounding to bf16 changes at most
+
+
+def lora_on(base, run):
+    """The run's exported LoRA, by plain PEFT, on a base."""
+    folder = run.folder / "export-lora"
+    if not folder.exists():
+        export(Request(run.folder, "lora"))
+    return PeftModel.from_pretrained(base, folder)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_merged_into_the_original_it_is_that_base_with_the_lora(make_run, quantization):
+    run = make_run(quantization=quantization)
+    exported = export(Request(run.folder, "merged"))
+    expected = logits(lora_on(plain_model(run.base), run))
+    torch.testing.assert_close(logits(plain_model(exported.folder)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_into_the_dequantised_base_it_is_the_nf4_model_with_the_lora(make_run):
+    run = make_run(quantization="nf4")
+    exported = export(Request(run.folder, "merged", base="dequantised"))
+    expected = logits(lora_on(load_base(run.recipe.base, "cpu"), run))
+    found = logits(plain_model(exported.folder))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # fp32: sums in another order
+    assert (found - logits(lora_on(plain_model(run.base), run))).abs().max() > 0.1
+    assert exported.folder.name == "export-merged-dequantised"
+
+
+@pytest.mark.parametrize("base", ["original", "dequantised"])
+def test_a_bf16_run_is_merged_in_bf16_and_rounded_once(make_run, base):
+    run = make_run(quantization="nf4", dtype="bf16")
+    exported = export(Request(run.folder, "merged", base=base))
+    fp32 = run.recipe.base.model_copy(update={"dtype": "fp32"})
+    loaded = load_base(fp32, "cpu") if base == "dequantised" else plain_model(run.base)
+    model = lora_on(loaded, run)
+    with safe_open(exported.folder / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (a safe_open handle does not iterate)
+            value = file.get_tensor(name)
+            assert value.dtype == torch.bfloat16
+            expected = weight_of(model, name)
+            assert ((value.float() - expected).abs() <= BF16 * expected.abs() + 1e-6).all(), name
+    assert AutoModelForCausalLM.from_pretrained(exported.folder, dtype="auto").dtype == torch.bfloat16
+
+
+def weight_of(model, name):
+    """A weight of the base model with its LoRA's update, as plain linear algebra."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_base_model().get_submodule(owner)
+    linear = getattr(module, "base_layer", module)
+    weight = linear.dequantized(torch.float32) if hasattr(linear, "absmax") else getattr(linear, attribute).float()
+    if linear is module:
+        return weight.detach()
+    return (
+        weight + module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
+    ).detach()
+
+
+def test_in_many_files_it_is_the_same_model(make_run, tmp_path):
+    run = make_run()
+    opened = open_base(run.recipe.base)
+    updates = {"model.layers.1.mlp.up_proj": LowRank(torch.randn(3, 64), torch.randn(96, 3))}
+    for name, most in (("one", 10**9), ("many", 60_000)):
+        (tmp_path / name).mkdir()
+        write_merged(tmp_path / name, opened, updates, shard_bytes=most)
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(run_bytes(tmp_path / "many" / name) for name in files)
+    assert torch.equal(logits(plain_model(tmp_path / "one")), logits(plain_model(tmp_path / "many")))
+
+
+def run_bytes(path):
+    """What a file's tensors take."""
+    with safe_open(path, "pt") as file:
+        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+
+
+def test_tokenizer_and_chat_template_come_along(make_run):
+    run = make_run()
+    folder = export(Request(run.folder, "merged")).folder
+    found, expected = (AutoTokenizer.from_pretrained(path) for path in (folder, run.base))
+    turns = [{"role": "user", "content": "Sort the words"}]
+    assert found.apply_chat_template(turns) == expected.apply_chat_template(turns)

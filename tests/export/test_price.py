@@ -1,0 +1,84 @@
+"""The price told is the price: measured again here, with whole logits, in fp64, by the loop with fixed gates."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from data_prep.encode import IGNORED
+from data_prep.reader import open_prepared
+from tests.adapters.parts import METHODS, plain_model
+from tests.export.fixed_gates import fixed_gate_model
+from tests.tiny import tiny_tokenizer
+from trainer.export import export as exporting
+from trainer.export.export import Request, export
+
+ROWS = 64
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_printed_is_what_we_measure(make_run, method, to):
+    run = make_run(method)
+    exported = export(Request(run.folder, to, rows=ROWS))
+    kept = json.loads((exported.folder / "export.json").read_text())
+    before = PeftModel.from_pretrained(plain_model(run.base), run.folder / "adapter").eval()
+    after = fixed_gate_model(run.base, method, run.adapter(), kept["facts"]["gates"], alpha=6.0)
+    expected = measured_by_token(before, after, open_prepared(run.recipe.data, tiny_tokenizer()))
+    assert [line["task"] for line in kept["price"]] == ["upper", "twice", "all"]
+    printed = {line.split()[0]: line.split()[1:] for line in str(exported).splitlines()[3:]}
+    for line in kept["price"]:
+        tokens, *values = expected[line["task"]]
+        found = [line["kl"], line["loss_before"], line["loss_after"]]
+        assert line["tokens"] == tokens
+        assert found == pytest.approx(values, rel=1e-4)
+        assert [float(cell) for cell in printed[line["task"]]] == pytest.approx([tokens, *values], rel=6e-3)
+    assert expected["all"][1] > 1e-3
+
+
+@torch.no_grad()
+def measured_by_token(before, after, prepared):
+    """{task: (tokens, KL, loss before, loss after)}, token by token."""
+    seen = {}
+    for row in prepared.held_out:
+        ids, positions = (torch.tensor(row[key])[None].long() for key in ("input_ids", "position_ids"))
+        p, q = (
+            torch.log_softmax(m(input_ids=ids, position_ids=positions, use_cache=False).logits[0].double(), -1)
+            for m in (before, after)
+        )
+        for t in range(1, len(row["labels"])):
+            label = int(row["labels"][t])
+            if label == IGNORED or row["position_ids"][t] == 0:
+                continue
+            kl = (p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item()
+            values = (kl, -p[t - 1, label].item(), -q[t - 1, label].item())
+            for task in (prepared.tasks[row["task_ids"][t]], "all"):
+                seen.setdefault(task, []).append(values)
+    return {task: (len(v), *(sum(column) / len(v) for column in zip(*v, strict=True))) for task, v in seen.items()}
+
+
+def test_scores_come_from_the_function_that_is_given(make_run):
+    def score(model):
+        return {"upper": 0.5 if any("lora_A" in name for name, _ in model.named_parameters()) else 0.75}
+
+    exported = export(Request(make_run().folder, "lora"), score)
+    by_task = {line.task: (line.score_before, line.score_after) for line in exported.price}
+    assert by_task == {"upper": (0.75, 0.5), "twice": (None, None), "all": (None, None)}
+    assert str(exported).splitlines()[3].split()[-2:] == ["75.0%", "50.0%"]
+
+
+def test_a_model_that_does_not_fit_is_written_but_not_measured(make_run, monkeypatch):
+    monkeypatch.setattr(exporting, "free_bytes", lambda _: 1000)
+    exported = export(Request(make_run().folder, "merged"))
+    assert "price not measured: 0.0 GB beside the run's own model do not fit" in str(exported)
+    assert json.loads((exported.folder / "export.json").read_text())["price"] is None
+    assert (exported.folder / "model.safetensors").exists()
+
+
+def test_fewer_rows_are_measured_when_asked(make_run):
+    run = make_run()
+    one, all_rows = (
+        export(Request(run.folder, "lora", run.folder / str(rows), rows=rows)).price[-1].tokens for rows in (1, 64)
+    )
+    assert 0 < one < all_rows

@@ -1,0 +1,86 @@
+"""An adapter with fixed gates as one plain LoRA, and its folder in PEFT's format.
+
+With omega constant, TeamLoRA's scale * sum_i omega_i B_i A_i x (section 3) is B A x, with the slices A_i stacked and
+the B_i, each times scale * omega_i, side by side: rank r_A = k r_B. MoELoRA the same. HydraLoRA's experts share one A
+of rank r_B, so their weighted B_i add up, and r_B is the rank.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_prep.errors import UserError
+from trainer.adapters.layer import Experts
+from trainer.export.gates import adapted_by_experts
+
+SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to one linear's weight: b @ a. a [r, d_in], b [d_out, r], fp32 on the CPU; the scale is in b."""
+
+    a: Tensor
+    b: Tensor
+
+    def update(self) -> Tensor:
+        """[d_out, d_in]"""
+        return self.b @ self.a
+
+
+@torch.no_grad()
+def low_rank_updates(model: PeftModel, gates: dict[str, Tensor]) -> dict[str, LowRank]:
+    """By the adapted linear's name in the base model; `gates` is empty for a run of method lora.
+
+    Raises UserError where the adapter changes more than linears' weights (one of another tool, started from).
+    """
+    config = model.peft_config["default"]
+    if config.modules_to_save or getattr(config, "use_dora", False) or getattr(config, "bias", "none") != "none":
+        raise UserError(
+            f"--to: the adapter trains modules_to_save, biases or magnitudes ({config.base_model_name_or_path}), which "
+            "no low-rank update holds; export it with --to peft"
+        )
+    experts = {name: fold(module, gates[name]) for name, module in adapted_by_experts(model).items()}
+    return experts or {
+        name: LowRank(
+            module.lora_A["default"].weight.float().cpu(),
+            module.lora_B["default"].weight.float().cpu() * module.scaling["default"],
+        )
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def fold(experts: Experts, omega: Tensor) -> LowRank:
+    """The update of one adapted linear with its weights fixed at omega [k]."""
+    weighted = experts.experts.float().cpu() * (experts.gate.scale * omega).view(-1, 1, 1)  # [k, r_B, d_out]
+    b = weighted.sum(0) if experts.gate.heads == 1 else weighted.flatten(0, 1)
+    return LowRank(experts.lora_a.float().cpu(), b.t().contiguous())
+
+
+def write_lora(folder: Path, updates: dict[str, LowRank], adapter: PeftConfig) -> None:
+    """adapter_config.json and adapter_model.safetensors (fp32) for plain PEFT; lora_alpha = r, so it scales by 1.
+
+    adapter: the configuration of the run's own adapter, for which linears it selects.
+    """
+    rank = len(next(iter(updates.values())).a)
+    LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        task_type=adapter.task_type,
+        base_model_name_or_path=adapter.base_model_name_or_path,
+        inference_mode=True,
+        **{key: getattr(adapter, key) for key in SELECTORS},
+    ).save_pretrained(str(folder))
+    tensors = {}
+    for name, update in updates.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = update.a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = update.b
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
