@@ -21,7 +21,7 @@ from trainer.export.lora import LowRank, low_rank_updates, write_lora
 from trainer.export.merged import write_merged
 from trainer.export.price import Score, TaskPrice, measure, table
 from trainer.export.publish import publishing
-from trainer.generate import LoadedRun, load_run
+from trainer.evaluation.models import LoadedRun, load_run
 from trainer.recipe import Recipe
 
 EXPORT = "export.json"

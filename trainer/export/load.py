@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trainer.base.match import DTYPES
-from trainer.generate import LoadedRun
+from trainer.evaluation.models import LoadedRun
 
 
 def load_plain_lora(run: LoadedRun, folder: Path) -> nn.Module:
