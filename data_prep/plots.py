@@ -37,10 +37,10 @@ def _histogram(path: Path, edges: np.ndarray, counts: dict[str, list[int]], x: s
     figure = _figure()
     axes = figure.add_subplot()
     for name, values in counts.items():
-        axes.stairs(values, edges, label=_plain(name))
+        axes.stairs(values, edges, label=plain(name))
     axes.set(xlabel=x, ylabel=y)
     axes.legend(fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _bars(path: Path, tasks: dict[str, dict[str, Any]]) -> None:
@@ -50,10 +50,10 @@ def _bars(path: Path, tasks: dict[str, dict[str, Any]]) -> None:
     for offset, (key, label) in enumerate(_SHARES.items()):
         values = np.array([counts[key] for counts in tasks.values()], dtype=float)
         axes.bar(places + (offset - 1) * width, values / values.sum(), width, label=label)
-    axes.set_xticks(places, list(map(_plain, tasks)), rotation=30, ha="right")
+    axes.set_xticks(places, list(map(plain, tasks)), rotation=30, ha="right")
     axes.set(ylabel="share of the training split")
     axes.legend(fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _figure(width: float = 7.0) -> Any:
@@ -62,11 +62,13 @@ def _figure(width: float = 7.0) -> Any:
     return Figure(figsize=(width, 4), layout="constrained")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """The name as matplotlib shows it literally."""
     return name.replace("$", r"\$")  # between two of them matplotlib reads a formula
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Writes a PNG file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # letters that the font lacks
         figure.savefig(path, dpi=100)

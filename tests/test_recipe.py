@@ -35,7 +35,7 @@ def test_what_a_recipe_leaves_out_is_filled_in(path):
     assert (recipe.adapter.num_experts, recipe.adapter.expert_rank, recipe.adapter.total_rank) == (4, 16, 64)
     assert (recipe.train.epochs, recipe.train.micro_batch_size, recipe.train.optimizer) == (None, 1, "adamw")
     assert (recipe.data.held_out, recipe.data.seed, recipe.data.system_prompt) == (0.05, 0, None)
-    assert (recipe.report.tensorboard, recipe.report.router_every) == (True, 1)
+    assert (recipe.report.tensorboard, recipe.report.router_every) == (True, 10)
 
 
 @pytest.mark.parametrize(

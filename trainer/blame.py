@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.batches import Batch
-from trainer.loss import real_tokens
 
 Note = Callable[[str, Tensor], None]
 
@@ -28,7 +27,7 @@ def first_layers(engine: Any, batches: Sequence[Batch], backward: bool) -> str:
 
     with _watched(engine.module, note, backward), torch.set_grad_enabled(backward):
         for batch in batches:
-            engine.module.routing.begin_micro_batch(real_tokens(batch))
+            engine.module.routing.begin_micro_batch(batch["task_ids"])
             loss, _ = engine(batch, 1, 1.0)
             if backward:
                 engine.backward(loss)

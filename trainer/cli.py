@@ -109,7 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--task", metavar="NAME", help="take the gates' mean over this task alone; default: over all")
     export.add_argument("--rows", type=_positive, default=64, metavar="N", help="for mean and price; default: 64")
     export.add_argument("--base", choices=("original", "dequantised"), help="what merged adds to; default: original")
-    for command, run in ((generate, _generate), (evaluate, _evaluate), (experts, _experts), (export, _export)):
+    router = commands.add_parser("router", help="show what a run's routers do, by layer, task and token")
+    router.add_argument("--items-per-task", type=_positive, default=25, metavar="N", help="documents; default: 25")
+    router.add_argument("--examples", type=_positive, default=8, metavar="N", help="of tokens.html; default: 8")
+    router.add_argument("--to", type=Path, metavar="FOLDER", help="default: router/ in the run")
+    for command, run in (
+        (generate, _generate), (evaluate, _evaluate), (experts, _experts), (export, _export), (router, _router),
+    ):  # fmt: skip
         command.add_argument("directory", type=Path, metavar="RUN", help="folder of a finished run")
         command.set_defaults(run=run)
     return parser
@@ -245,3 +251,9 @@ def _export(options: argparse.Namespace) -> None:
     from trainer.export.export import Request, export
 
     print(export(Request(options.directory, options.to, options.output, options.task, options.rows, options.base)))
+
+
+def _router(options: argparse.Namespace) -> None:
+    from trainer.router import show_routers
+
+    print(show_routers(options.directory, options.items_per_task, options.examples, options.to))

@@ -15,7 +15,7 @@ from trainer.batches import Batch, BatchPlan, collate, empty_batch, micro_batche
 from trainer.blame import first_layers
 from trainer.engine import NonFiniteGradient, apply_gradients
 from trainer.faults import TrainingFault
-from trainer.loss import TaskLosses, count_tokens, real_tokens
+from trainer.loss import TaskLosses, count_tokens
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_step(parts: Parts, step: int) -> StepReport:
     scale = float(plan.world_size * plan.gradient_accumulation_steps)  # what DeepSpeed divides by
     sums = TaskLosses.zeros(len(parts.prepared.tasks), parts.device)
     for batch in batches:
-        routing.begin_micro_batch(real_tokens(batch))
+        routing.begin_micro_batch(batch["task_ids"])
         loss, by_task = engine(batch, max(labelled_tokens, 1), scale)
         engine.backward(loss)
         routing.end_micro_batch()

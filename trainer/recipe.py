@@ -174,7 +174,7 @@ class CheckpointConfig(Section):
 
 class ReportConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard event files into the run")
-    router_every: PositiveInt = Field(1, description="steps between router measurements")
+    router_every: PositiveInt = Field(10, description="steps between router measurements")
 
 
 class Recipe(Section):

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.engine import naming_lost_ranks
 from trainer.faults import Stopped, TrainingFault
-from trainer.loop import Parts, held_out_losses, run_step
+from trainer.loop import Parts, StepReport, held_out_losses, run_step
 from trainer.loss import TaskLosses
 from trainer.recipe import Recipe
+from trainer.report.board import RouterPictures
 from trainer.report.facts import StartClock
 from trainer.report.metrics import MetricsWriter, step_record
 from trainer.report.progress import StepProgress
@@ -57,6 +58,7 @@ class Course:
         self.history = HeldOutHistory(**self.beginning.facts.get("held_out", {}))
         self.saved = self.beginning.step
         self.writer: MetricsWriter | None = None
+        self.pictures: RouterPictures | None = None
 
     def run(self, clock: StartClock) -> None:
         """Raises TrainingFault, and Stopped when a signal asked for it and the state is saved; on every rank."""
@@ -76,6 +78,7 @@ class Course:
                 if self.writer is not None:
                     record = step_record(report, self.parts.prepared.tasks, held_out)
                     self.writer.write(record)
+                    self._draw(report)
                     progress.show(record)
                 self._save_if_due(step, held_out)
             self.checkpoints.saver.finish()
@@ -86,6 +89,8 @@ class Course:
         progress = StepProgress(self.steps, enabled=self.first, done=begun)
         if self.first:
             self.writer = MetricsWriter(self.recipe.run.directory, self.recipe.report.tensorboard, begun, keep)
+            if self.recipe.report.tensorboard:
+                self.pictures = RouterPictures(self.parts.prepared.tasks)
         try:
             yield progress
         except TrainingFault:
@@ -95,6 +100,15 @@ class Course:
             progress.close()
             if self.writer is not None:
                 self.writer.close()
+
+    def _draw(self, report: StepReport) -> None:
+        """The routers' pictures, where there is time for them, and of the last step."""
+        if self.pictures is None:
+            return
+        if report.router is not None:
+            self.pictures.see(report.router)
+        if self.pictures.due() or report.step == self.steps:
+            self.writer.show(self.pictures.draw(), report.step)
 
     def _held_out(self, step: int) -> TaskLosses | None:
         every = self.recipe.train.eval_every

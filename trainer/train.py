@@ -175,7 +175,7 @@ def assemble(
     """The adapted model, its routers, and DeepSpeed's engine around its `LabelledLoss`, in training mode."""
     torch.manual_seed(recipe.run.seed)  # alike on every rank: initial values must be
     model = attach_adapter(base, recipe.adapter)
-    routing = Routing(model)
+    routing = Routing(model, num_tasks)
     placement = None
     if recipe.experts.parallel_size > 1:
         placement = Placement(model, make_groups(recipe.experts), recipe.experts.dispatch)

@@ -1,5 +1,6 @@
 """Router statistics and the balance loss's gradient, against means and autograd written out over the whole batch."""
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from tests.adapters.parts import METHODS, config_of, experts_of, wake
 from tests.adapters.reference import copied, loop, off
 from trainer.adapters.config import ExpertLoraConfig
 from trainer.adapters.layer import HydraLoraLayer, MoeLoraLayer, TeamLoraLayer
-from trainer.adapters.routing import RouterReport, Routing
+from trainer.adapters.routing import RouterReport, Routing, by_decoder_layer, place_of
 
 LAYERS = {"teamlora": TeamLoraLayer, "moelora": MoeLoraLayer, "hydralora": HydraLoraLayer}
 WEIGHT = 100.0  # so that the balance term is no small part of the gradients compared
@@ -53,14 +54,21 @@ def net_of(method: str, weight: float = WEIGHT, recompute: bool = False, **optio
 
 
 def train_step(
-    net: Net, routing: Routing, batch: tuple[Tensor, Tensor], cut: list[int] = WHOLE, scale: float = 1.0
+    net: Net,
+    routing: Routing,
+    batch: tuple[Tensor, Tensor],
+    cut: list[int] = WHOLE,
+    scale: float = 1.0,
+    tasks: Tensor | None = None,
+    measure: bool = True,
 ) -> tuple[RouterReport | None, dict[str, Tensor]]:
     """One optimizer step as the loop drives it, less the optimizer; the gradients it leaves, by name."""
     x, real = batch
+    tasks = one_task(real) if tasks is None else tasks
     net.zero_grad()
-    routing.begin_step(int(real.sum()), measure=True)
-    for part, mask in zip(x.split(cut), real.split(cut), strict=True):
-        routing.begin_micro_batch(mask)
+    routing.begin_step(int(real.sum()), measure)
+    for part, mask, ids in zip(x.split(cut), real.split(cut), tasks.split(cut), strict=True):
+        routing.begin_micro_batch(ids)
         (routing.tap(net(part, mask) / real.sum()) * scale).backward()
         routing.end_micro_batch()
     return routing.end_step(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
@@ -84,6 +92,11 @@ def written_out(net: Net, batch: tuple[Tensor, Tensor], means: list[Tensor]) -> 
     return phis, {name: leaf.grad for name, leaf in leaves.items()}
 
 
+def one_task(real: Tensor) -> Tensor:
+    """Task ids of tokens that are all of task 0, or padding."""
+    return real.long() - 1
+
+
 def uniform_means(net: Net) -> list[Tensor]:
     return [torch.full((4,), 0.25).double() for _ in net.layers]
 
@@ -104,6 +117,74 @@ def test_report_is_the_mean_over_real_tokens_however_the_batch_is_cut(method, cu
     assert torch.allclose(report.entropy, entropy, atol=1e-6)
     expected = sum(((phi.mean(0) - 0.25) ** 2).sum() for phi in phis) / len(phis)
     assert report.balance == pytest.approx(expected.item(), rel=1e-5)
+
+
+@cuts
+@methods
+def test_report_by_task_is_the_mean_over_the_tasks_tokens_however_the_batch_is_cut(method, cut):
+    net, (x, real) = net_of(method), batch_of(1)
+    tasks = torch.randint(0, 2, real.shape, generator=torch.Generator().manual_seed(4))
+    tasks = torch.where(real, 2 * tasks, -1)  # task 1 does not occur
+    phis, _ = written_out(net, (x, real), uniform_means(net))
+    report, _ = train_step(net, Routing(net, num_tasks=3), (x, real), cut, tasks=tasks)
+    assert report.names == tuple(net.names)
+    assert report.task_tokens.tolist() == [(tasks == task).sum() for task in range(3)]
+    assert report.weights_by_task[:, 1].isnan().all()
+    assert report.entropy_by_task[:, 1].isnan().all()
+    for task in (0, 2):
+        mine = [phi[tasks[real] == task] for phi in phis]
+        expected = torch.stack([phi.mean(0) for phi in mine]).float()
+        assert torch.allclose(report.weights_by_task[:, task], expected, atol=1e-6)
+        entropy = torch.stack([-(phi * phi.log()).sum(1).mean() for phi in mine]).float()
+        assert torch.allclose(report.entropy_by_task[:, task], entropy, atol=1e-6)
+
+
+def test_report_holds_the_interaction_matrices_and_the_mean_weights_after_competition():
+    net, batch = net_of("teamlora"), batch_of(1)
+    phis, _ = written_out(net, batch, uniform_means(net))
+    report, _ = train_step(net, Routing(net), batch)
+    matrices = [layer.adapters["default"].interaction.detach() for layer in net.layers]
+    assert torch.allclose(report.interaction, torch.stack(matrices).float())
+    omega = torch.stack([(phi @ m.T).mean(0) for phi, m in zip(phis, matrices, strict=True)]).float()
+    assert torch.allclose(report.omega, omega, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "options"), [("moelora", {}), ("teamlora", {"renormalize": True})])
+def test_no_mean_after_competition_is_told_without_a_matrix_or_where_weights_are_renormalised(method, options):
+    net = net_of(method, **options)
+    report, _ = train_step(net, Routing(net), batch_of(1))
+    assert report.omega is None
+    assert (report.interaction is None) == (method == "moelora")
+
+
+@pytest.mark.parametrize("weight", [0.0, WEIGHT])
+def test_measuring_changes_no_bit_of_what_is_trained(weight):
+    found = []
+    for measure in (True, False):
+        net = net_of("teamlora", weight)
+        routing = Routing(net, num_tasks=2)
+        for seed in (1, 2, 3):
+            report, gradients = train_step(net, routing, batch_of(seed), UNEVEN, measure=measure)
+        assert (report is not None) == measure
+        found.append(gradients)
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
+def test_uniform_routers_have_all_the_entropy_there_is():
+    net = net_of("teamlora")
+    for layer in net.layers:
+        nn.init.zeros_(layer.adapters["default"].router)
+    report, _ = train_step(net, Routing(net), batch_of(1))
+    assert report.entropy.tolist() == pytest.approx([math.log(4)] * 2)
+    assert report.entropy_share == pytest.approx(1)
+
+
+def test_decoder_layer_and_kind_of_linear_are_read_from_the_name():
+    name = "base_model.model.model.layers.12.mlp.up_proj.teamlora_experts.default"
+    assert place_of(name) == (12, "up_proj")
+    other = name.replace("up_proj", "down_proj").replace("12", "3")
+    values = by_decoder_layer([name, other, name.replace("up", "gate")], torch.tensor([[1.0], [5.0], [2.0]]))
+    assert {layer: value.tolist() for layer, value in values.items()} == {3: [5.0], 12: [1.5]}
 
 
 def test_what_stands_in_padding_changes_nothing():
@@ -176,7 +257,7 @@ def test_an_unmeasured_step_without_balance_loss_reports_nothing():
     net = net_of("teamlora", weight=0.0)
     routing, (x, real) = Routing(net), batch_of(1)
     routing.begin_step(int(real.sum()), measure=False)
-    routing.begin_micro_batch(real)
+    routing.begin_micro_batch(one_task(real))
     routing.tap(net(x, real)).backward()
     routing.end_micro_batch()
     assert routing.end_step() is None
@@ -187,7 +268,7 @@ def test_evaluation_between_micro_batches_is_not_counted():
     undisturbed, _ = train_step(net, Routing(net), (x, real))
     routing = Routing(net)
     routing.begin_step(int(real.sum()), measure=True)
-    routing.begin_micro_batch(real)
+    routing.begin_micro_batch(one_task(real))
     routing.tap(net(x, real)).backward()
     net.eval()(batch_of(2)[0], real)
     net.train()
@@ -199,7 +280,7 @@ def test_a_model_without_routers_is_driven_all_the_same():
     net = nn.Linear(3, 1)
     routing = Routing(net)
     routing.begin_step(2, measure=True)
-    routing.begin_micro_batch(torch.ones(1, 2, dtype=torch.bool))
+    routing.begin_micro_batch(torch.zeros(1, 2, dtype=torch.int64))
     routing.tap(net(torch.ones(1, 2, 3)).sum()).backward()
     routing.end_micro_batch()
     assert routing.end_step() is None

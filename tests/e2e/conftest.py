@@ -60,6 +60,7 @@ def make_workplace(folder: Path) -> Workplace:
         },
         "train": {"steps": 4, "global_batch_size": 4, "learning_rate": 1e-3, "warmup_ratio": 0.25, "eval_every": 2},
         "deepspeed": {"config": str(REPOSITORY / "ds_configs" / "single.json")},
+        "report": {"router_every": 1},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return Workplace(folder, folder / "recipe.yaml")

@@ -52,8 +52,8 @@ class BalanceTerm(Protocol):
 class Probe(Protocol):
     """Receives the router's weights of one training forward."""
 
-    def observe(self, phi: Tensor) -> BalanceTerm | None:
-        """Take phi [k, tokens]; return the term whose gradient the backward pass adds, if any."""
+    def observe(self, phi: Tensor, interaction: Tensor | None) -> BalanceTerm | None:
+        """Take phi [k, tokens] and M as used; return the term whose gradient the backward pass adds, if any."""
 
 
 class Exchange(Protocol):
@@ -109,7 +109,7 @@ class GatedExperts(torch.autograd.Function):
         phi = _softmax(logits)
         weights, _ = _compete(phi, _scaled(interaction, gate, phi.dtype), gate)
         gated = _apply_gate(z, weights)
-        ctx.balance = probe.observe(phi) if probe is not None else None
+        ctx.balance = probe.observe(phi, interaction) if probe is not None else None
         ctx.gate, ctx.dtype = gate, dtype
         if ctx.exchange is None:
             out, received = _accumulate(y, gated, experts.flatten(0, 1).to(dtype)), None

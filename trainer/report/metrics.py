@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from trainer.adapters.routing import RouterReport, by_decoder_layer
 from trainer.loop import StepReport
 from trainer.loss import TaskLosses
 
@@ -33,13 +36,52 @@ def step_record(report: StepReport, tasks: Sequence[str], held_out: TaskLosses |
         "peak_memory_bytes": peak_memory(),
     }
     if report.router is not None:
-        record["router_weight"] = report.router.weights.mean(0).tolist()
-        record["router_entropy"] = report.router.entropy.mean().item()
-        record["router_balance"] = report.router.balance
+        record |= router_record(report.router, tasks)
     if held_out is not None:
         record["held_out_loss"] = held_out.mean()
         record["held_out_loss_by_task"] = held_out.by_task(tasks)
     return record
+
+
+def router_record(router: RouterReport, tasks: Sequence[str]) -> dict[str, Any]:
+    """The routers' numbers, means over adapted linears: weights are phi's, entropies in nats.
+
+    task_distance: half the sum over k of |mean phi of the task - mean phi of all tokens|, from 0 to 1.
+
+    Only with an interaction matrix: omega (weights after competition), the mean over layers of |M - 1| (Frobenius;
+    where M is square), and the largest entry off its diagonal.
+    """
+    weights, entropies = router.weights_by_task.mean(0), router.entropy_by_task.mean(0)
+    distances = (router.weights_by_task - router.weights[:, None]).abs().sum(2).mean(0) / 2
+    seen = [(index, task) for index, task in enumerate(tasks) if router.task_tokens[index] > 0]
+    by_layer = by_decoder_layer(router.names, router.weights)
+    record = {
+        "router_weight": router.weights.mean(0).tolist(),
+        "router_weight_by_task": {task: weights[index].tolist() for index, task in seen},
+        "router_weight_by_layer": {f"{layer:03}": values.tolist() for layer, values in by_layer.items()},
+        "router_entropy": router.entropy.mean().item(),
+        "router_entropy_share": router.entropy_share,
+        "router_entropy_by_task": {task: entropies[index].item() for index, task in seen},
+        "router_balance": router.balance,
+        "router_task_distance": {task: distances[index].item() for index, task in seen},
+    }
+    if router.omega is not None:
+        record["router_omega"] = router.omega.mean(0).tolist()
+    if router.interaction is not None:
+        record |= interaction_record(router.interaction)
+    return record
+
+
+def interaction_record(interaction: Tensor) -> dict[str, float]:
+    """Of M [layers, experts, k]: how far from the identity. Nothing where experts were added or dropped: no square."""
+    if interaction.shape[1] != interaction.shape[2]:
+        return {}
+    off = interaction - torch.eye(interaction.shape[1], device=interaction.device)
+    off_diagonal = interaction - torch.diag_embed(interaction.diagonal(dim1=1, dim2=2))
+    return {
+        "router_interaction_distance": off.flatten(1).norm(dim=1).mean().item(),
+        "router_interaction_off_diagonal": off_diagonal.abs().max().item(),
+    }
 
 
 def peak_memory() -> int:
@@ -75,6 +117,12 @@ class MetricsWriter:
             for tag, value in scalars(record) if self._board is not None else ():
                 self._board.add_scalar(tag, value, record["step"])
 
+    def show(self, pictures: dict[str, np.ndarray], step: int) -> None:
+        """Pictures for TensorBoard by tag: uint8 [height, width, 3]."""
+        with self._loudly(TENSORBOARD):
+            for tag, picture in pictures.items() if self._board is not None else ():
+                self._board.add_image(tag, picture, step, dataformats="HWC")
+
     def position(self) -> int:
         """Bytes of metrics.jsonl so far; all that was written is handed to the system, TensorBoard's events too."""
         with self._loudly(TENSORBOARD):
@@ -107,16 +155,35 @@ def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
         "train": ("loss", "loss_by_task", "learning_rate", "grad_norm"),
         "held_out": ("held_out_loss", "held_out_loss_by_task"),
         "speed": ("step_seconds", "tokens_per_second", "labelled_tokens_per_second", "peak_memory_bytes"),
-        "router": ("router_weight", "router_entropy", "router_balance"),
+        "router": (
+            "router_weight",
+            "router_omega",
+            "router_entropy",
+            "router_entropy_share",
+            "router_entropy_by_task",
+            "router_balance",
+            "router_task_distance",
+            "router_interaction_distance",
+            "router_interaction_off_diagonal",
+        ),
+        "router_by_task": ("router_weight_by_task",),
+        "router_by_layer": ("router_weight_by_layer",),
     }
-    found = []
-    for group, keys in groups.items():
-        for key in keys:
-            name, value = f"{group}/{key.removeprefix(group + '_')}", record.get(key)
-            if isinstance(value, dict):
-                found += [(f"{name}/{task}", number) for task, number in value.items()]
-            elif isinstance(value, list):
-                found += [(f"{name}/expert_{index}", number) for index, number in enumerate(value)]
-            elif value is not None:
-                found.append((name, value))
-    return found
+    return [
+        number
+        for group, keys in groups.items()
+        for key in keys
+        if key in record
+        for number in _flat(f"{group}/{key.removeprefix('router_').removeprefix(group + '_')}", record[key])
+    ]
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}/{key}", inner)
+    elif isinstance(value, list):
+        for index, number in enumerate(value):
+            yield f"{name}/expert_{index}", number
+    else:
+        yield name, value

@@ -1,0 +1,48 @@
+"""The page of coloured tokens: whole in itself, and text stays text."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+
+from trainer.report.tokens_page import Example, tokens_page
+
+TEXTS = ["<script>", "&amp;", '"quoted"', "\n", "plain"]
+WEIGHTS = np.array([[[0.1, 0.9]] * 4 + [[0.6, 0.4]], [[0.8, 0.2]] * 5])  # all layers, layer 0
+
+
+class Reader(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def page() -> str:
+    learnt = np.array([False, False, False, True, True])
+    return tokens_page("Run <b>", [Example("task & co", TEXTS, learnt, WEIGHTS)], ["all layers", "layer 0"])
+
+
+def test_tokens_carry_their_leading_expert_by_view_and_whether_they_are_learnt():
+    tokens = [attrs for tag, attrs in Reader(page()).tags if tag == "span" and "data-leads" in attrs]
+    assert [token["class"] for token in tokens] == ["e1", "e1", "e1", "e1", "e0"]
+    assert [token["data-leads"] for token in tokens] == ["1 0", "1 0", "1 0", "1 0", "0 0"]
+    assert ["data-learnt" in token for token in tokens] == [False, False, False, True, True]
+
+
+def test_text_is_escaped_and_comes_back_as_it_was():
+    reader = Reader(page())
+    assert "".join(TEXTS) in "".join(reader.texts)
+    assert {"Run <b>", "task & co"} <= set(reader.texts)
+    assert [tag for tag, _ in reader.tags].count("script") == 1
+
+
+def test_nothing_is_asked_of_the_net():
+    assert not re.search(r"https?:|src=|href=|@import|url\(", page())
