@@ -29,12 +29,12 @@ class Reference:
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.experts = {n: m for n, m in self.model.named_modules() if isinstance(m, Experts)}
         self.means = {n: torch.full((m.router.shape[0],), 1 / m.router.shape[0]) for n, m in self.experts.items()}
-        self._phi: dict[str, Tensor] = {}
+        self.seen_phi: dict[str, Tensor] = {}
         for name, module in self.experts.items():
             module.register_forward_hook(lambda m, args, _out, name=name: self._see(name, m, args[0]))
 
     def _see(self, name: str, module: Experts, x: Tensor) -> None:
-        self._phi[name] = torch.softmax(x @ module.router.T, dim=-1)
+        self.seen_phi[name] = torch.softmax(x @ module.router.T, dim=-1)
 
     def load(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -49,7 +49,7 @@ class Reference:
         sums = {name: torch.zeros_like(mean) for name, mean in self.means.items()}
         for row in rows:
             loss = loss + self._row_loss(row)
-            for name, phi in self._phi.items():
+            for name, phi in self.seen_phi.items():
                 sums[name] = sums[name] + phi.flatten(0, 1).sum(0)
         objective = loss / labelled + self._balance({name: s / tokens for name, s in sums.items()})
         found = torch.autograd.grad(objective, list(self.parameters.values()))

@@ -50,6 +50,39 @@ def by_task(reference: Reference, rows: list) -> tuple[torch.Tensor, torch.Tenso
 
 
 @placements
+def test_routers_by_task_equal_one_process(seen, base, placement):
+    _, folder = seen
+    found = json.loads((folder / placement / "routers.json").read_text())
+    recipe = scene.recipe(base)
+    reference, train = Reference(recipe), plan_rows(recipe)
+    tokens, weights, entropy = routers_by_task(
+        reference, [train[i] for i in rows_of_step(recipe.run.seed, 0, len(train), 4)]
+    )
+    assert found["tokens"] == tokens.tolist()
+    assert (tokens > 0).all()
+    torch.testing.assert_close(torch.tensor(found["weights"]), weights, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(found["entropy"]), entropy, rtol=0, atol=1e-5)
+    matrices = torch.stack([module.interaction.detach() for module in reference.experts.values()])
+    torch.testing.assert_close(torch.tensor(found["interaction"]), matrices)
+
+
+@torch.no_grad()
+def routers_by_task(reference: Reference, rows: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens [tasks]; mean phi [layers, tasks, k] and its entropy [layers, tasks]: each row alone."""
+    phi, ids = [], []
+    for row in rows:
+        inputs = {n: torch.from_numpy(row[n])[None] for n in ("input_ids", "position_ids")}
+        reference.model(**inputs, use_cache=False)
+        phi.append(torch.stack([seen[0] for seen in reference.seen_phi.values()]))
+        ids.append(torch.from_numpy(row["task_ids"]))
+    phi, ids = torch.cat(phi, 1), torch.cat(ids)
+    mine = [phi[:, ids == task] for task in range(len(scene.TASKS))]
+    entropy = [-(weights * weights.log()).sum(2).mean(1) for weights in mine]
+    tokens = torch.tensor([weights.shape[1] for weights in mine])
+    return tokens, torch.stack([weights.mean(1) for weights in mine], 1), torch.stack(entropy, 1)
+
+
+@placements
 def test_adapter_saved_from_shards_loads_through_plain_peft_and_gives_the_same(seen, base, placement):
     _, folder = seen
     found = load_file(folder / placement / "outputs.safetensors")

@@ -123,7 +123,7 @@ def main(base: Path, folder: Path) -> None:
     with process_group() as device:
         for name in (*cases(dist.get_world_size()), *BF16):
             parity(parity_recipe(base, name, dist.get_world_size()), folder / name, device)
-        for case in (shards, held, held_out, saving, mistakes, faults):
+        for case in (shards, held, held_out, routers, saving, mistakes, faults):
             case(base, folder, device)
         dist.barrier()
 
@@ -230,6 +230,21 @@ def held_out(base: Path, folder: Path, device: torch.device) -> None:
         values.append(held_out_losses(parts))
         run_step(parts, 2)
         keep(folder / name / "held_out.json", [[v.loss.tolist(), v.labelled_tokens.tolist()] for v in values])
+
+
+def routers(base: Path, folder: Path, device: torch.device) -> None:
+    """What is measured of the routers by task, from micro-batches in which ranks meet different tasks."""
+    for name, changes in PLACEMENTS.items():
+        recipe = scene.recipe(base, **changes)
+        _, parts = build(recipe, device, plan_rows(recipe), [])
+        router = run_step(parts, 1).router
+        found = {
+            "tokens": router.task_tokens.tolist(),
+            "weights": router.weights_by_task.tolist(),
+            "entropy": router.entropy_by_task.tolist(),
+            "interaction": router.interaction.tolist(),
+        }
+        keep(folder / name / "routers.json", found)
 
 
 def saving(base: Path, folder: Path, device: torch.device) -> None:

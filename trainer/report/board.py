@@ -12,7 +12,7 @@ from trainer.adapters.routing import RouterReport
 from trainer.report.pictures import as_pixels, interaction_picture, layers_picture, tasks_picture
 
 SHARE = 0.01  # of training's time that drawing may take
-FIRST_GUESS = 1.0  # seconds for a drawing, before one was made
+FIRST_GUESS = 2.0  # seconds for a drawing, before one was made: the import of matplotlib is part of it
 
 
 class RouterPictures:

@@ -19,7 +19,8 @@ def layers_picture(names: Sequence[str], weights: np.ndarray, what: str) -> Any:
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, (kind, indices) in zip(axes, kinds.items(), strict=True):
         image = axis.imshow(weights[indices], aspect="auto", **_around_alike(weights))
-        _label(axis, plain(kind), range(weights.shape[1]), [place_of(names[i])[0] for i in indices])
+        rows = [place_of(names[i])[0] for i in indices] if axis is axes[0] else []
+        _label(axis, plain(kind), range(weights.shape[1]), rows)
         axis.set(xlabel="expert")
     axes[0].set(ylabel="decoder layer")
     figure.colorbar(image, ax=axes, label=what)
@@ -54,7 +55,7 @@ def interaction_picture(names: Sequence[str], interaction: np.ndarray) -> Any:
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, (kind, mean) in zip(axes, means.items(), strict=True):
         axis.imshow(mean, cmap="RdBu_r", vmin=-largest, vmax=largest)
-        _label(axis, plain(kind), range(mean.shape[1]), range(mean.shape[0]))
+        _label(axis, plain(kind), range(mean.shape[1]), range(mean.shape[0]) if axis is axes[0] else [])
         _write_numbers(axis, mean)
         axis.set(xlabel="entry of phi")
     axes[0].set(ylabel="expert")

@@ -1,0 +1,99 @@
+"""One rank of `python -m benchmarks.telemetry`."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from datasets import load_from_disk
+
+from benchmarks.step import Setting
+from benchmarks.step_ours import recipe_of
+from benchmarks.telemetry import DRAWINGS, NEVER, TASKS, WARM_UP
+from data_prep.reader import PreparedSet
+from trainer.base.load import load_opened
+from trainer.base.match import open_base
+from trainer.batches import plan_batches
+from trainer.engine import process_group, read_deepspeed_config
+from trainer.loop import Parts, StepReport, run_step
+from trainer.quiet import quiet_libraries
+from trainer.recipe import ReportConfig
+from trainer.report.board import SHARE, RouterPictures
+from trainer.report.metrics import MetricsWriter, step_record
+from trainer.train import assemble, shards_for
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = [f"task {index}" for index in range(TASKS)]
+
+
+class Rows:
+    """The rows, each cut into documents of TASKS tasks by task id alone."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = self._rows[index]
+        return {**row, "task_ids": np.arange(len(row["input_ids"])) * TASKS // len(row["input_ids"])}
+
+
+def main(base: str, rows: str, steps: int, folder: Path) -> None:
+    quiet_libraries()
+    with process_group() as device:
+        setting = Setting(steps=WARM_UP + steps)
+        recipe = recipe_of(base, setting, dist.get_world_size())
+        recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"target_modules": TARGETS})})
+        plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
+        config = read_deepspeed_config(recipe, plan)
+        model = load_opened(open_base(recipe.base), shards_for(config, device))
+        _, routing, engine = assemble(recipe, model, config, TASKS, setting.steps)
+        data = Rows(load_from_disk(rows).with_format("numpy"))
+        prepared = PreparedSet(Path(rows), {"tasks": NAMES}, data, data, [])
+        parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
+        writer = MetricsWriter(folder, tensorboard=True) if dist.get_rank() == 0 else None
+        found, last = timed(parts, steps, writer)
+        if writer is not None:
+            found |= {"interval": ReportConfig().router_every, "share": SHARE, "drawings": drawn(last, writer)}
+            (folder / "found.json").write_text(json.dumps(found))
+        dist.barrier()
+
+
+def timed(parts: Parts, steps: int, writer: MetricsWriter | None) -> tuple[dict[str, list[float]], StepReport]:
+    """Seconds of plain and measured steps, writing included, which take turns at being first; the last measured."""
+    seconds: dict[str, list[float]] = {"plain": [], "measured": []}
+    kinds = {"plain": replace(parts, router_every=NEVER), "measured": parts}
+    for step in range(1, WARM_UP + 1):
+        last = run_step(parts, step)
+    for pair in range(steps // 2):
+        for place, kind in enumerate(("plain", "measured") if pair % 2 == 0 else ("measured", "plain")):
+            dist.barrier()
+            started = time.perf_counter()
+            report = run_step(kinds[kind], WARM_UP + 2 * pair + place + 1)
+            if writer is not None:
+                writer.write(step_record(report, NAMES, None))
+            dist.barrier()
+            seconds[kind].append(time.perf_counter() - started)
+            last = report if kind == "measured" else last
+    return seconds, last
+
+
+def drawn(report: StepReport, writer: MetricsWriter) -> list[float]:
+    """Seconds of each drawing, the import of matplotlib in the first."""
+    pictures, seconds = RouterPictures(NAMES), []
+    for _ in range(DRAWINGS):
+        pictures.see(report.router)
+        started = time.perf_counter()
+        writer.show(pictures.draw(), report.step)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
