@@ -17,7 +17,7 @@ from trainer import rundir
 from trainer.adapters.gates import alone, experts_of, watched
 from trainer.adapters.routing import by_decoder_layer
 from trainer.batches import collate
-from trainer.generate import LoadedRun, load_run
+from trainer.evaluation.models import LoadedRun, load_run
 from trainer.held_out import Document, Scores, first_documents, score
 from trainer.report.router_view import RouterView, alone_name, as_json, draw, tables
 from trainer.report.tokens_page import Example, tokens_page

@@ -15,13 +15,13 @@ from trainer import rundir
 from trainer.base.fingerprint import BASE_FILE
 from trainer.base.match import open_base
 from trainer.batches import Batch, collate
+from trainer.evaluation.models import LoadedRun, load_run
 from trainer.export.gates import adapted_by_experts, calibration_rows, mean_gates
 from trainer.export.load import free_bytes, load_merged, load_plain_lora
 from trainer.export.lora import LowRank, low_rank_updates, write_lora
 from trainer.export.merged import write_merged
 from trainer.export.price import Score, TaskPrice, measure, table
 from trainer.export.publish import publishing
-from trainer.evaluation.models import LoadedRun, load_run
 from trainer.recipe import Recipe
 
 EXPORT = "export.json"

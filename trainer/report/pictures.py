@@ -74,9 +74,8 @@ def distances_picture(tasks: Sequence[str], names: Sequence[str], distances: np.
     figure = _figure(2.5 + 0.2 * len(layers), 1.5 + 0.28 * len(tasks))
     axis = figure.add_subplot()
     image = axis.imshow(values, aspect="auto", vmin=0)
-    _label(axis, "how far a task's weights are from those of all tokens", [], list(map(plain, tasks)))
+    _label(axis, "how far a task's weights are from those of all tokens", layers, list(map(plain, tasks)))
     axis.set(xlabel="decoder layer")
-    axis.set_xticks(range(0, len(layers), max(1, len(layers) // 16)), layers[:: max(1, len(layers) // 16)])
     figure.colorbar(image, ax=axis)
     return figure
 
@@ -91,7 +90,7 @@ def use_picture(tasks: Sequence[str], shares: np.ndarray) -> Any:
         below = below + share
     axis.set_xticks(range(len(tasks)), list(map(plain, tasks)), rotation=30, ha="right")
     axis.set(ylabel="share of tokens led")
-    axis.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -137,9 +136,9 @@ def _around_alike(weights: np.ndarray) -> dict[str, Any]:
 
 def _label(axis: Any, title: str, columns: Sequence[Any], rows: Sequence[Any]) -> None:
     axis.set_title(title, fontsize="small")
-    axis.set_xticks(range(len(columns)), columns, fontsize="small")
-    every = max(1, len(rows) // 16)  # so that numbers do not run into one another
-    axis.set_yticks(range(0, len(rows), every), rows[::every], fontsize="small")
+    for ticks, names in ((axis.set_xticks, columns), (axis.set_yticks, rows)):
+        every = 1 if names and isinstance(names[0], str) else max(1, len(names) // 16)  # numbers run into one another
+        ticks(range(0, len(names), every), names[::every], fontsize="small")
 
 
 def _write_numbers(axis: Any, values: np.ndarray) -> None:

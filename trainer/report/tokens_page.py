@@ -41,8 +41,9 @@ def tokens_page(title: str, examples: Sequence[Example], views: Sequence[str]) -
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}{colours}\n</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f"<p>A token's colour is the expert with the largest weight there; underlined tokens are learnt. "
-        f'Weights: <select id="view">{options}</select></p>\n<p class="legend">{legend}</p>\n'
+        f"<p>A token's colour is the expert with the largest weight there; underlined tokens are learnt; "
+        f"pointing at one tells its mean weights over {escape(views[0])}. "
+        f'Colours by <select id="view">{options}</select></p>\n<p class="legend">{legend}</p>\n'
         f"{''.join(map(_section, examples))}<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
