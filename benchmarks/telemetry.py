@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default=DEFAULT_BASE, help="folder of a causal LM; default: the sample base")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of one thread each; default: 1")
-    parser.add_argument("--steps", type=int, default=80, metavar="N", help="half of them measured; default: 80")
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="half of them measured; default: 40")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
