@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def reached(cluster, host: str) -> str:
     """The name that the host gives itself over ssh from the launching host, or ''."""
-    return cluster.launcher.run("ssh", "-o", "ConnectTimeout=1", host, "hostname").stdout.strip()
+    return cluster.launcher.run("ssh", "-o", "ConnectTimeout=3", host, "hostname").stdout.strip()
 
 
 def test_hosts_have_names_homes_and_processes_of_their_own(cluster):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cluster.conftest import LIMIT, PASSED_ON, PORTS
+from tests.cluster.launching import LIMIT, PASSED_ON, PORTS
 from tests.cluster.emulated import NODES, ended
 from tests.e2e.test_run import SCRIPT, ZERO3
 

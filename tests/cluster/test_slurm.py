@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cluster.conftest import PASSED_ON, PORTS
+from tests.cluster.launching import PASSED_ON, PORTS
 from tests.cluster.slurm import Slurm, slurm_on, why_not
 from tests.cluster.test_two_hosts import ADAPTER
 from tests.e2e.conftest import Workplace

@@ -124,7 +124,7 @@ def test_a_signal_before_the_first_step_ends_it_with_75_and_the_next_start_begin
         time.sleep(0.05)
     time.sleep(2)
     os.kill(run.process.pid, signal.SIGTERM)
-    assert run.status(LIMIT) == 75, run.said()
+    assert run.status(3 * LIMIT) == 75, run.said()
     assert not ranks_of("early")
 
 
