@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.cluster.launching import LIMIT, PASSED_ON, PORTS
 from tests.cluster.emulated import NODES, ended
+from tests.cluster.launching import LIMIT, PASSED_ON, PORTS
 from tests.e2e.test_run import SCRIPT, ZERO3
 
 pytestmark = pytest.mark.slow
