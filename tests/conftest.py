@@ -3,6 +3,7 @@ import pytest
 WAITING = ("tests/cluster/", "tests/e2e/test_resume.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests run in two streams, one after another in each: those that wait for time-outs and signals, the others.
 

@@ -16,7 +16,7 @@ from trainer import rundir
 from trainer.base.fingerprint import check_base_file
 from trainer.base.match import open_base
 from trainer.base.source import load_tokenizer
-from trainer.base.zero3 import check_config
+from trainer.base.zero_config import check_config
 from trainer.batches import plan_batches
 from trainer.engine import agreeing, naming_lost_ranks, process_group, read_deepspeed_config, set_collective_timeout
 from trainer.evaluation.asking import Asking, ask, questions
