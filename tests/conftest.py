@@ -1,14 +1,23 @@
+from typing import Any
+
 import pytest
 
 WAITING = ("tests/cluster/", "tests/e2e/test_resume.py")
+COMPUTING = ("tests/distributed/", "tests/e2e/")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Slow tests run in two streams, one after another in each: those that wait for time-outs and signals, the others.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With two workers whole commands run in two streams: those that wait for time-outs and signals, and the others.
 
-    So a session's fixtures (process groups, emulated hosts) are made once, as without streams. In this hook because
-    xdist reads the groups as soon as all is collected.
+    So process groups and emulated hosts are made once, as with one. Other files go where there is time.
     """
-    if item.get_closest_marker("slow") is not None:
-        stream = "waiting" if item.nodeid.startswith(WAITING) else "computing"
-        item.add_marker(pytest.mark.xdist_group(stream))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Streams(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(WAITING):
+                return "waiting"
+            return "computing" if nodeid.startswith(COMPUTING) else nodeid.partition("::")[0]
+
+    return Streams(config, log)

@@ -10,4 +10,4 @@ export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS
 if [ "${1:-}" = fast ]; then shift; exec .venv/bin/python -m pytest -m "not slow" "$@"; fi
 bash tests/cluster/install.sh
 # Two streams, see tests/conftest.py: most of these tests wait more than they compute.
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+exec .venv/bin/python -m pytest -n 2 "$@"
