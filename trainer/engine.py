@@ -26,7 +26,7 @@ from trainer.recipe import Recipe, TrainConfig
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 # In the text of an error of gloo's or NCCL's about a connection, for which torch has no type.
-LOST = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "timed out waiting")
+LOST = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "timed out waiting", "pair closure")
 
 
 def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
