@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -78,7 +79,7 @@ def serve(line: Line, grace: float, silence: float) -> None:
     begin = _first_request(line)
     if begin is None:
         return
-    pipes = {"stdout": -1, "stderr": -1, "text": True, "errors": "replace"}  # -1: subprocess.PIPE
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     ranks = LocalRanks(begin["command"], {**os.environ, **begin["environment"]}, grace, cwd=begin["folder"], **pipes)
     readers = [
         threading.Thread(target=_pass_on, args=(pipe, name, line), daemon=True)
