@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.cluster.bad_setups import BAD_SETUPS, check_on_hosts
-
 from tests.cluster.emulated import NODES, Cluster, emulated, ended, why_not
 from tests.cluster.faults import FAULTS, write_raises
 from tests.cluster.launching import Train, prepared_workplace, unable_to_meet
