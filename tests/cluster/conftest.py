@@ -3,9 +3,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.emulated import Cluster, emulated, why_not
-from tests.cluster.launching import PORTS, Train, prepared_workplace
+from tests.cluster.launching import Train, on_one_host, prepared_workplace
 from tests.e2e.conftest import Workplace
-from tests.e2e.test_run import SCRIPT, ZERO3
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +19,7 @@ def can_emulate() -> None:
 def shared(can_emulate, tmp_path_factory) -> Workplace:
     """A prepared workplace that all hosts see, with a run of two ranks on one host, named "one_host"."""
     place = prepared_workplace(tmp_path_factory.mktemp("shared"))
-    alone = ["deepspeed", "--num_gpus", "2", "--master_port", str(next(PORTS)), SCRIPT]
-    done = place.run(*alone, "recipe.yaml", ZERO3, "run.name=one_host")
-    assert done.returncode == 0, done.stdout + done.stderr
+    on_one_host(place, run__name="one_host")
     return place
 
 

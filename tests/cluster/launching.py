@@ -12,6 +12,7 @@ import psutil
 from tests.cluster.emulated import Cluster, ended
 from tests.e2e.conftest import REPOSITORY, Workplace, make_workplace
 from tests.e2e.test_run import SCRIPT, ZERO3
+from trainer.cluster.network import free_port
 
 LIMIT = 240  # seconds
 PORTS = itertools.count(29700)  # a port of its own for each launch: ranks left behind would meet the next at theirs
@@ -30,6 +31,18 @@ def prepared_workplace(folder: Path) -> Workplace:
     done = place.teamlora("prepare", "recipe.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     return place
+
+
+def on_one_host(place: Workplace, **overrides: object) -> None:
+    """Two ranks on this machine itself, under DeepSpeed's launcher: what runs on two hosts are compared with."""
+    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    done = place.run(*launcher, SCRIPT, "recipe.yaml", ZERO3, *_as_arguments(overrides))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _as_arguments(overrides: Mapping[str, object]) -> list[str]:
+    """run__name=first -> run.name=first"""
+    return [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,8 @@ class Train:
         return hostfile.name
 
     def _begin(self, command: Sequence[str], overrides: Mapping[str, object]) -> subprocess.Popen:
-        values = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
         return self.cluster.launcher.begin(
-            *command, "recipe.yaml", ZERO3, *values,
+            *command, "recipe.yaml", ZERO3, *_as_arguments(overrides),
             folder=self.place.folder, env=self.place.environment(), timeout=LIMIT,
         )  # fmt: skip
 

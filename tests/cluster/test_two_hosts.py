@@ -8,7 +8,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.cluster.emulated import ALIAS, NODES, ended
-from tests.e2e.conftest import REPOSITORY
+from tests.cluster.launching import on_one_host
+from tests.e2e.conftest import REPOSITORY, Workplace
 from tests.e2e.test_lost_ranks import wait_for_steps
 from trainer.launch_protocol import MISTAKE, STOPPED
 
@@ -31,16 +32,33 @@ def refused(done: CompletedProcess, cluster) -> str:
     return line
 
 
+def assert_same_training(place: Workplace, one: str, two: str) -> None:
+    """Bit for bit, in the losses and gradient norms of all steps and in the adapter."""
+    expected, found = place.records(one), place.records(two)
+    assert [record["step"] for record in found] == [1, 2, 3, 4]
+    for key in ("loss", "grad_norm"):
+        assert [record[key] for record in found] == [record[key] for record in expected], key
+    adapters = (load_file(place.folder / "runs" / run / ADAPTER) for run in (two, one))
+    torch.testing.assert_close(*adapters, rtol=0, atol=0)
+
+
 def test_two_hosts_train_as_two_ranks_on_one(shared, cluster, train):
     done = train(*NODES, run__name="two_hosts", run__nodes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ranks           2 on 2 nodes: node-a (1), node-b (1); eth0; met in " in done.stdout
-    expected, found = shared.records("one_host"), shared.records("two_hosts")
-    assert [record["step"] for record in found] == [1, 2, 3, 4]
-    for key in ("loss", "grad_norm"):
-        assert [record[key] for record in found] == [record[key] for record in expected], key
-    one, two = (load_file(shared.folder / "runs" / run / ADAPTER) for run in ("one_host", "two_hosts"))
-    torch.testing.assert_close(two, one, rtol=0, atol=0)
+    assert_same_training(shared, "one_host", "two_hosts")
+    assert cluster.wait_until_idle(5) == []
+
+
+@pytest.mark.parametrize("dispatch", ["weights", "tokens"])
+def test_experts_placed_on_two_hosts_train_as_those_of_two_ranks_on_one(shared, cluster, train, dispatch):
+    placed = {"experts__parallel_size": 2, "experts__across_nodes": True, "experts__dispatch": dispatch}
+    one, two = f"{dispatch}_on_one", f"{dispatch}_on_two"
+    on_one_host(shared, run__name=one, **placed)
+    done = train(*NODES, run__name=two, run__nodes=2, **placed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "experts         1 of 2 on each of 2 ranks" in done.stdout
+    assert_same_training(shared, one, two)
     assert cluster.wait_until_idle(5) == []
 
 

@@ -1,0 +1,115 @@
+"""TeamLoRA against LoRA, HydraLoRA and MoELoRA on the suite, over seeds, numbers of experts and shares of the data.
+
+    python -m benchmarks.quality                    # runs cells that are missing, for 8 minutes; --minutes N, or --full
+    python -m benchmarks.quality --table            # tables of what there is, and the numbers as JSON
+    python -m benchmarks.quality --figures          # the same as pictures for docs/results.md
+    python -m benchmarks.quality --check-one SEED   # runs one random finished cell again and compares
+
+Needs `bash launch/install.sh suite` and the sample base. A cell is one training and its scores, on one thread; as many
+run at once as there are cores. Finished cells are JSON files in benchmarks/results/quality; each names the commit and
+the recipe's hash, and mixed ones are refused. First come the learning rates of every method on one seed and validation
+items, then the cells that are compared, on other seeds and test items.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import results
+from benchmarks.quality.plan import TRAINED, Cell, compared_cells, recipe_of, tuning_cells
+from benchmarks.quality.tables import Compared, all_tables, numbers
+from data_prep.fingerprint import tokenizer_files
+from data_prep.prepare import kept, prepare
+from trainer.base.folder import resolve_folder
+from trainer.base.source import load_tokenizer
+from trainer.recipe import Recipe
+
+DEFAULT_BASE = "bases/smollm2-135m-instruct"
+
+
+def missing_cells() -> list[Cell]:
+    """In the order in which they are run. Learning rates come first: without them nothing can be compared."""
+    done = results.load()
+    rates = results.best_rates(done)
+    cells = tuning_cells() if len(rates) < len(TRAINED) else compared_cells(rates)
+    return [cell for cell in cells if cell.name not in done]
+
+
+def run_missing(base: str, minutes: float) -> None:
+    """Runs cells until none is missing; begins none later than `minutes` from now."""
+    made = results.provenance(threads=1)
+    ending = time.monotonic() + 60 * minutes
+    while cells := missing_cells():
+        prepare_for(cells, base)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            finished = list(pool.map(lambda cell: run_and_save(cell, base, made, ending), cells))
+        if not all(finished):
+            print(f"{finished.count(False)} cells are left; the same command goes on with them")
+            return
+
+
+def prepare_for(cells: Sequence[Cell], base: str) -> None:
+    """The prepared set of each share of the data."""
+    recipes: dict[Path, Recipe] = {}
+    for cell in cells:
+        recipe = recipe_of(cell, base)
+        recipes[recipe.data.prepared_dir] = recipe
+    for recipe in recipes.values():
+        files = tokenizer_files(resolve_folder(recipe.base), recipe.data)
+        if kept(recipe.data, files) is None:
+            print(prepare(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template), files))
+
+
+def run_and_save(cell: Cell, base: str, made: dict[str, Any], ending: float) -> bool:
+    """False where it is too late to begin."""
+    if time.monotonic() > ending:
+        return False
+    started = time.monotonic()
+    results.save(cell, run_cell(cell, base), made)
+    print(f"{time.monotonic() - started:6.0f} s  {cell.name}", flush=True)
+    return True
+
+
+def run_cell(cell: Cell, base: str) -> dict[str, Any]:
+    """In a process of its own. Raises RuntimeError with its last words if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "benchmarks.quality.cell", json.dumps(cell.as_dict()), base, str(output)]
+        ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if ended.returncode:
+            raise RuntimeError(
+                f"{cell.name} ended with {ended.returncode}:\n{ended.stdout[-1000:]}{ended.stderr[-4000:]}"
+            )
+        return json.loads(output.read_text())
+
+
+def show_tables() -> None:
+    compared, speed = Compared(results.load()), results.load_speed()
+    for name, text in all_tables(compared, speed):
+        print(f"{name}\n\n{text}\n")
+    print(json.dumps(numbers(compared, speed)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", nargs="?", default=DEFAULT_BASE, help="folder of a causal LM; default: the sample base")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no cell later (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="run all missing cells, hours")
+    parser.add_argument("--table", action="store_true", help="tables of the finished cells, and their numbers as JSON")
+    options = parser.parse_args(arguments)
+    if options.table:
+        show_tables()
+        return
+    run_missing(options.base, float("inf") if options.full else options.minutes)
+
+
+if __name__ == "__main__":
+    main()

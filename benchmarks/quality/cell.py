@@ -1,0 +1,131 @@
+"""One cell in a process of its own: trains as `teamlora train` does, scores held-out items, writes what it found.
+
+python -m benchmarks.quality.cell CELL BASE OUTPUT
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.quality.plan import METHODS, VALIDATION, Cell, recipe_of
+from data_prep.reader import open_prepared
+from trainer import rundir
+from trainer.base.match import open_base
+from trainer.base.source import load_tokenizer
+from trainer.engine import process_group
+from trainer.evaluation.answers import like_lengths
+from trainer.evaluation.asking import Asking, ask, questions
+from trainer.evaluation.likelihood import log_likelihoods, wanted_answers
+from trainer.evaluation.metrics import metric_of
+from trainer.evaluation.models import load_whole, wearing
+from trainer.quiet import quiet_libraries
+from trainer.recipe import Recipe
+from trainer.report.metrics import METRICS
+from trainer.signals import StopSignal
+from trainer.train import train
+
+BATCH = 16
+
+
+def run(cell: Cell, base: str) -> dict[str, Any]:
+    """What training told of each step, and what the held-out items gave."""
+    recipe = recipe_of(cell, base)
+    found: dict[str, Any] = {}
+    adapter = None
+    if METHODS[cell.method].adapter is not None:
+        shutil.rmtree(recipe.run.directory, ignore_errors=True)
+        started = time.monotonic()
+        train(recipe, StopSignal())
+        found = {"train_seconds": time.monotonic() - started, **trained(recipe.run.directory)}
+        adapter = recipe.run.directory / rundir.ADAPTER
+    started = time.monotonic()
+    with process_group() as device:
+        tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
+        prepared, opened = open_prepared(recipe.data, tokenizer), open_base(recipe.base)
+        found |= {"prepared_key": prepared.manifest["key"], "base_fingerprint": opened.fingerprint}
+        items = chosen(prepared.items, cell.tuning)
+        score = losses if cell.tuning else scores
+        with wearing(load_whole(opened, device), adapter) as model:
+            if adapter is not None:
+                found["parameters"] = sum(p.numel() for name, p in model.named_parameters() if is_adapters(name))
+            found |= score(model, tokenizer, items, recipe)
+    shutil.rmtree(recipe.run.directory, ignore_errors=True)
+    return found | {"score_seconds": time.monotonic() - started}
+
+
+def is_adapters(name: str) -> bool:
+    return "lora" in name.lower()
+
+
+def trained(directory: Path) -> dict[str, Any]:
+    """losses: nats a labelled token of each step; router: the last record's weights, by task too."""
+    records = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+    last = next((record for record in reversed(records) if "router_weight" in record), {})
+    keys = ("router_weight", "router_weight_by_task", "router_entropy_share", "router_interaction_distance")
+    return {
+        "train_losses": [round(record["loss"], 5) for record in records],
+        "tokens": sum(record["tokens"] for record in records),
+        "router": {key: last[key] for key in keys if key in last},
+    }
+
+
+def chosen(items: Sequence[dict[str, Any]], validation: bool) -> list[dict[str, Any]]:
+    """The first VALIDATION items of each task, or all the others."""
+    tasks = dict.fromkeys(item["task"] for item in items)
+    by_task = {task: [item for item in items if item["task"] == task] for task in tasks}
+    part = slice(None, VALIDATION) if validation else slice(VALIDATION, None)
+    return [item for mine in by_task.values() for item in mine[part]]
+
+
+def losses(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict[str, Any]],
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """losses: by task, nats a token of the wanted answers."""
+    texts = wanted_answers(items, tokenizer, recipe.data)
+    totals = np.empty(len(texts))
+    for batch in like_lengths([len(text.ids) for text in texts], BATCH):
+        totals[batch] = log_likelihoods(model, [texts[i] for i in batch], tokenizer.pad_token_id)
+    return by_task(items, -totals, [text.scored for text in texts])
+
+
+def scores(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict[str, Any]],
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """scores: by task, each item's score by the task's metric, from 0 to 1; losses as above."""
+    given = ask(model, questions(items, tokenizer, recipe.data), Asking(tokenizer, BATCH, sharded=False))
+    of_items: dict[str, list[float]] = {}
+    for item, one in zip(items, given, strict=True):
+        of_items.setdefault(item["task"], []).append(round(one[metric_of(item)], 4))
+    metrics = {item["task"]: metric_of(item) for item in items}
+    found = by_task(items, [one["loss"] for one in given], [one["tokens"] for one in given])
+    return {**found, "scores": of_items, "metrics": metrics}
+
+
+def by_task(items: Sequence[dict[str, Any]], nats: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
+    tasks = np.array([item["task"] for item in items])
+    means = {task: np.sum(nats, where=tasks == task) / np.sum(tokens, where=tasks == task) for task in set(tasks)}
+    return {"losses": {str(task): round(float(means[task]), 5) for task in sorted(means)}}
+
+
+def main(cell: str, base: str, output: str) -> None:
+    quiet_libraries()
+    found = run(Cell(**json.loads(cell)), base)
+    Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
