@@ -108,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", type=Path, metavar="FOLDER", help="default: export-lora and the like in the run")
     export.add_argument("--task", metavar="NAME", help="take the gates' mean over this task alone; default: over all")
     export.add_argument("--rows", type=_positive, default=64, metavar="N", help="for mean and price; default: 64")
+    export.add_argument(
+        "--items-per-task", type=_positive, default=20, metavar="N", help="for the scores in the price; default: 20"
+    )
     export.add_argument("--base", choices=("original", "dequantised"), help="what merged adds to; default: original")
     router = commands.add_parser("router", help="show what a run's routers do, by layer, task and token")
     router.add_argument("--items-per-task", type=_positive, default=25, metavar="N", help="documents; default: 25")
@@ -250,7 +253,8 @@ def _experts(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from trainer.export.export import Request, export
 
-    print(export(Request(options.directory, options.to, options.output, options.task, options.rows, options.base)))
+    asked = (options.output, options.task, options.rows, options.items_per_task, options.base)
+    print(export(Request(options.directory, options.to, *asked)))
 
 
 def _router(options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def test_what_is_printed_is_what_we_measure(make_run, method, to):
         found = [line["kl"], line["loss_before"], line["loss_after"]]
         assert line["tokens"] == tokens
         assert found == pytest.approx(values, rel=1e-4)
-        assert [float(cell) for cell in printed[line["task"]]] == pytest.approx([tokens, *values], rel=6e-3)
+        assert [float(cell) for cell in printed[line["task"]][:4]] == pytest.approx([tokens, *values], rel=6e-3)
     assert expected["all"][1] > 1e-3
 
 
@@ -58,14 +58,37 @@ def measured_by_token(before, after, prepared):
     return {task: (len(v), *(sum(column) / len(v) for column in zip(*v, strict=True))) for task, v in seen.items()}
 
 
-def test_scores_come_from_the_function_that_is_given(make_run):
-    def score(model):
-        return {"upper": 0.5 if any("lora_A" in name for name, _ in model.named_parameters()) else 0.75}
+def test_scores_are_those_of_the_items_before_and_after(make_run, monkeypatch):
+    """A tiny model writes no right answer: the first task is scored by the likelier of two choices, token by token."""
+    run = make_run()
+    prepared = open_prepared(run.recipe.data, tiny_tokenizer())
+    upper = [item for item in prepared.items if item["task"] == "upper"]
+    for number, item in enumerate(upper):  # of the first, which goes on where the answer ends, the answer is likelier
+        item["choices"] = [item["answer"] + "s" if number == 0 else item["answer"].lower(), item["answer"]]
+    monkeypatch.setattr(exporting, "open_prepared", lambda *_: prepared)
+    exported = export(Request(run.folder, "lora", items_per_task=3))
+    gates = json.loads((exported.folder / "export.json").read_text())["facts"]["gates"]
+    before = PeftModel.from_pretrained(plain_model(run.base), run.folder / "adapter").eval()
+    after = fixed_gate_model(run.base, "teamlora", run.adapter(), gates, alpha=6.0)
+    expected = [sum(chooses_the_answer(model, item) for item in upper[:3]) / 3 for model in (before, after)]
+    assert any(expected)
+    by_task = {line.task: [line.score_before, line.score_after] for line in exported.price}
+    assert by_task == {"upper": expected, "twice": [0, 0], "all": [score / 2 for score in expected]}
+    assert str(exported).splitlines()[3].split()[-2:] == [f"{score:.1%}" for score in expected]
+    assert ", 6 items for the scores; " in str(exported)
 
-    exported = export(Request(make_run().folder, "lora"), score)
-    by_task = {line.task: (line.score_before, line.score_after) for line in exported.price}
-    assert by_task == {"upper": (0.75, 0.5), "twice": (None, None), "all": (None, None)}
-    assert str(exported).splitlines()[3].split()[-2:] == ["75.0%", "50.0%"]
+
+@torch.no_grad()
+def chooses_the_answer(model, item):
+    tokenizer = tiny_tokenizer()
+    prompt = tokenizer.apply_chat_template(item["messages"], tokenize=False, add_generation_prompt=True)
+    start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    totals = {}
+    for choice in item["choices"]:
+        ids = torch.tensor(tokenizer(prompt + choice, add_special_tokens=False)["input_ids"])
+        logits = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)
+        totals[choice] = sum(logits[t - 1, ids[t]].item() for t in range(start, len(ids)))
+    return max(totals, key=totals.get) == item["answer"]
 
 
 def test_a_model_that_does_not_fit_is_written_but_not_measured(make_run, monkeypatch):

@@ -38,6 +38,16 @@ class Asking:
     sharded: bool
 
 
+def first_of_each_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        if seen[item["task"]] < count:
+            kept.append(item)
+        seen[item["task"]] += 1
+    return kept
+
+
 def questions(items: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Questions:
     wanted = wanted_answers(items, tokenizer, config)
     longest: Counter[str] = Counter()

@@ -1,6 +1,5 @@
 """What a run has learned: its scores by task on its held-out items, against the bare base and other runs."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +18,7 @@ from trainer.base.source import load_tokenizer
 from trainer.base.zero_config import check_config
 from trainer.batches import plan_batches
 from trainer.engine import agreeing, naming_lost_ranks, process_group, read_deepspeed_config, set_collective_timeout
-from trainer.evaluation.asking import Asking, ask, questions
+from trainer.evaluation.asking import Asking, ask, first_of_each_task, questions
 from trainer.evaluation.models import find_adapter, load_sharded, load_whole, open_subject, wearing
 from trainer.evaluation.report import Evaluation, write, write_tensorboard
 from trainer.evaluation.summary import SUBJECT, summarise
@@ -71,7 +70,7 @@ def _evaluate(wanted: Wanted, recipe: Recipe, models: dict[str, Path | None], de
         for adapter in filter(None, models.values()):
             check_base_file(adapter, recipe.base.model, opened.fingerprint)
         tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
-        items = _first_of_each_task(open_prepared(recipe.data, tokenizer).items, wanted.items_per_task)
+        items = first_of_each_task(open_prepared(recipe.data, tokenizer).items, wanted.items_per_task)
         if not items:
             raise UserError(f"{recipe.data.prepared_dir}: no held-out items; set data.held_out and prepare again")
         asked = questions(items, tokenizer, recipe.data)
@@ -112,13 +111,3 @@ def _zero3_config(recipe: Recipe, path: Path) -> dict[str, Any]:
         )
     check_config(config, path)
     return config
-
-
-def _first_of_each_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    seen: Counter[str] = Counter()
-    kept = []
-    for item in items:
-        if seen[item["task"]] < count:
-            kept.append(item)
-        seen[item["task"]] += 1
-    return kept

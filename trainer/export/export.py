@@ -15,17 +15,20 @@ from trainer import rundir
 from trainer.base.fingerprint import BASE_FILE
 from trainer.base.match import open_base
 from trainer.batches import Batch, collate
+from trainer.evaluation.asking import first_of_each_task
 from trainer.evaluation.models import LoadedRun, load_run
 from trainer.export.gates import adapted_by_experts, calibration_rows, mean_gates
 from trainer.export.load import free_bytes, load_merged, load_plain_lora
 from trainer.export.lora import LowRank, low_rank_updates, write_lora
 from trainer.export.merged import write_merged
-from trainer.export.price import Score, TaskPrice, measure, table
+from trainer.export.price import TaskPrice, measure, table
 from trainer.export.publish import publishing
+from trainer.export.scores import scorer
 from trainer.recipe import Recipe
 
 EXPORT = "export.json"
 ROWS = 64
+ITEMS_PER_TASK = 20
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Request:
     """What is wanted of a run.
 
     output: the folder to make; None: `export-lora` and the like in the run. task: the gates' mean is taken over its
-    tokens alone. rows: at most so many for that mean, and for the price. base: what `merged` adds the update to.
+    tokens alone. rows: at most so many for that mean, and for the price. items_per_task: held-out items a task that
+    are asked for the scores in the price. base: what `merged` adds the update to.
     """
 
     run: Path
@@ -41,6 +45,7 @@ class Request:
     output: Path | None = None
     task: str | None = None
     rows: int = ROWS
+    items_per_task: int = ITEMS_PER_TASK
     base: Literal["original", "dequantised"] | None = None
 
     @property
@@ -65,15 +70,15 @@ class Exported:
         return "\n".join([f"{self.folder}: {self.what}", self.measured, *([table(self.price)] if self.price else [])])
 
 
-def export(request: Request, score: Score | None = None) -> Exported:
+def export(request: Request) -> Exported:
     """Writes the folder under one rename, with export.json in it.
 
-    score: what `price.measure` takes a model's task scores by. Raises UserError where the run cannot be exported so.
+    Raises UserError where the run cannot be exported so.
     """
     recipe = rundir.open_run(request.run)
     _check(request, recipe)
     with publishing(request.folder) as staging:
-        exported = _as_it_is(request, staging) if request.to == "peft" else _with_fixed_gates(request, staging, score)
+        exported = _as_it_is(request, staging) if request.to == "peft" else _with_fixed_gates(request, staging)
         written = {"run": str(request.run), "to": request.to, **asdict(exported)}
         del written["folder"]
         (staging / EXPORT).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
@@ -111,7 +116,7 @@ def _as_it_is(request: Request, staging: Path) -> Exported:
     return Exported(request.folder, what, "nothing is lost")
 
 
-def _with_fixed_gates(request: Request, staging: Path, score: Score | None) -> Exported:
+def _with_fixed_gates(request: Request, staging: Path) -> Exported:
     """Writes what is wanted into `staging`, loads it from there and measures it."""
     run = load_run(request.run)
     prepared = open_prepared(run.recipe.data, run.tokenizer)
@@ -123,7 +128,7 @@ def _with_fixed_gates(request: Request, staging: Path, score: Score | None) -> E
     if gates:
         over = "all tasks" if request.task is None else f"task {request.task}"
         what += f"; gates fixed at their mean over {over} on at most {request.rows} rows"
-    measured, price = _price(request, run, prepared, staging, size, score)
+    measured, price = _price(request, run, prepared, staging, size)
     facts = {
         "base": request.base or "original",
         "task": request.task,
@@ -161,7 +166,7 @@ def _rank(updates: dict[str, LowRank]) -> int:
 
 
 def _price(
-    request: Request, run: LoadedRun, prepared: PreparedSet, folder: Path, size: int, score: Score | None
+    request: Request, run: LoadedRun, prepared: PreparedSet, folder: Path, size: int
 ) -> tuple[str, list[TaskPrice] | None]:
     """How it was measured, or why not, and the price of what lies in `folder`. size: bytes it takes beside the run."""
     rows = min(request.rows, len(prepared.held_out))
@@ -170,8 +175,10 @@ def _price(
     if size > free_bytes(run.model.device):
         return f"price not measured: {size / 1e9:.1f} GB beside the run's own model do not fit into memory", None
     exported = load_plain_lora(run, folder) if request.to == "lora" else load_merged(run, folder)
-    price = measure(run.model, exported, _held_out(prepared, rows), prepared.tasks, score)
-    return f"{rows} held-out rows, nats a token; before: the run's own model; after: this export, loaded", price
+    items = first_of_each_task(prepared.items, request.items_per_task)
+    price = measure(run.model, exported, _held_out(prepared, rows), prepared.tasks, scorer(run, items))
+    scored = f", {len(items)} items for the scores" if items else ""
+    return f"{rows} held-out rows, nats a token{scored}; before: the run's own model; after: this export, loaded", price
 
 
 def _held_out(prepared: PreparedSet, rows: int) -> Iterator[Batch]:

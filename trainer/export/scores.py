@@ -1,0 +1,32 @@
+"""Task scores of a run's model and of what was exported of it, as `teamlora evaluate` takes them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from trainer.evaluation.asking import Asking, ask, questions
+from trainer.evaluation.metrics import metric_of
+from trainer.evaluation.models import LoadedRun
+from trainer.export.price import ALL, Score
+
+BATCH = 16
+
+
+def scorer(run: LoadedRun, items: Sequence[dict[str, Any]]) -> Score | None:
+    """Puts the items to a model and gives its mean score by task, by each task's metric, and their mean over tasks.
+
+    None where there are no items.
+    """
+    if not items:
+        return None
+    asked = questions(items, run.tokenizer, run.recipe.data)
+
+    def score(model: nn.Module) -> dict[str, float]:
+        by_task: dict[str, list[float]] = {}
+        for item, found in zip(items, ask(model, asked, Asking(run.tokenizer, BATCH, sharded=False)), strict=True):
+            by_task.setdefault(item["task"], []).append(found[metric_of(item)])
+        means = {task: sum(scores) / len(scores) for task, scores in by_task.items()}
+        return {**means, ALL: sum(means.values()) / len(means)}
+
+    return score
