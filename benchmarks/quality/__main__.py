@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality                    # runs cells that are missing, for 8 minutes; --minutes N, or --full
     python -m benchmarks.quality --table            # tables of what there is, and the numbers as JSON
-    python -m benchmarks.quality --figures          # the same as pictures for docs/results.md
+    python -m benchmarks.quality --page             # puts tables and pictures of it into docs/results.md
     python -m benchmarks.quality --check-one SEED   # runs one random finished cell again and compares
 
 Needs `bash launch/install.sh suite` and the sample base. A cell is one training and its scores, on one thread; as many
@@ -14,6 +14,7 @@ items, then the cells that are compared, on other seeds and test items.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import results
+from benchmarks.quality.page import write_page
 from benchmarks.quality.plan import TRAINED, Cell, compared_cells, recipe_of, tuning_cells
 from benchmarks.quality.tables import Compared, all_tables, numbers
 from data_prep.fingerprint import tokenizer_files
@@ -33,6 +35,7 @@ from trainer.base.source import load_tokenizer
 from trainer.recipe import Recipe
 
 DEFAULT_BASE = "bases/smollm2-135m-instruct"
+TOLERANCE = 0.01  # of a mean score, or of a loss in nats: other processors round otherwise
 
 
 def missing_cells() -> list[Cell]:
@@ -98,18 +101,45 @@ def show_tables() -> None:
     print(json.dumps(numbers(compared, speed)))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def check_one(base: str, number: int) -> bool:
+    """Runs the finished cell that `number` draws again, and tells how far its result is from the kept one."""
+    kept = results.load()
+    if not kept:
+        raise results.MixedResults(f"{results.FOLDER}: no finished cell to check; run some first")
+    drawn = kept[random.Random(number).choice(sorted(kept))]
+    prepare_for([drawn.cell], base)
+    again = results.Result(drawn.cell, run_cell(drawn.cell, base), results.provenance(threads=1))
+    measure = results.mean_loss if drawn.cell.tuning else results.mean_score
+    before, now = measure(drawn), measure(again)
+    print(f"{drawn.cell.name}: kept, of {drawn.made['commit'][:12]}: {before:.4f}; now: {now:.4f}")
+    same = again.found.get("train_losses") == drawn.found.get("train_losses")
+    print(json.dumps({"kept": before, "now": now, "difference": now - before, "same_train_losses": int(same)}))
+    return abs(now - before) <= TOLERANCE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default=DEFAULT_BASE, help="folder of a causal LM; default: the sample base")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no cell later (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="run all missing cells, hours")
+    parser.add_argument("--check-one", type=int, metavar="SEED", help="run a random finished cell again and compare")
+    parser.add_argument("--page", action="store_true", help="write tables and pictures into docs/results.md")
     parser.add_argument("--table", action="store_true", help="tables of the finished cells, and their numbers as JSON")
     options = parser.parse_args(arguments)
-    if options.table:
-        show_tables()
-        return
-    run_missing(options.base, float("inf") if options.full else options.minutes)
+    try:
+        if options.table:
+            show_tables()
+        elif options.page:
+            write_page(Compared(results.load()), results.load_speed())
+        elif options.check_one is not None:
+            return 0 if check_one(options.base, options.check_one) else 1
+        else:
+            run_missing(options.base, float("inf") if options.full else options.minutes)
+    except results.MixedResults as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -88,7 +88,13 @@ def best_rates(results: dict[str, Result]) -> dict[str, float]:
 
 
 def mean_loss(result: Result) -> float:
+    """Over tasks, nats a token of the wanted answers."""
     return mean(list(result.found["losses"].values()))
+
+
+def mean_score(result: Result) -> float:
+    """Over tasks, which count alike."""
+    return mean([mean(scores) for scores in result.found["scores"].values()])
 
 
 def mean(values: Sequence[float]) -> float:

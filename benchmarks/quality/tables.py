@@ -12,6 +12,8 @@ SAME_FUNCTION = {  # rows that need no cells of their own
     "competition only: separate A_i, and M": "teamlora",
 }
 BASE = Cell("base", 0, 0.0).name
+EXPERT_NUMBERS = [{"experts": k} for k in (1, 2, EXPERTS, 8)]
+DATA = [{"share": share} for share in (25, 50, 100)]
 
 
 class Compared:
@@ -70,9 +72,8 @@ def methods_table(compared: Compared, speed: dict[str, Any] | None) -> str:
                 *times(method, speed),
             ]
         )
-    rows += [
-        [label, f"as {METHODS[method].label}: the same function", *[""] * 7] for label, method in SAME_FUNCTION.items()
-    ]
+    for label, method in SAME_FUNCTION.items():
+        rows.append([label, f"the function of {METHODS[method].label}", *[""] * (len(heads) - 2)])
     return table(heads, rows)
 
 
@@ -125,10 +126,8 @@ def all_tables(compared: Compared, speed: dict[str, Any] | None) -> Iterator[tup
         return
     yield "methods", methods_table(compared, speed)
     yield "tasks", tasks_table(compared)
-    experts = [{"experts": k} for k in (1, 2, EXPERTS, 8)]
-    yield "experts", series_table(compared, "experts (k), r_A fixed", experts, ("teamlora", "moelora"))
-    shares = [{"share": share} for share in (25, 50, 100)]
-    yield "data", series_table(compared, "percent of the data", shares, ("teamlora", "moelora", "lora"))
+    yield "experts", series_table(compared, "experts (k), r_A fixed", EXPERT_NUMBERS, ("teamlora", "moelora"))
+    yield "data", series_table(compared, "percent of the data", DATA, ("teamlora", "moelora", "lora"))
 
 
 def numbers(compared: Compared, speed: dict[str, Any] | None) -> dict[str, float]:

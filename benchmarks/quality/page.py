@@ -1,0 +1,27 @@
+"""docs/results.md: its tables and pictures are put in from the finished cells, its words are written by hand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.figures import draw
+from benchmarks.quality.tables import Compared, all_tables
+
+PAGE = Path("docs/results.md")
+PICTURES = Path("docs/results")
+
+
+def write_page(compared: Compared, speed: dict[str, Any] | None) -> None:
+    """Replaces each table between its marks in the page, and all pictures."""
+    text = PAGE.read_text()
+    for name, table in all_tables(compared, speed):
+        text = with_table(text, name, table)
+    PAGE.write_text(text)
+    if compared.seeds:
+        draw(compared, speed, PICTURES)
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """The page with what stands between `<!-- NAME -->` and `<!-- end -->` replaced."""
+    marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return marks.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)

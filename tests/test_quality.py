@@ -1,0 +1,167 @@
+"""What benchmarks.quality makes of finished cells: choices, means, intervals, tables, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.quality import results
+from benchmarks.quality.cell import chosen
+from benchmarks.quality.figures import draw
+from benchmarks.quality.intervals import Draws, stacked
+from benchmarks.quality.page import with_table
+from benchmarks.quality.plan import (
+    LEARNING_RATES,
+    METHODS,
+    SEEDS,
+    TRAINED,
+    TUNING_SEED,
+    Cell,
+    compared_cells,
+    recipe_of,
+    tuning_cells,
+)
+from benchmarks.quality.tables import Compared, all_tables, numbers
+from trainer.adapters.attach import attach_adapter
+
+TASKS = {"sums": 5, "dates": 8}
+MADE = {"commit": "c1", "recipe": "r1"}
+
+
+def found(level: float, seed: int) -> dict:
+    """A cell's result whose scores are `level` on average, with losses that fall with it."""
+    noise = np.random.default_rng(seed)
+    scores = {task: (level + 0.1 * noise.standard_normal(items)).tolist() for task, items in TASKS.items()}
+    return {
+        "losses": dict.fromkeys(TASKS, 2 - level),
+        "scores": scores,
+        "metrics": dict.fromkeys(TASKS, "exact_match"),
+        "parameters": 1000,
+        "train_losses": np.linspace(3, 1, 32).tolist(),
+        "router": {"router_weight_by_task": {task: [0.3, 0.2, 0.25, 0.25] for task in TASKS}},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """All tuning cells, and the compared cells of two seeds; a method's level falls in their order, rates do not matter
+    but for the middle one, which is best."""
+    for cell in tuning_cells():
+        best = cell.learning_rate == LEARNING_RATES[1]
+        results.save(cell, {"losses": dict.fromkeys(TASKS, 1.0 if best else 2.0)}, MADE, tmp_path)
+    levels = {method: 0.2 + 0.05 * place for place, method in enumerate(METHODS)}
+    for cell in compared_cells(dict.fromkeys(TRAINED, LEARNING_RATES[1]), SEEDS[:2]):
+        results.save(cell, found(levels[cell.method], cell.seed), MADE, tmp_path)
+    return tmp_path
+
+
+def test_learning_rates_are_those_of_least_validation_loss(folder):
+    assert results.best_rates(results.load(folder)) == dict.fromkeys(TRAINED, LEARNING_RATES[1])
+
+
+def test_a_method_whose_rates_are_not_all_done_has_none(folder):
+    (folder / f"{tuning_cells()[0].name}.json").unlink()
+    assert set(TRAINED) - set(results.best_rates(results.load(folder))) == {tuning_cells()[0].method}
+
+
+@pytest.mark.parametrize("key", ["commit", "recipe"])
+def test_cells_of_several_commits_or_recipes_are_refused(folder, key):
+    results.save(Cell("lora", 9, 1e-3), found(0.5, 1), {**MADE, key: "other"}, folder)
+    with pytest.raises(results.MixedResults, match=f"cells of more than one {key} .*other: 1 cells such as lora-k4"):
+        results.load(folder)
+
+
+def test_means_and_leads_are_those_of_the_cells(folder):
+    compared = Compared(results.load(folder))
+    assert compared.seeds == list(SEEDS[:2])
+    by_hand = {}
+    for method in ("teamlora", "lora", "moelora"):
+        values = [
+            np.mean([np.mean(scores) for scores in json.loads(path.read_text())["found"]["scores"].values()])
+            for path in folder.glob(f"{method}-k4-data100-*.json")
+        ]
+        assert len(values) == 2
+        by_hand[method] = np.mean(values)
+    told = numbers(compared, None)
+    assert (told["methods"], told["seeds"]) == (len(METHODS), 2)
+    for other in ("lora", "moelora"):
+        assert told[f"teamlora_minus_{other}"] == pytest.approx(by_hand["teamlora"] - by_hand[other], abs=1e-4)
+
+
+def test_tables_have_a_row_a_method_and_pictures_are_drawn(folder, tmp_path):
+    compared = Compared(results.load(folder))
+    tables = dict(all_tables(compared, None))
+    rows = tables["methods"].splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2 : 2 + len(METHODS)]] == [
+        m.label for m in METHODS.values()
+    ]
+    assert "the function of MoELoRA" in rows[-2] and "the function of TeamLoRA" in rows[-1]
+    assert tables["experts"].count("(") == 1 + 2 * 4 and tables["data"].count("(") == 3 * 3
+    for path in draw(compared, None, tmp_path / "pictures"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pairs_interval_is_narrow_where_items_differ_alike_and_wide_where_not():
+    generator = np.random.default_rng(0)
+    theirs = {task: generator.random((3, items)) for task, items in TASKS.items()}
+    draws = Draws(TASKS, 3)
+    lead = draws.difference({task: scores + 0.25 for task, scores in theirs.items()}, theirs)
+    assert [lead.mean, lead.low, lead.high] == pytest.approx([0.25] * 3)
+    alone = draws.mean(theirs)
+    assert alone.low < alone.mean < alone.high
+    assert alone.mean == pytest.approx(np.mean([scores.mean() for scores in theirs.values()]))
+
+
+def test_an_interval_has_the_width_that_the_variance_of_a_mean_gives():
+    """One task, many items, one seed: the bootstrap's interval is the normal one."""
+    scores = np.random.default_rng(1).random((1, 400))
+    of_mean = Draws({"sums": 400}, 1).mean({"sums": scores})
+    assert of_mean.high - of_mean.low == pytest.approx(2 * 1.96 * scores.std() / 20, rel=0.1)
+
+
+def test_seeds_are_stacked_by_task():
+    assert {t: a.tolist() for t, a in stacked([{"sums": [1, 0]}, {"sums": [0, 1]}]).items()} == {
+        "sums": [[1, 0], [0, 1]]
+    }
+
+
+def test_tuning_takes_the_first_items_of_each_task_and_tests_take_the_others():
+    items = [{"task": task, "number": number} for number in range(30) for task in TASKS]
+    validation, test = chosen(items, validation=True), chosen(items, validation=False)
+    assert {item["number"] for item in validation} == set(range(20))
+    assert {item["number"] for item in test} == set(range(20, 30))
+    assert len(validation) + len(test) == len(items)
+
+
+def test_no_compared_cell_has_the_seed_that_rates_were_chosen_on():
+    assert all(
+        cell.seed != TUNING_SEED for cell in compared_cells(dict.fromkeys(TRAINED, 1e-3)) if cell.method != "base"
+    )
+
+
+def test_shares_of_the_data_cap_each_task():
+    recipe = recipe_of(Cell("teamlora", 1, 1e-3, share=25), "base")
+    assert recipe.data.mixing.caps["dates"] == 75 and recipe.data.mixing.caps["contacts"] == 60
+    assert str(recipe.data.prepared_dir).endswith("-25")
+
+
+def test_hydraloras_matched_rank_is_that_nearest_to_teamloras_parameters():
+    shapes = AutoConfig.for_model(
+        "llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=64,
+    )  # fmt: skip  # SmolLM2-135M's, with one layer
+
+    def parameters(method: str, **changes: int) -> int:
+        adapter = recipe_of(Cell(method, 1, 1e-3), "base").adapter.model_copy(update=changes)
+        model = attach_adapter(AutoModelForCausalLM.from_config(shapes), adapter)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    wanted = parameters("teamlora")
+    by_rank = {rank: abs(parameters("hydralora_matched", expert_rank=rank) - wanted) for rank in range(10, 17)}
+    assert min(by_rank, key=by_rank.get) == recipe_of(Cell("hydralora_matched", 1, 1e-3), "base").adapter.expert_rank
+
+
+def test_a_table_takes_the_place_between_its_marks_and_leaves_the_others():
+    page = "a\n<!-- data -->\nold\n<!-- end -->\nb\n<!-- tasks -->\nkept\n<!-- end -->\n"
+    assert with_table(page, "data", "new\nrow") == page.replace("old", "new\nrow")
