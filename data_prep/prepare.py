@@ -26,12 +26,13 @@ from data_prep.fingerprint import (
 from data_prep.manifest import FORMAT_VERSION, SPLITS, describe_split, read_manifest, write_manifest
 from data_prep.mixing import draw
 from data_prep.plots import write_plots
+from data_prep.publish import publishing, told_as
 from data_prep.report import PrepareReport, write_report
 from data_prep.sources.finding import files_of
 from data_prep.sources.read import blocks_of, source_key
 from data_prep.split import in_order, split_documents
 from data_prep.spool import Removals, Spool
-from data_prep.storage import alone, refuse_foreign_folder, replacing, write_items, write_rows
+from data_prep.storage import alone, refuse_foreign_folder, write_items, write_rows
 from data_prep.suite.tasks import refuse_unknown_tasks
 from data_prep.workers import encode_blocks
 
@@ -70,7 +71,7 @@ def prepare(
             "libraries": libraries(config),
             "code": code_hash(),
         }
-        with replacing(config.prepared_dir) as folder:
+        with told_as("data.prepared_dir", config.prepared_dir), publishing(config.prepared_dir) as folder:
             manifest = made_from | _make(config, tokenizer, folder)
             write_manifest(manifest, folder)
             write_report(manifest, folder)

@@ -1,11 +1,7 @@
-"""Writes a prepared set so that it is there whole or not at all."""
+"""What a prepared set's folder holds: rows and items; and who may write one."""
 
 import contextlib
 import fcntl
-import glob
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -16,11 +12,11 @@ from data_prep.encode import labels_of
 from data_prep.errors import UserError
 from data_prep.manifest import MANIFEST, Written
 from data_prep.packing import pack_in_windows
+from data_prep.publish import sweep, told_as
 from data_prep.spool import Spool
 
 ITEMS = "items.jsonl"
 _COLUMNS = ("input_ids", "labels", "position_ids", "task_ids")
-_STAGING = ".partial"
 
 
 def refuse_foreign_folder(directory: Path) -> None:
@@ -41,50 +37,17 @@ def alone(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
     What a killed preparation has left beside the folder is removed. Raises UserError where none can write there.
     """
     directory = directory.resolve()
-    try:
+    with told_as("data.prepared_dir", directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = directory.with_name(f".{directory.name}.lock").open("w")
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             say(f"waiting: another process prepares {directory}")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in directory.parent.glob(f".{glob.escape(directory.name)}.*{_STAGING}"):
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(directory, locked=True)
         yield
-
-
-@contextlib.contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `directory` that takes its place when the block ends without an error.
-
-    Whatever stops the block, `directory` is the old set, the new one, or (between two renames) absent; never a mixture.
-    Raises UserError where the disk refuses.
-    """
-    directory = directory.resolve()  # a link to a folder stays one
-    staging = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}{_STAGING}")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        _flush(staging)
-        replaced = staging.with_name(f".{directory.name}.replaced{_STAGING}")
-        if directory.exists():
-            directory.rename(replaced)
-        staging.rename(directory)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _cannot_write(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"data.prepared_dir: cannot write {directory} ({error.strerror or error}); give one that can be written"
-    )
 
 
 def write_rows(spool: Spool, order: np.ndarray, config: DataConfig, directory: Path) -> Written:
@@ -140,13 +103,3 @@ def write_items(items: Iterable[bytes], directory: Path) -> None:
     """items.jsonl: for every held-out conversation the turns up to its last answer, and that answer."""
     with (directory / ITEMS).open("wb") as file:
         file.writelines(items)
-
-
-def _flush(directory: Path) -> None:
-    """Has everything on the disk before the rename makes it visible."""
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

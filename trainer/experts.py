@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.errors import UserError
+from data_prep.publish import publishing, told_as
 from trainer import rundir
 from trainer.adapters.config import ExpertLoraConfig, TeamLoraConfig
 from trainer.report.metrics import METRICS
@@ -89,12 +90,10 @@ def _changed(name: str, tensor: Tensor, config: TeamLoraConfig, keep: list[int],
 
 def _write(source: Path, target: Path, config: ExpertLoraConfig, tensors: dict[str, Tensor]) -> None:
     """Under one rename, with what else lies beside the adapter."""
-    staging = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging)
-    save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(str(staging))
-    staging.rename(target)
+    with told_as("--to", target), publishing(target) as staging:
+        shutil.copytree(source, staging, dirs_exist_ok=True)
+        save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(staging))
 
 
 def _config(run: Path) -> ExpertLoraConfig:

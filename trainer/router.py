@@ -1,9 +1,8 @@
 """The routers of a finished run, seen on its held-out documents: pictures, numbers, tokens, and each expert alone."""
 
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from data_prep.encode import IGNORED
 from data_prep.errors import UserError
+from data_prep.publish import publishing, told_as
 from data_prep.reader import open_prepared
 from trainer import rundir
 from trainer.adapters.gates import alone, experts_of, watched
@@ -48,7 +48,7 @@ def show_routers(directory: Path, items_per_task: int, examples: int, to: Path |
         )
     view = watch(run, documents, prepared.tasks)
     shown = _in_turn(documents, examples)
-    with _new_folder(target) as folder:
+    with told_as("--to", target), publishing(target) as folder:
         (folder / NUMBERS).write_text(json.dumps(as_json(view), indent=1) + "\n")
         (folder / TOKENS).write_text(_page(directory, run, shown, prepared.tasks), encoding="utf-8")
         draw(view, folder)
@@ -130,24 +130,3 @@ def _check_target(target: Path) -> None:
     """What this command has written may be replaced, nothing else."""
     if target.exists() and not (target / NUMBERS).is_file():
         raise UserError(f"--to: {target} exists and is no folder of this command; give another or remove it")
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder that takes the target's place once all is written."""
-    staging, old = (target.with_name(f".{target.name}.{word}") for word in ("tmp", "old"))
-    try:
-        for left in (staging, old):
-            shutil.rmtree(left, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        if target.exists():
-            target.rename(old)
-        staging.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"--to: cannot write {target} ({error.strerror or error}); give a folder that can be written"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -320,7 +320,7 @@ def call_before(place: str, action: Callable[[], None], call: int = 1) -> None:
 
 
 def leftovers(config: DataConfig) -> list[str]:
-    return [path.name for path in config.prepared_dir.parent.iterdir() if path.name.endswith(".partial")]
+    return [path.name for path in config.prepared_dir.parent.iterdir() if path.name.endswith((".new", ".old"))]
 
 
 KILLED_AT = {  # what is about to be called, and which call of it
@@ -329,10 +329,10 @@ KILLED_AT = {  # what is about to be called, and which call of it
     "writing rows": ("data_prep.prepare.write_rows", 2),
     "manifest": ("data_prep.prepare.write_manifest", 1),
     "report": ("data_prep.prepare.write_report", 1),
-    "flushing": ("data_prep.storage._flush", 1),
-    "first rename": ("data_prep.storage.Path.rename", 1),
-    "second rename": ("data_prep.storage.Path.rename", 2),
-    "tidying up": ("data_prep.storage.shutil.rmtree", 1),
+    "flushing": ("data_prep.publish._flush", 1),
+    "first rename": ("data_prep.publish.Path.rename", 1),
+    "second rename": ("data_prep.publish.Path.rename", 2),
+    "tidying up": ("data_prep.publish.shutil.rmtree", 1),
 }
 
 
@@ -349,7 +349,7 @@ def test_a_killed_preparation_leaves_the_old_set_or_none_and_no_process(config_o
     def target() -> None:
         place, call = KILLED_AT[moment]
         if moment == "tidying up":  # the first removal once the new set is in place
-            call_before("data_prep.storage.Path.rename", lambda: call_before(place, die), call=2)
+            call_before("data_prep.publish.Path.rename", lambda: call_before(place, die), call=2)
         else:
             call_before(place, die, call)
         prepare(new, tokenizer)
@@ -384,7 +384,7 @@ def test_a_killed_first_preparation_leaves_no_set(config_of, tokenizer):
     config = config_of()
 
     def target() -> None:
-        call_before("data_prep.storage._flush", lambda: os.kill(os.getpid(), signal.SIGKILL))
+        call_before("data_prep.publish._flush", lambda: os.kill(os.getpid(), signal.SIGKILL))
         prepare(config, tokenizer)
 
     process = in_a_process(target)
@@ -394,14 +394,6 @@ def test_a_killed_first_preparation_leaves_no_set(config_of, tokenizer):
         open_prepared(config, tokenizer)
     prepare(config, tokenizer)
     assert len(open_prepared(config, tokenizer).items) == 4 and not leftovers(config)
-
-
-def test_leftovers_of_other_folders_are_left_alone(config_of, tokenizer, tmp_path):
-    others = [tmp_path / name for name in (".prepared2.0a0a.partial", ".other.0a0a.partial", "prepared.partial")]
-    for other in others:
-        other.mkdir()
-    prepare(config_of(), tokenizer)
-    assert all(other.is_dir() for other in others)
 
 
 def test_a_second_preparation_waits_says_so_and_keeps_the_firsts_set(config_of, tokenizer):

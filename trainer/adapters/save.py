@@ -1,7 +1,5 @@
 """Writes an adapter in PEFT's format, checked before anyone can see it."""
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +7,8 @@ import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+
+from data_prep.publish import publishing
 
 
 def save_adapter(
@@ -18,23 +18,17 @@ def save_adapter(
 
     The parameters are passed because under ZeRO-3 the model's own are empty (engine.gather_trainable). What was
     written is read again and compared first. `also` adds files of its own before the rename. Raises RuntimeError
-    where what was written differs.
+    where what was written differs, OSError where the disk refuses.
     """
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(str(staging), state_dict=parameters, save_embedding_layers=False)
-    written = load_file(staging / SAFETENSORS_WEIGHTS_NAME)
-    if len(written) != len(parameters):
-        raise RuntimeError(f"{staging}: {len(written)} tensors were written of {len(parameters)}")
-    for name, tensor in parameters.items():
-        if not torch.equal(written.get(_name_on_disk(name), torch.empty(0)), tensor):
-            raise RuntimeError(f"{staging}: {name} was not written as it is")
-    also(staging)
-    for path in [*staging.iterdir(), staging]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    os.replace(staging, folder)
+    with publishing(folder) as staging:
+        model.save_pretrained(str(staging), state_dict=parameters, save_embedding_layers=False)
+        written = load_file(staging / SAFETENSORS_WEIGHTS_NAME)
+        if len(written) != len(parameters):
+            raise RuntimeError(f"{staging}: {len(written)} tensors were written of {len(parameters)}")
+        for name, tensor in parameters.items():
+            if not torch.equal(written.get(_name_on_disk(name), torch.empty(0)), tensor):
+                raise RuntimeError(f"{staging}: {name} was not written as it is")
+        also(staging)
 
 
 def _name_on_disk(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from data_prep.errors import UserError
+from data_prep.publish import publishing, told_as
 from data_prep.reader import PreparedSet, manifest_for, open_prepared
 from trainer import rundir
 from trainer.base.fingerprint import BASE_FILE
@@ -22,7 +23,6 @@ from trainer.export.load import free_bytes, load_merged, load_plain_lora
 from trainer.export.lora import LowRank, low_rank_updates, write_lora
 from trainer.export.merged import write_merged
 from trainer.export.price import TaskPrice, measure, table
-from trainer.export.publish import publishing
 from trainer.export.scores import scorer
 from trainer.recipe import Recipe
 
@@ -77,7 +77,7 @@ def export(request: Request) -> Exported:
     """
     recipe = rundir.open_run(request.run)
     _check(request, recipe)
-    with publishing(request.folder) as staging:
+    with told_as("--output", request.folder), publishing(request.folder) as staging:
         exported = _as_it_is(request, staging) if request.to == "peft" else _with_fixed_gates(request, staging)
         written = {"run": str(request.run), "to": request.to, **asdict(exported)}
         del written["folder"]

@@ -1,0 +1,72 @@
+"""A folder that is there whole or not at all, whatever stops the process that writes it."""
+
+import contextlib
+import glob
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from data_prep.errors import UserError
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `folder` that takes its place when the block ends without an error.
+
+    Everything is on the disk before a rename makes it visible. Whatever stops the process, `folder` is what it was,
+    the new one, or (between two renames, where something is replaced) absent; never a mixture. What killed processes
+    have left is removed. Raises OSError where the disk refuses.
+    """
+    folder = folder.resolve()  # a link to a folder stays one
+    sweep(folder)
+    staging, replaced = (_beside(folder, str(os.getpid()), word) for word in ("new", "old"))
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _flush(staging)
+        if folder.exists():
+            folder.rename(replaced)
+        staging.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sweep(folder: Path, locked: bool = False) -> None:
+    """Removes what processes of this machine that are gone have left beside `folder`.
+
+    locked: nobody else writes it now, so what any process has left goes.
+    """
+    folder = folder.resolve()
+    for left in folder.parent.glob(_beside(Path(glob.escape(str(folder))), "*", "*").name):
+        pid = int(left.suffixes[-2][1:])
+        if locked or pid == os.getpid() or not psutil.pid_exists(pid):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def told_as(option: str, folder: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the option by which `folder` was given."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{option}: cannot write {folder} ({error.strerror or error}); give a folder that can be written"
+        ) from error
+
+
+def _beside(folder: Path, pid: str, word: str) -> Path:
+    return folder.with_name(f".{folder.name}.{socket.gethostname()}.{pid}.{word}")
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
