@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.publish import publishing, told_as
+from data_prep.publish import publishing, sweep, told_as
 
 HOST = socket.gethostname()
 
@@ -67,6 +67,8 @@ def test_what_processes_that_are_gone_have_left_is_removed_and_nothing_of_others
         (tmp_path / name).mkdir()
     write(tmp_path / "folder")
     assert {path.name for path in tmp_path.iterdir()} == {"folder", *others}
+    sweep(tmp_path / "folder", locked=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", *others[1:]}
 
 
 def test_a_name_is_taken_as_it_is_and_not_as_a_pattern(tmp_path):
