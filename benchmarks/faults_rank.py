@@ -13,7 +13,7 @@ from benchmarks.placement_rank import Shape, Variant, engine_of
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import TrainedState
-from trainer.engine import process_group
+from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import CheckpointConfig
 

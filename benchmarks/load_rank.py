@@ -18,7 +18,7 @@ from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.base.nf4 import NF4Linear
 from trainer.base.zero3 import ZeroShards
-from trainer.engine import process_group
+from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import BaseModelConfig
 

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainer.adapters.calibrate import calibrate
 from trainer.adapters.config import TeamLoraConfig
 from trainer.adapters.placement import Placement
-from trainer.engine import process_group
 from trainer.expert_groups import make_groups, tag_experts
+from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import ExpertsConfig
 

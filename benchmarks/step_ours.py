@@ -14,8 +14,9 @@ from data_prep.reader import PreparedSet
 from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.batches import plan_batches, rows_of_step
-from trainer.engine import process_group, read_deepspeed_config
+from trainer.engine import read_deepspeed_config
 from trainer.loop import Parts, StepReport, run_step
+from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
 from trainer.train import assemble, shards_for

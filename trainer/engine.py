@@ -1,32 +1,18 @@
-"""DeepSpeed's engine: its configuration, the process group, the optimizer, and what is read back from it."""
+"""DeepSpeed's engine: its configuration, the optimizer, and what is read back from it."""
 
-import contextlib
 import json
 import os
-import socket
-import traceback
-from collections.abc import Iterator
-from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from data_prep.errors import UserError
 from trainer.adapters.held import merge_own
 from trainer.batches import BatchPlan
-from trainer.cluster.network import interface_to
-from trainer.faults import LostRank, TrainingFault
 from trainer.recipe import Recipe, TrainConfig
-
-# What a launcher sets, for a run without one: a group of one rank on any free port.
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-# In the text of an error of gloo's or NCCL's about a connection, for which torch has no type.
-LOST = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "timed out waiting", "pair closure")
 
 
 def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
@@ -95,117 +81,6 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's notes on reproducibility ask
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-@contextlib.contextmanager
-def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
-    """Joins the ranks that the launcher started (or makes a group of one) and gives this rank's device.
-
-    timeout: how long ranks wait for one another, to meet and in each collective; None: torch's half hour. Raises
-    LostRank where they do not meet, UserError where the port at which they would is taken.
-
-    Left in good order also after an error that every rank raises: with its threads alive a process would abort.
-    """
-    alone = {} if "RANK" in os.environ else ALONE
-    os.environ.update(alone)
-    try:
-        with _naming_what_kept_ranks_apart(timeout):
-            device = _start_process_group(timeout)
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for name in alone:
-            del os.environ[name]
-
-
-@contextlib.contextmanager
-def _naming_what_kept_ranks_apart(timeout: timedelta | None) -> Iterator[None]:
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if "EADDRINUSE" in text:
-            raise UserError(
-                f"the ranks cannot meet at {place}: the port is taken, perhaps by a rank that an earlier launch left "
-                "behind; give the launcher another (master_port=N, or --master_port N)"
-            ) from None
-        if not isinstance(error, dist.DistError) and "gloo" not in text.lower():
-            raise
-        limit = f" within run.start_timeout={timeout.total_seconds():g} s" if timeout is not None else ""
-        raise LostRank(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}: the ranks did not "
-            f"meet at {place}{limit} ({text[:200]}); a node did not come, or none reaches that address and port"
-        ) from error
-
-
-def _start_process_group(timeout: timedelta | None = None) -> torch.device:
-    """Joins the ranks that the environment tells of and returns this rank's device."""
-    import deepspeed
-
-    # On a CPU DeepSpeed would compile this op at first use (half a minute); it serves tensor-parallel inference only.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    elif (interface := interface_to(os.environ["MASTER_ADDR"])) != "lo":
-        # left to itself gloo takes the address of the host's own name, which Debian makes 127.0.1.1
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    limit = {"timeout": timeout} if timeout is not None else {}
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
-def set_collective_timeout(timeout: timedelta) -> None:
-    """From now on collectives of all process groups wait so long for a rank that does not answer."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-@contextlib.contextmanager
-def agreeing() -> Iterator[None]:
-    """Runs a block in which any rank may meet a person's mistake; then every rank raises the first rank's.
-
-    Every rank takes part in one small exchange at the end. The block itself must hold no collective: a rank that
-    left it early would keep the others waiting.
-    """
-    mistake = None
-    try:
-        yield
-    except UserError as error:
-        mistake = str(error)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mistake)
-    first = next((text for text in found if text is not None), None)
-    if first is not None:
-        raise UserError(first)
-
-
-@contextlib.contextmanager
-def naming_lost_ranks(doing: str) -> Iterator[None]:
-    """Turns what torch.distributed raises where another rank has gone, or is stuck, into a LostRank."""
-    try:
-        yield
-    except TrainingFault:
-        raise
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST):
-            raise
-        raise LostRank(
-            f"{doing}, rank {os.environ['RANK']}: another rank has ended or does not answer in {_operation(error)} "
-            f"({text[:200]}); what it says itself is the cause; if it says nothing, it was killed (out of memory?)"
-        ) from error
-
-
-def _operation(error: BaseException) -> str:
-    """The call into torch.distributed that raised it, as the traceback names it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    calls = [frame.name for frame in frames if Path(frame.filename).name == "distributed_c10d.py"]
-    if calls:
-        return calls[-1]
-    return f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}, {frames[-1].name}"
 
 
 def build_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

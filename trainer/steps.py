@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.engine import naming_lost_ranks
 from trainer.faults import Stopped, TrainingFault
 from trainer.loop import Parts, StepReport, held_out_losses, run_step
 from trainer.loss import TaskLosses
+from trainer.process_group import naming_lost_ranks
 from trainer.recipe import Recipe
 from trainer.report.board import RouterPictures
 from trainer.report.facts import StartClock

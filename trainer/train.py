@@ -33,19 +33,16 @@ from trainer.checkpoint.files import sweep
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import TrainedState
 from trainer.engine import (
-    agreeing,
     check_optimizer,
     gather_trainable,
     initialize,
-    naming_lost_ranks,
-    process_group,
     read_deepspeed_config,
-    set_collective_timeout,
     use_deterministic_kernels,
 )
 from trainer.expert_groups import check_placement, make_groups, tag_experts
 from trainer.loop import Parts
 from trainer.loss import LabelledLoss
+from trainer.process_group import agreeing, naming_lost_ranks, process_group, set_collective_timeout
 from trainer.recipe import Recipe
 from trainer.report.facts import StartClock, describe_run
 from trainer.report.progress import LoadProgress

@@ -20,12 +20,12 @@ from data_prep.reader import open_prepared
 from trainer import rundir
 from trainer.base.match import open_base
 from trainer.base.source import load_tokenizer
-from trainer.engine import process_group
 from trainer.evaluation.answers import like_lengths
 from trainer.evaluation.asking import Asking, ask, questions
 from trainer.evaluation.likelihood import log_likelihoods, wanted_answers
 from trainer.evaluation.metrics import metric_of
 from trainer.evaluation.models import load_whole, wearing
+from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
 from trainer.report.metrics import METRICS

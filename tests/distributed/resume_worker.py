@@ -16,8 +16,9 @@ from tests.distributed.worker import build, keep
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import TrainedState
-from trainer.engine import gather_trainable, process_group
+from trainer.engine import gather_trainable
 from trainer.loop import Parts, run_step
+from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import CheckpointConfig, Recipe
 from trainer.resume import find_newest

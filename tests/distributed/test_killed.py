@@ -18,7 +18,8 @@ from trainer.base.load import bytes_to_read, load_opened
 from trainer.base.match import open_base
 from trainer.base.zero3 import ZeroShards
 from trainer.batches import plan_batches
-from trainer.engine import process_group, read_deepspeed_config
+from trainer.engine import read_deepspeed_config
+from trainer.process_group import process_group
 
 def half_way(done):
     if sys.argv[2] == "kill" and dist.get_rank() == 1 and done > bytes_to_read(opened, shards) / 2:

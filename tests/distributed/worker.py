@@ -30,10 +30,11 @@ from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.base.zero3 import ZeroShards
 from trainer.batches import plan_batches
-from trainer.engine import agreeing, gather_trainable, process_group, read_deepspeed_config
+from trainer.engine import gather_trainable, read_deepspeed_config
 from trainer.faults import TrainingFault
 from trainer.launch_protocol import LAUNCH_ID
 from trainer.loop import Parts, held_out_losses, run_step
+from trainer.process_group import agreeing, process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
 from trainer.report.facts import bytes_on_this_rank

@@ -13,8 +13,8 @@ from tests.distributed import scene
 from tests.distributed.worker import build, plan_rows
 from tests.estimate.engine_bytes import learning_bytes, storage_bytes
 from trainer.base.nf4 import NF4Linear
-from trainer.engine import process_group
 from trainer.loop import run_step
+from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
 from trainer.report.facts import bytes_on_this_rank

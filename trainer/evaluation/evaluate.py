@@ -17,11 +17,12 @@ from trainer.base.match import open_base
 from trainer.base.source import load_tokenizer
 from trainer.base.zero_config import check_config
 from trainer.batches import plan_batches
-from trainer.engine import agreeing, naming_lost_ranks, process_group, read_deepspeed_config, set_collective_timeout
+from trainer.engine import read_deepspeed_config
 from trainer.evaluation.asking import Asking, ask, first_of_each_task, questions
 from trainer.evaluation.models import find_adapter, load_sharded, load_whole, open_subject, wearing
 from trainer.evaluation.report import Evaluation, write, write_tensorboard
 from trainer.evaluation.summary import SUBJECT, summarise
+from trainer.process_group import agreeing, naming_lost_ranks, process_group, set_collective_timeout
 from trainer.recipe import DeepSpeedConfig, Recipe
 from trainer.report.metrics import METRICS
 
