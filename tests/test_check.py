@@ -15,9 +15,10 @@ from trainer.cli import main
 from trainer.cluster import check
 from trainer.cluster.ask import Answer, Clock, Failure, ask, ask_here
 from trainer.cluster.check import Report
-from trainer.cluster.findings import ALL, Finding, Need, Seen, findings
+from trainer.cluster.findings import findings
 from trainer.cluster.hostfile import Node
 from trainer.cluster.probe import Facts, Gpu, Request, connect, facts, gpus_in
+from trainer.cluster.seen import ALL, Finding, Need, Seen
 from trainer.cluster.ssh import REPOSITORY
 from trainer.estimate.sizes import GIB
 from trainer.recipe import Recipe

@@ -215,8 +215,8 @@ def _estimate(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from trainer.cluster.check import LIMIT, check_launch
-    from trainer.cluster.findings import counted
     from trainer.cluster.hostfile import read_hostfile
+    from trainer.cluster.in_order import counted
 
     nodes = read_hostfile(options.hostfile) if options.hostfile is not None else None
     report = check_launch(options.recipe, options.overrides, nodes, options.master_port, options.limit or LIMIT)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from data_prep.errors import UserError
+from trainer.base.folder import one_line
 
 # Small enough for milliseconds; head_dim 16 divides into rotary halves and quarters.
 TINY = {
@@ -52,7 +53,7 @@ def check_packing(config: PretrainedConfig, attention: str, trust_remote_code: b
         except Exception as error:
             raise UserError(
                 f"base.model: could not find out whether {config.model_type} keeps packed documents apart "
-                f"with base.attention={attention} ({_one_line(error)}); "
+                f"with base.attention={attention} ({one_line(error)}); "
                 "set another attention or another model"
             ) from error
     if not leak <= TOLERANCE[dtype]:
@@ -104,7 +105,3 @@ def _leak(model: torch.nn.Module) -> float:
     positions = torch.tensor([[*range(first), *range(second)]], device=model.device)
     logits = [model(input_ids=x, position_ids=positions, use_cache=False).logits for x in (ids, others)]
     return (logits[0] - logits[1])[:, first:].float().abs().max().item()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

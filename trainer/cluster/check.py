@@ -16,9 +16,12 @@ from typing import Any, Literal
 from data_prep.errors import UserError
 from trainer.cluster.ask import Answer, ask_all, ask_here
 from trainer.cluster.environment import passed_on
-from trainer.cluster.findings import ALL, Finding, Need, Seen, counted, findings
+from trainer.cluster.findings import findings
 from trainer.cluster.hostfile import Node
+from trainer.cluster.in_order import counted
+from trainer.cluster.local import visible_gpus
 from trainer.cluster.probe import Request
+from trainer.cluster.seen import ALL, Finding, Need, Seen
 from trainer.cluster.ssh import REPOSITORY
 from trainer.launch_protocol import MISTAKE
 from trainer.recipe import CheckpointConfig, load_recipe
@@ -99,9 +102,9 @@ def check_launch(
 
 
 def _gpus_here() -> int:
-    """As DeepSpeed's launcher counts them: those that CUDA_VISIBLE_DEVICES names, or all."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    """Those that a launch would use, counted without torch, whose import takes seconds."""
+    visible = visible_gpus()
+    return len(visible if visible is not None else list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _answers(nodes: Sequence[Node], request: Request, over_ssh: bool) -> tuple[list[Answer], Answer | None]:

@@ -4,20 +4,19 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from trainer.base.folder import may_be_of_the_hub
-from trainer.cluster.ask import Answer, Failure
-from trainer.cluster.hostfile import Node
-from trainer.cluster.probe import SAMPLED, Facts
+from trainer.cluster import in_order
+from trainer.cluster.ask import Failure
+from trainer.cluster.in_order import counted, gib
+from trainer.cluster.probe import SAMPLED
+from trainer.cluster.seen import ALL, Finding, Seen
 from trainer.cluster.ssh import REPOSITORY
 from trainer.estimate.sizes import GIB
-from trainer.recipe import Recipe, differences
+from trainer.recipe import differences
 
-ALL = "all"
 LEAST_DISK = 2**27  # bytes for what a run writes beside checkpoints
 CLOCK = 5.0  # seconds
 COMPARED = f"configuration, tokenizer, names and shapes of tensors, some bytes of up to {SAMPLED} of them"  # of a base
@@ -31,63 +30,13 @@ _SSH = {  # what ssh says: the remedy
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. host: a name as in the hostfile, or ALL."""
-
-    level: Literal["ok", "warning", "error"]
-    host: str
-    what: str
-    text: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes of one rank's memory, and of the run's disk, as they are estimated."""
-
-    device: int
-    host: int
-    disk: int
-
-
-@dataclass(frozen=True)
-class Seen:
-    """All that findings are made of.
-
-    answers: of the nodes, in their order. here: of the launching machine, where that is no node. need: None where it
-    was not estimated.
-    """
-
-    recipe: Recipe
-    nodes: Sequence[Node]
-    answers: Sequence[Answer]
-    here: Answer | None = None
-    need: Need | None = None
-
-    @cached_property
-    def facts(self) -> dict[str, Facts]:
-        """Of the nodes that answered, by name."""
-        return {answer.host: answer.facts for answer in self.answers if answer.facts is not None}
-
-    @cached_property
-    def slots(self) -> dict[str, int]:
-        return {node.name: node.slots for node in self.nodes}
-
-    @property
-    def everywhere(self) -> dict[str, Facts]:
-        """Those of the launching machine too, which come first."""
-        here = {self.here.host: self.here.facts} if self.here is not None and self.here.facts is not None else {}
-        return here | self.facts
-
-
 def findings(seen: Seen) -> list[Finding]:
     """Every check's findings: those of hosts with a mistake, or one that says what is in order."""
     found: list[Finding] = []
-    for what, (check, in_order) in _CHECKS.items():
+    for what, (check, describe) in _CHECKS.items():
         bad = [Finding(level, host, what, text, remedy) for level, host, text, remedy in check(seen)]
         found += bad
-        if not bad and seen.facts and (text := in_order(seen)):
+        if not bad and seen.facts and (text := describe(seen)):
             found.append(Finding("ok", ALL, what, text))
     return found
 
@@ -178,6 +127,12 @@ def _others(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
         yield from ((host, value, usual_host, usual) for host, value in known.items() if value != usual)
 
 
+def _unlike(seen: Seen, name: str, text: str, compared: str = "") -> _Found:
+    """Hosts with another of what is to be the same file or folder everywhere."""
+    for host, _, other, _ in _others({host: getattr(facts, name) for host, facts in seen.facts.items()}):
+        yield "error", host, f"{text} than on {other}{compared}", f"copy it from {other}"
+
+
 def _packages(seen: Seen) -> _Found:
     values = {host: {"python": facts.python, **facts.versions} for host, facts in seen.facts.items()}
     for package in dict.fromkeys(name for each in values.values() for name in each):
@@ -203,18 +158,14 @@ def _recipe(seen: Seen) -> _Found:
 
 def _deepspeed(seen: Seen) -> _Found:
     yield from _told("deepspeed", "copy it to the same path there")(seen)
-    for host, _, other, _ in _others({host: facts.deepspeed for host, facts in seen.facts.items()}):
-        text = f"deepspeed.config={seen.recipe.deepspeed.config} is another file than on {other}"
-        yield "error", host, text, f"copy it from {other}"
+    yield from _unlike(seen, "deepspeed", f"deepspeed.config={seen.recipe.deepspeed.config} is another file")
 
 
 def _base(seen: Seen) -> _Found:
     for host, facts in seen.facts.items():
         if problem := facts.problems.get("base"):
             yield _absent_base(seen, host, problem)
-    for host, _, other, _ in _others({host: facts.base for host, facts in seen.facts.items()}):
-        text = f"base.model={seen.recipe.base.model} is another than on {other} ({COMPARED})"
-        yield "error", host, text, f"copy it from {other}"
+    yield from _unlike(seen, "base", f"base.model={seen.recipe.base.model} is another", f" ({COMPARED})")
 
 
 def _absent_base(seen: Seen, host: str, problem: str) -> tuple[_Level, str, str, str]:
@@ -230,9 +181,7 @@ def _absent_base(seen: Seen, host: str, problem: str) -> tuple[_Level, str, str,
 
 def _prepared(seen: Seen) -> _Found:
     yield from _told("prepared", "do so there, or copy the set to the same path")(seen)
-    for host, _, other, _ in _others({host: facts.prepared for host, facts in seen.facts.items()}):
-        text = f"data.prepared_dir={seen.recipe.data.prepared_dir} is another set than on {other}"
-        yield "error", host, text, f"copy it from {other}"
+    yield from _unlike(seen, "prepared", f"data.prepared_dir={seen.recipe.data.prepared_dir} is another set")
 
 
 def _run_directory(seen: Seen) -> _Found:
@@ -243,7 +192,7 @@ def _run_directory(seen: Seen) -> _Found:
         if problem := facts.problems.get("run_directory"):
             yield level, host, f"run.output_dir={seen.recipe.run.output_dir}: {problem}", "give a folder of its own"
         elif facts.disk is not None and facts.disk < needed:
-            text = f"{_gib(facts.disk)} free at {facts.run_directory}, and the run writes {_gib(needed)}"
+            text = f"{gib(facts.disk)} free at {facts.run_directory}, and the run writes {gib(needed)}"
             yield level, host, text, "make room, give another run.output_dir, or lower checkpoint.keep_last"
 
 
@@ -273,12 +222,12 @@ def _memory(seen: Seen) -> _Found:
         each = seen.need.host if facts.gpus else seen.need.host + seen.need.device
         if each * slots > facts.memory:
             need = "rank needs" if slots == 1 else "ranks need"
-            text = f"{slots} {need} {_gib(each * slots)} of host memory, and {_gib(facts.memory)} are free"
+            text = f"{slots} {need} {gib(each * slots)} of host memory, and {gib(facts.memory)} are free"
             yield "error", host, text, _smaller(seen, "--host-memory", facts.memory // slots)
 
 
 def _lacks(needed: int, free: int, total: int, which: str, seen: Seen) -> tuple[str, str]:
-    text = f"a rank needs {_gib(needed)}, and {_gib(free)} of the {_gib(total)} of {which} are free"
+    text = f"a rank needs {gib(needed)}, and {gib(free)} of the {gib(total)} of {which} are free"
     if needed <= total:
         return text, "end what else runs there, see nvidia-smi"
     return text, _smaller(seen, "--gpu-memory", total)
@@ -289,75 +238,21 @@ def _smaller(seen: Seen, option: str, size: int) -> str:
     return f"see what would fit: teamlora estimate RECIPE --world-size {ranks} {option} {size / GIB:.1f}GiB"
 
 
-def counted(number: int, noun: str) -> str:
-    """1 rank, 2 ranks."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
-
-
-def _describe_slots(seen: Seen) -> str:
-    ranks, gpus = sum(seen.slots.values()), sum(len(facts.gpus or ()) for facts in seen.facts.values())
-    return f"{counted(ranks, 'rank')} on {counted(gpus, 'GPU') if gpus else 'CPUs'}"
-
-
-def _describe_packages(seen: Seen) -> str:
-    facts = next(iter(seen.facts.values()))
-    return ", ".join(f"{name} {found}" for name, found in {"python": facts.python, **facts.versions}.items())
-
-
-def _describe_disk(seen: Seen) -> str:
-    first = seen.facts.get(seen.nodes[0].name)
-    if first is None or first.disk is None:
-        return ""
-    return f"{first.run_directory} can be written, {_gib(first.disk)} are free"
-
-
-def _describe_clock(seen: Seen) -> str:
-    furthest = max(abs(answer.clock.ahead) + answer.clock.doubt for answer in seen.answers if answer.clock is not None)
-    return f"within {furthest:.1f} s of this machine's"
-
-
-def _describe_port(seen: Seen) -> str:
-    first = seen.facts.get(seen.nodes[0].name)
-    return f"{first.port} is free on {seen.nodes[0].name}" if first is not None else ""
-
-
-def _describe_connection(seen: Seen) -> str:
-    first = seen.facts.get(seen.nodes[0].name)
-    if first is None or len(seen.facts) == 1:
-        return ""
-    return f"every node reaches {seen.nodes[0].name} at {first.address}"
-
-
-def _describe_memory(seen: Seen) -> str:
-    if seen.need is None:
-        return ""
-    return f"a rank needs {_gib(seen.need.device)} and {_gib(seen.need.host)} of its host, as estimated"
-
-
-def _known(name: str, text: str) -> Callable[[Seen], str]:
-    """A text for where every node that answered knows this of itself."""
-    return lambda seen: text if all(getattr(facts, name) is not None for facts in seen.facts.values()) else ""
-
-
 _CHECKS: dict[str, tuple[_Check, Callable[[Seen], str]]] = {  # and what is said where all is in order
     "reached": (_unreached, lambda seen: f"{counted(len(seen.nodes), 'machine')} in all"),
     "nodes": (_run_nodes, lambda seen: ""),
     "machine": (_same_machine, lambda seen: "each is another" if len(seen.facts) > 1 else ""),
-    "slots": (_slots, _describe_slots),
+    "slots": (_slots, in_order.slots),
     "folder": (_told("folder", "make it there, with all that the recipe names"), lambda seen: ""),
-    "packages": (_packages, _describe_packages),
+    "packages": (_packages, in_order.packages),
     "code": (_code, lambda seen: f"{REPOSITORY}: the same"),
-    "recipe": (_recipe, _known("recipe", "the same, as resolved")),
-    "deepspeed": (_deepspeed, _known("deepspeed", "the same file")),
-    "base": (_base, _known("base", f"the same: {COMPARED}")),
-    "prepared": (_prepared, _known("prepared", "the same: key of the set, size of its files")),
-    "run directory": (_run_directory, _describe_disk),
-    "clock": (_clock, _describe_clock),
-    "port": (_told("port", "give another with --master-port, or end what listens there"), _describe_port),
-    "connection": (_connection, _describe_connection),
-    "memory": (_memory, _describe_memory),
+    "recipe": (_recipe, in_order.known("recipe", "the same, as resolved")),
+    "deepspeed": (_deepspeed, in_order.known("deepspeed", "the same file")),
+    "base": (_base, in_order.known("base", f"the same: {COMPARED}")),
+    "prepared": (_prepared, in_order.known("prepared", "the same: key of the set, size of its files")),
+    "run directory": (_run_directory, in_order.disk),
+    "clock": (_clock, in_order.clock),
+    "port": (_told("port", "give another with --master-port, or end what listens there"), in_order.port),
+    "connection": (_connection, in_order.connection),
+    "memory": (_memory, in_order.memory),
 }

@@ -40,13 +40,18 @@ def launcher_command(
     return [*launcher, *place, *arguments]
 
 
+def visible_gpus() -> list[int | str] | None:
+    """Ids that CUDA_VISIBLE_DEVICES names, which DeepSpeed's launcher keeps to; None where it names none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [int(name) if name.isdecimal() else name for name in visible.split(",")] if visible else None
+
+
 def slots_here(count: int | None) -> list[int | str]:
     """Ids of this machine's GPUs that are to be used, `count` of them; without a GPU `count` ranks on the CPU, or one.
 
     CUDA_VISIBLE_DEVICES is kept to. Raises UserError where there are fewer.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = [int(name) if name.isdecimal() else name for name in visible.split(",")] if visible else None
+    ids = visible_gpus()
     if ids is None:
         import torch  # takes seconds
 
