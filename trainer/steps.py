@@ -56,7 +56,7 @@ class Course:
     def __post_init__(self) -> None:
         self.first = dist.get_rank() == 0
         self.history = HeldOutHistory(**self.beginning.facts.get("held_out", {}))
-        self.saved = self.beginning.step
+        self.done = self.saved = self.beginning.step  # steps that are made, and that a checkpoint holds
         self.writer: MetricsWriter | None = None
         self.pictures: RouterPictures | None = None
 
@@ -65,9 +65,9 @@ class Course:
         begun = self.beginning.step
         with self._reporting() as progress:
             for step in range(begun + 1, self.steps + 1):
-                if self._out_of_patience(step - 1):
+                if self._out_of_patience():
                     break
-                self._end_if_asked(step - 1)
+                self._end_if_asked()
                 with naming_lost_ranks(f"step {step}"):
                     report = run_step(self.parts, step)
                 if step == begun + 1:
@@ -81,7 +81,10 @@ class Course:
                     self._draw(report)
                     progress.show(record)
                 self._save_if_due(step, held_out)
+                self.done = step
             self.checkpoints.saver.finish()
+            if self.pictures is not None:
+                self.writer.show(self.pictures.draw(), self.done)
 
     @contextmanager
     def _reporting(self) -> Iterator[StepProgress]:
@@ -102,12 +105,12 @@ class Course:
                 self.writer.close()
 
     def _draw(self, report: StepReport) -> None:
-        """The routers' pictures, where there is time for them, and of the last step."""
+        """The routers' pictures, where there is time for them."""
         if self.pictures is None:
             return
         if report.router is not None:
             self.pictures.see(report.router)
-        if self.pictures.due() or report.step == self.steps:
+        if self.pictures.due():
             self.writer.show(self.pictures.draw(), report.step)
 
     def _held_out(self, step: int) -> TaskLosses | None:
@@ -117,13 +120,15 @@ class Course:
         with naming_lost_ranks(f"held-out loss after step {step}"):
             return held_out_losses(self.parts)
 
-    def _out_of_patience(self, done: int) -> bool:
+    def _out_of_patience(self) -> bool:
         patience = self.recipe.train.early_stopping_patience
         if patience is None or self.history.since < patience:
             return False
         if self.first:
             best_step = self.history.best_step
-            print(f"early stop      after step {done}: no held-out loss below that of step {best_step}", flush=True)
+            print(
+                f"early stop      after step {self.done}: no held-out loss below that of step {best_step}", flush=True
+            )
         return True
 
     def _save_if_due(self, step: int, held_out: TaskLosses | None) -> None:
@@ -146,16 +151,18 @@ class Course:
             self.checkpoints.save(step, facts, self.history.best_step)
         self.saved = step
 
-    def _end_if_asked(self, done: int) -> None:
+    def _end_if_asked(self) -> None:
         """Every rank takes part in one small all-reduce: a signal at any of them ends all, after the same step."""
         asked = torch.tensor(self.stop.name is not None, dtype=torch.int32, device=self.parts.device)
-        with naming_lost_ranks(f"after step {done}"):
+        with naming_lost_ranks(f"after step {self.done}"):
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if not asked.item():
             return
-        if done > self.saved:
-            self._save(done)
+        if self.done > self.saved:
+            self._save(self.done)
         if problem := self.checkpoints.saver.finish():
-            raise TrainingFault(f"asked to stop after step {done}, which could not be saved: {problem}")
-        where = f"saved in {self.checkpoints.folder}" if done else "nothing was trained yet"
-        raise Stopped(f"stopped after step {done} of {self.steps} as a signal asked; {where}; start again to go on")
+            raise TrainingFault(f"asked to stop after step {self.done}, which could not be saved: {problem}")
+        where = f"saved in {self.checkpoints.folder}" if self.done else "nothing was trained yet"
+        raise Stopped(
+            f"stopped after step {self.done} of {self.steps} as a signal asked; {where}; start again to go on"
+        )

@@ -269,6 +269,8 @@ def test_early_stopping_ends_a_run_whose_held_out_loss_no_longer_falls_and_keeps
     assert max(losses) == best + 6
     assert f"early stop      after step {best + 6}" in done.stdout
     assert (workplace.folder / "runs/patient/checkpoints/best").read_text() == f"step-{best:06d}\n"
+    events = EventAccumulator(str(workplace.folder / "runs/patient/tensorboard")).Reload()
+    assert events.Images("router/tasks_x_experts")[-1].step == best + 6
 
 
 def test_deterministic_reruns_are_bit_equal(workplace):
