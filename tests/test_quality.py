@@ -11,17 +11,8 @@ from benchmarks.quality.cell import chosen
 from benchmarks.quality.figures import draw
 from benchmarks.quality.intervals import Draws, stacked
 from benchmarks.quality.page import with_table
-from benchmarks.quality.plan import (
-    LEARNING_RATES,
-    METHODS,
-    SEEDS,
-    TRAINED,
-    TUNING_SEED,
-    Cell,
-    compared_cells,
-    recipe_of,
-    tuning_cells,
-)
+from benchmarks.quality.plan import LEARNING_RATES, SEEDS, TUNING_SEED, compared_cells, tuning_cells
+from benchmarks.quality.settings import METHODS, TRAINED, Cell, recipe_of
 from benchmarks.quality.tables import Compared, all_tables, numbers
 from trainer.adapters.attach import attach_adapter
 

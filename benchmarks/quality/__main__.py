@@ -26,7 +26,8 @@ from typing import Any
 
 from benchmarks.quality import results
 from benchmarks.quality.page import write_page
-from benchmarks.quality.plan import TRAINED, Cell, compared_cells, recipe_of, tuning_cells
+from benchmarks.quality.plan import compared_cells, tuning_cells
+from benchmarks.quality.settings import TRAINED, Cell, recipe_of
 from benchmarks.quality.tables import Compared, all_tables, numbers
 from data_prep.fingerprint import tokenizer_files
 from data_prep.prepare import kept, prepare

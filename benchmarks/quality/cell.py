@@ -15,7 +15,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.quality.plan import METHODS, VALIDATION, Cell, recipe_of
+from benchmarks.quality.settings import METHODS, VALIDATION, Cell, recipe_of
 from data_prep.reader import open_prepared
 from trainer import rundir
 from trainer.base.match import open_base

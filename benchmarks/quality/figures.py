@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.quality.plan import EXPERTS, METHODS, TRAINED
+from benchmarks.quality.settings import EXPERTS, METHODS, TRAINED
 from benchmarks.quality.tables import DATA, EXPERT_NUMBERS, Compared
 
 WINDOW = 16  # steps that a loss curve is averaged over

@@ -1,102 +1,12 @@
-"""What is compared: the methods, what is the same for all of them, and the cells of each part."""
+"""Which cells are run, in which order."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from trainer.recipe import Recipe, load_recipe
-
-RECIPE = Path("launch/recipes/suite.yaml")
-WORK = Path("runs/quality")
-PREPARED = Path("prepared/quality")
+from benchmarks.quality.settings import TRAINED, Cell
 
 SEEDS = (1, 2, 3)
 TUNING_SEED = 0  # the seed of no cell that is compared
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # every method's tuning budget
-STEPS, TUNING_STEPS = 128, 64
-VALIDATION = 20  # the first held-out items of each task; the others are for tests
-EXPERTS = 4
-TOTAL_RANK = 32  # r_A
-SCALE = 2  # alpha / rank, of every method
-
-# What all cells have in common beside the recipe. The base is bf16: unpacking NF4 on a CPU is a fifth of a step.
-FIXED = {
-    "base.quantization": "none",
-    "run.output_dir": str(WORK),
-    "train.global_batch_size": 2,
-    "train.micro_batch_size": 2,
-    "train.epochs": None,
-    "train.eval_rows": 1,
-    "checkpoint.save_every": 0,
-    "checkpoint.keep_best": False,
-    "report.tensorboard": False,
-}
-
-
-def _experts(method: str, expert_rank: int | None = None) -> Callable[[int], dict[str, Any]]:
-    def settings(experts: int) -> dict[str, Any]:
-        rank = expert_rank or TOTAL_RANK // experts
-        return {"method": method, "num_experts": experts, "expert_rank": rank, "alpha": SCALE * rank}
-
-    return settings
-
-
-def _lora(parts: int) -> Callable[[int], dict[str, Any]]:
-    """A LoRA of rank r_A over `parts`."""
-
-    def settings(_experts: int) -> dict[str, Any]:
-        rank = TOTAL_RANK // parts
-        plain = {"method": "lora", "num_experts": 1, "expert_rank": rank, "alpha": SCALE * rank}
-        return plain | {"balance_loss_weight": 0.0}
-
-    return settings
-
-
-@dataclass(frozen=True)
-class Method:
-    """label: in tables. adapter: the recipe's adapter section for k experts; None: the bare base."""
-
-    label: str
-    adapter: Callable[[int], dict[str, Any]] | None
-
-
-METHODS = {
-    "base": Method("bare base", None),
-    "lora_small": Method("LoRA, r_B", _lora(EXPERTS)),
-    "lora": Method("LoRA, r_A", _lora(1)),
-    "hydralora": Method("HydraLoRA, r_B", _experts("hydralora")),
-    # The rank at which it has as many parameters as TeamLoRA on all linears of SmolLM2-135M (a test holds it).
-    "hydralora_matched": Method("HydraLoRA, parameters as TeamLoRA", _experts("hydralora", expert_rank=13)),
-    "moelora": Method("MoELoRA", _experts("moelora")),
-    "teamlora": Method("TeamLoRA", _experts("teamlora")),
-}
-TRAINED = [name for name, method in METHODS.items() if method.adapter]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training and its scores. share: percent of the training documents; tuning: of a learning rate, on
-    validation items."""
-
-    method: str
-    seed: int
-    learning_rate: float
-    experts: int = EXPERTS
-    share: int = 100
-    tuning: bool = False
-
-    @property
-    def name(self) -> str:
-        if METHODS[self.method].adapter is None:
-            return self.method
-        kind = "tuning-" if self.tuning else ""
-        return f"{kind}{self.method}-k{self.experts}-data{self.share}-lr{self.learning_rate:g}-seed{self.seed}"
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # every method's tuning budget
 
 
 def tuning_cells() -> list[Cell]:
@@ -111,33 +21,3 @@ def compared_cells(rates: dict[str, float], seeds: Sequence[int] = SEEDS) -> Ite
     for seed in seeds:
         yield from (Cell(m, seed, rates[m], experts=k) for k in (1, 2, 8) for m in ("teamlora", "moelora"))
         yield from (Cell(m, seed, rates[m], share=share) for share in (25, 50) for m in ("teamlora", "moelora", "lora"))
-
-
-def recipe_of(cell: Cell, base: str) -> Recipe:
-    adapter = METHODS[cell.method].adapter
-    settings = {
-        **FIXED,
-        "base.model": base,
-        "run.name": cell.name,
-        "run.seed": cell.seed,
-        "train.steps": TUNING_STEPS if cell.tuning else STEPS,
-        "train.learning_rate": cell.learning_rate or 1.0,
-        **{f"adapter.{key}": value for key, value in (adapter(cell.experts) if adapter else {}).items()},
-        "data.prepared_dir": f"{PREPARED}-{cell.share}",
-    }
-    recipe = _load(settings)
-    if cell.share == 100:
-        return recipe
-    caps = {s.task: (s.count - recipe.data.held_out) * cell.share // 100 for s in recipe.data.sources}
-    return _load({**settings, "data.mixing.caps": caps})
-
-
-def _load(settings: dict[str, Any]) -> Recipe:
-    return load_recipe(RECIPE, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-
-
-def recipe_hash() -> str:
-    """Of what every cell shares: the recipe as it is with FIXED, and the budgets."""
-    recipe = _load({**FIXED, "train.steps": STEPS}).model_dump(mode="json")
-    budget = [STEPS, TUNING_STEPS, VALIDATION, TOTAL_RANK, SCALE, LEARNING_RATES]
-    return hashlib.sha256(json.dumps([recipe, budget], sort_keys=True).encode()).hexdigest()[:16]

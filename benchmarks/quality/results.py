@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.plan import LEARNING_RATES, TRAINED, Cell, recipe_hash, tuning_cells
+from benchmarks.quality.plan import LEARNING_RATES, tuning_cells
+from benchmarks.quality.settings import TRAINED, Cell, recipe_hash
 
 FOLDER = Path("benchmarks/results/quality")
 SPEED = Path("benchmarks/results/quality_speed.json")
 # What a cell's numbers depend on; its commit is the last that changed any of it.
 CODE = ("trainer", "data_prep", "ds_configs", "launch/recipes", "constraints.txt")
-CODE += ("benchmarks/quality/plan.py", "benchmarks/quality/cell.py")
+CODE += ("benchmarks/quality/settings.py", "benchmarks/quality/cell.py")
 
 
 class MixedResults(Exception):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.layer import MoeLoraLoop
 from benchmarks.quality import results
-from benchmarks.quality.plan import EXPERTS, TOTAL_RANK, TRAINED, Cell, recipe_of
+from benchmarks.quality.settings import EXPERTS, TOTAL_RANK, TRAINED, Cell, recipe_of
 from data_prep.reader import open_prepared
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.routing import Routing

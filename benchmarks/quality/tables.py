@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.quality.intervals import Draws, Scores, stacked
-from benchmarks.quality.plan import EXPERTS, LEARNING_RATES, METHODS, SEEDS, TRAINED, Cell, tuning_cells
+from benchmarks.quality.plan import LEARNING_RATES, SEEDS, tuning_cells
 from benchmarks.quality.results import Result, best_rates, mean, mean_loss
+from benchmarks.quality.settings import EXPERTS, METHODS, TRAINED, Cell
 
 SAME_FUNCTION = {  # rows that need no cells of their own
     "collaboration only: M fixed to the identity": "moelora",
