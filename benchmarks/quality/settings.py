@@ -19,7 +19,7 @@ EXPERTS = 4
 TOTAL_RANK = 32  # r_A
 SCALE = 2  # alpha / rank, of every method
 
-# What all cells have in common beside the recipe. The base is in bf16: a CPU would unpack NF4 in every forward and backward.
+# What all cells have in common beside the recipe. The base is in bf16: a CPU would unpack NF4 in every forward.
 FIXED = {
     "base.quantization": "none",
     "run.output_dir": str(WORK),
