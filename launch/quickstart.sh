@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From an empty clone to a result: installs, prepares a real 135M model and real tasks, fine-tunes with two ranks,
-# and shows what was learned. About ten minutes on two CPU cores. May be run again: finished parts are kept.
+# From an empty clone to a result: installs, prepares a real 135M model and real tasks, fine-tunes, and shows what
+# was learned. About ten minutes on two CPU cores. May be run again: finished parts are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS
@@ -17,8 +17,10 @@ python -m trainer.base.sample bases/smollm2-135m-instruct
 say "3. the tasks: questions to packed, labelled rows"
 teamlora prepare "$recipe"
 
-say "4. train: 4-bit base sharded over two ranks by ZeRO-3"
-deepspeed --log_level warning --num_gpus 2 launch/train.sh "$recipe"
+# Two ranks: on two GPUs, or on the CPU where there is none. One on a single GPU.
+ranks="$(python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')"
+say "4. train: 4-bit base sharded by ZeRO-3, ranks: $ranks"
+deepspeed --log_level warning --num_gpus "$ranks" launch/train.sh "$recipe"
 
 say "5. what was learned"
 OMP_NUM_THREADS=2 teamlora evaluate runs/quickstart --batch-size 100

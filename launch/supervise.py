@@ -24,11 +24,16 @@ from trainer.cluster.local import LocalRanks, launcher_command, slots_here
 from trainer.cluster.network import free_port
 from trainer.cluster.outcome import Outcome
 from trainer.cluster.remote import Reached, RemoteRanks
-from trainer.launch_protocol import LAUNCH_ID, MISTAKE, STOPPED
-from trainer.recipe import load_recipe
+from trainer.launch_protocol import FAULT, LAUNCH_ID, MISTAKE, STOPPED
+from trainer.recipe import Recipe, TrainConfig, load_recipe
 
 SCRIPT = Path(__file__).resolve().with_name("train.sh")
 LOOK_EVERY = 0.2  # seconds
+PAUSE = 30.0  # seconds before the next start where too few nodes answered: one may be starting up
+
+
+class TooFewNodes(UserError):
+    """Fewer nodes than `min_nodes` answer."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,24 @@ class Stop:
 
 @dataclass(frozen=True)
 class Launch:
-    """How ranks are started, again and again. grace: seconds that ranks have to end once one has failed."""
+    """How ranks are started, again and again."""
 
     options: Options
+    recipe: Recipe
     nodes: tuple[Node, ...]  # none: this machine
-    silence: float
-    grace: float
+
+    @property
+    def silence(self) -> float:
+        """Seconds after which a node that says nothing is taken for lost."""
+        return self.recipe.run.collective_timeout
+
+    @property
+    def grace(self) -> float:
+        """Seconds that ranks have to end once one has failed."""
+        return min(60.0, 0.4 * self.silence)
 
     def run(self, stop: Stop) -> Outcome:
-        """One start, to the end of every rank."""
+        """One start, to the end of every rank. Raises TooFewNodes."""
         ranks = self._on_nodes() if self.nodes else self._here()
         while ranks.look():
             if stop.at_once:
@@ -100,12 +114,17 @@ class Launch:
     def _on_nodes(self) -> RemoteRanks:
         reached = Reached(self.nodes, self.silence, self.grace)
         least = self.options.min_nodes or len(self.nodes)
-        if len(reached.nodes) < least:
-            reached.close()
+        if (found := len(reached.nodes)) < least:
             absent = "; ".join(f"{name}: {reason}" for name, reason in reached.absent.items())
-            raise UserError(
-                f"{len(reached.nodes)} of {len(self.nodes)} nodes answer, and min_nodes={least}: {absent}; see "
-                "`teamlora check`, or lower min_nodes"
+            reached.keep(0, "not needed")
+            raise TooFewNodes(
+                f"{found} of {len(self.nodes)} nodes answer, and min_nodes={least}: {absent}; see `teamlora check`, or "
+                "lower min_nodes"
+            )
+        if reached.absent:
+            count = dividing_nodes([remote.node for remote in reached.nodes], least, self.recipe.train)
+            reached.keep(
+                count, f"train.global_batch_size={self.recipe.train.global_batch_size} cannot be cut for it too"
             )
         for name, reason in reached.absent.items():
             print(f"launch          without {name}: {reason}", flush=True)
@@ -119,13 +138,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
     recipe = load_recipe(options.recipe, options.overrides)
     nodes = read_hostfile(options.hostfile) if options.hostfile is not None else ()
-    timeout = recipe.run.collective_timeout
-    launch = Launch(options, nodes, silence=timeout, grace=min(60.0, 0.4 * timeout))
+    launch = Launch(options, recipe, nodes)
     if nodes and options.check:
         check(options, nodes)
     stop = Stop()
     for retry in range(1, options.retries + 2):
-        found = launch.run(stop)
+        found = launch.run(stop) if retry == 1 else run_again(launch, stop)
         if found.cause:
             print(f"launch          failed on {found.cause}", file=sys.stderr, flush=True)
         if found.status in (0, MISTAKE, STOPPED) or retry > options.retries:
@@ -133,6 +151,28 @@ def main(arguments: Sequence[str]) -> int:
         again = f"starting again, retry {retry} of {options.retries}"
         print(f"launch          ended with status {found.status}; {again}", flush=True)
     return found.status
+
+
+def run_again(launch: Launch, stop: Stop) -> Outcome:
+    """A start after a fault. Too few nodes are a fault now, after which the next start has to wait."""
+    try:
+        return launch.run(stop)
+    except TooFewNodes as error:
+        ending = time.monotonic() + PAUSE
+        while stop.asked is None and time.monotonic() < ending:
+            time.sleep(LOOK_EVERY)
+        return Outcome(FAULT if stop.asked is None else STOPPED, str(error))
+
+
+def dividing_nodes(nodes: Sequence[Node], least: int, train: TrainConfig) -> int:
+    """The largest number of first nodes, `least` or more, over whose ranks a global batch can be cut.
+
+    All of them where there is none: then the ranks refuse, and say what would do.
+    """
+    for count in range(len(nodes), least - 1, -1):
+        if train.global_batch_size % (train.micro_batch_size * sum(node.slots for node in nodes[:count])) == 0:
+            return count
+    return len(nodes)
 
 
 def check(options: Options, nodes: Sequence[Node]) -> None:

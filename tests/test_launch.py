@@ -11,6 +11,7 @@ from trainer.cluster.hostfile import Node, read_hostfile
 from trainer.cluster.local import slots_here
 from trainer.cluster.outcome import Outcome, RankEnding, outcome
 from trainer.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
+from trainer.recipe import TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -108,6 +109,19 @@ def test_the_launchs_options_are_told_from_the_recipes(supervise):
 def test_bad_options_of_a_launch_are_refused(supervise, arguments, told):
     with pytest.raises(UserError, match=told):
         supervise.parse_options(arguments)
+
+
+@pytest.mark.parametrize(
+    ("answering", "least", "batch", "expected"),
+    [(8, 1, 128, 8), (7, 1, 128, 4), (7, 5, 128, 7), (3, 2, 128, 2), (6, 1, 96, 6), (1, 1, 128, 1)],
+)
+def test_of_the_nodes_that_answer_as_many_are_taken_as_the_batch_can_be_cut_for(
+    supervise, answering, least, batch, expected
+):
+    """Nodes of 8 ranks, micro-batches of 2; none of 5 to 7 nodes divides 128, so all 7 come, and the ranks refuse."""
+    train = TrainConfig(steps=1, global_batch_size=batch, micro_batch_size=2)
+    nodes = [Node(f"node-{number}", 8) for number in range(answering)]
+    assert supervise.dividing_nodes(nodes, least, train) == expected
 
 
 def ended(rank: int, status: int, line: str = "", followed: bool = False, stuck: bool = False) -> RankEnding:

@@ -71,12 +71,12 @@ def _start_process_group(timeout: timedelta | None = None) -> torch.device:
 
     # On a CPU DeepSpeed would compile this op at first use (half a minute); it serves tensor-parallel inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if (interface := interface_to(os.environ["MASTER_ADDR"])) != "lo":
+        # left to itself gloo takes the address of the host's own name, which Debian makes 127.0.1.1
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    elif (interface := interface_to(os.environ["MASTER_ADDR"])) != "lo":
-        # left to itself gloo takes the address of the host's own name, which Debian makes 127.0.1.1
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     limit = {"timeout": timeout} if timeout is not None else {}
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -107,6 +107,19 @@ def test_a_supervised_run_goes_on_after_a_fault(shared, cluster, train, fault):
     assert (shared.folder / "runs" / run / ADAPTER).is_file()
 
 
+def test_a_node_that_is_away_for_a_while_is_waited_for_by_retries(shared, cluster, train):
+    """All nodes are needed: the first retry finds one of two, the second, half a minute later, both."""
+    options = {**ENDLESS, "train__steps": 150, "checkpoint__save_every": 25}
+    launched = train.begin_supervised(*NODES, options=["retries=2"], run__name="waited_for", **options)
+    wait_for_steps(train.metrics("waited_for"), 60)
+    with cluster.cut_off("node-b"):
+        told = next((line for line in launched.stderr if "failed on 1 of 2 nodes answer, and min_nodes=2" in line), "")
+    done = ended(launched)
+    assert told and done.returncode == 0, done.stdout + done.stderr
+    assert "starting again, retry 2 of 2" in done.stdout
+    assert [record["step"] for record in shared.records("waited_for")] == list(range(1, 151))
+
+
 def test_a_signal_to_the_supervisor_saves_the_run_of_both_hosts(shared, cluster, train):
     launched = train.begin_supervised(*NODES, run__name="supervised_stop", **ENDLESS)
     wait_for_steps(train.metrics("supervised_stop"), 2)

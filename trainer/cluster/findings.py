@@ -174,7 +174,7 @@ def _absent_base(seen: Seen, host: str, problem: str) -> tuple[_Level, str, str,
     if others:
         return "error", host, f"base.model={model}: not there, as it is on {others[0]}", f"copy it from {others[0]}"
     if may_be_of_the_hub(model):
-        text = f"base.model={model} is not in its cache and will be fetched"
+        text = f"base.model={model} is no folder there, and not in its cache of the Hub, from which it will be fetched"
         return "warning", host, text, "fetch it before, or give a folder that every node has"
     return "error", host, problem, "copy it to the same path there"
 

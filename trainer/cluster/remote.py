@@ -83,10 +83,12 @@ class Reached:
         self.nodes = [node for node in everyone if node.hello]
         self.absent = {node.node.name: node.lost for node in everyone if not node.hello}
 
-    def close(self) -> None:
-        """Lets the agents go that have not begun."""
-        for node in self.nodes:
-            node.give_up("not needed")
+    def keep(self, count: int, why: str) -> None:
+        """Lets the agents of all nodes but the first `count` go, which have not begun; `why` says it of each."""
+        for node in self.nodes[count:]:
+            node.give_up(why)
+            self.absent[node.node.name] = why
+        del self.nodes[count:]
 
     def _wait_for_hellos(self, nodes: Sequence[RemoteNode]) -> None:
         beat = time.monotonic()
