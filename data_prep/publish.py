@@ -1,8 +1,8 @@
 """A folder that is there whole or not at all, whatever stops the process that writes it."""
 
 import contextlib
-import glob
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -30,7 +30,12 @@ def publishing(folder: Path) -> Iterator[Path]:
         _flush(staging)
         if folder.exists():
             folder.rename(replaced)
-        staging.rename(folder)
+        try:
+            staging.rename(folder)
+        except OSError:
+            with contextlib.suppress(OSError):  # where there was none
+                replaced.rename(folder)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -42,8 +47,11 @@ def sweep(folder: Path, locked: bool = False) -> None:
     locked: nobody else writes it now, so what any process has left goes.
     """
     folder = folder.resolve()
-    for left in folder.parent.glob(_beside(Path(glob.escape(str(folder))), "*", "*").name):
-        pid = int(left.suffixes[-2][1:])
+    ours = re.compile(rf"\.{re.escape(f'{folder.name}.{socket.gethostname()}')}\.(\d+)\.(new|old)")
+    for left, found in ((each, ours.fullmatch(each.name)) for each in folder.parent.glob(".*")):
+        if found is None:
+            continue
+        pid = int(found[1])
         if locked or pid == os.getpid() or not psutil.pid_exists(pid):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -54,6 +62,8 @@ def told_as(option: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(folder.resolve().parent):
+            raise  # of another file, such as one that is read
         raise UserError(
             f"{option}: cannot write {folder} ({error.strerror or error}); give a folder that can be written"
         ) from error

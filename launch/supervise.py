@@ -4,6 +4,7 @@ A fault ends a launch everywhere: the other ranks notice within run.collective_t
 `Launch.grace` later is killed.
 """
 
+import math
 import os
 import secrets
 import signal
@@ -21,15 +22,15 @@ from trainer.cluster.check import check_launch
 from trainer.cluster.environment import passed_on
 from trainer.cluster.hostfile import Node, read_hostfile
 from trainer.cluster.local import LocalRanks, launcher_command, slots_here
-from trainer.cluster.network import free_port
+from trainer.cluster.network import LAST_PORT, free_port
 from trainer.cluster.outcome import Outcome
 from trainer.cluster.remote import Reached, RemoteRanks
-from trainer.launch_protocol import FAULT, LAUNCH_ID, MISTAKE, STOPPED
+from trainer.launch_protocol import FAULT, INTERRUPTED, LAUNCH_ID, MISTAKE, STOPPED
 from trainer.recipe import Recipe, TrainConfig, load_recipe
 
 SCRIPT = Path(__file__).resolve().with_name("train.sh")
 LOOK_EVERY = 0.2  # seconds
-PAUSE = 30.0  # seconds before the next start where too few nodes answered: one may be starting up
+PATIENCE, ASK_EVERY = 60.0, 5.0  # seconds: for how long, and how often, a retry asks for nodes that do not answer
 
 
 class TooFewNodes(UserError):
@@ -68,12 +69,15 @@ class Stop:
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self.at_once = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.add(signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.at_once = number == signal.SIGINT and self.asked is not None
-        self.asked = signal.SIGTERM if number == signal.SIGINT else signal.Signals(number)
+        self.asked = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Launch:
             elif stop.asked is not None:
                 ranks.ask(stop.asked)
             time.sleep(LOOK_EVERY)
-        return ranks.outcome()
+        return Outcome(INTERRUPTED) if stop.at_once else ranks.outcome()
 
     def _here(self) -> LocalRanks:
         slots = {"localhost": slots_here(self.options.num_gpus)}
@@ -138,30 +142,36 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
     recipe = load_recipe(options.recipe, options.overrides)
     nodes = read_hostfile(options.hostfile) if options.hostfile is not None else ()
+    if options.min_nodes is not None and options.min_nodes > len(nodes):
+        raise UserError(f"min_nodes={options.min_nodes}: {options.hostfile} lists {len(nodes)}; lower it or add nodes")
     launch = Launch(options, recipe, nodes)
     if nodes and options.check:
         check(options, nodes)
-    stop = Stop()
-    for retry in range(1, options.retries + 2):
-        found = launch.run(stop) if retry == 1 else run_again(launch, stop)
+    stop, retry = Stop(), 0
+    while True:
+        found = launch.run(stop) if retry == 0 else run_again(launch, stop)
         if found.cause:
             print(f"launch          failed on {found.cause}", file=sys.stderr, flush=True)
-        if found.status in (0, MISTAKE, STOPPED) or retry > options.retries:
-            break
+        if found.status in (0, MISTAKE, STOPPED) or stop.asked is not None or retry == options.retries:
+            return found.status
+        retry += 1
         again = f"starting again, retry {retry} of {options.retries}"
         print(f"launch          ended with status {found.status}; {again}", flush=True)
-    return found.status
 
 
 def run_again(launch: Launch, stop: Stop) -> Outcome:
-    """A start after a fault. Too few nodes are a fault now, after which the next start has to wait."""
-    try:
-        return launch.run(stop)
-    except TooFewNodes as error:
-        ending = time.monotonic() + PAUSE
-        while stop.asked is None and time.monotonic() < ending:
-            time.sleep(LOOK_EVERY)
-        return Outcome(FAULT if stop.asked is None else STOPPED, str(error))
+    """A start after a fault. Nodes have PATIENCE seconds to answer; that too few do is a fault then, and no mistake."""
+    ending = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return launch.run(stop)
+        except TooFewNodes as error:
+            if stop.asked is not None:
+                return Outcome(STOPPED)
+            if time.monotonic() > ending:
+                return Outcome(FAULT, str(error))
+            print(f"launch          waiting for nodes: {error}", flush=True)
+            time.sleep(ASK_EVERY)
 
 
 def dividing_nodes(nodes: Sequence[Node], least: int, train: TrainConfig) -> int:
@@ -191,8 +201,10 @@ def parse_options(arguments: Sequence[str]) -> Options:
     found, passed = {}, []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in ("num_gpus", "master_port", "min_nodes"):
+        if key in ("num_gpus", "min_nodes"):
             found[key] = _number(key, value, least=1)
+        elif key == "master_port":
+            found[key] = _number(key, value, least=1, most=LAST_PORT)
         elif key == "retries":
             found[key] = _number(key, value, least=0)
         elif key == "hostfile":
@@ -208,9 +220,10 @@ def parse_options(arguments: Sequence[str]) -> Options:
     return Options(tuple(passed), **found)
 
 
-def _number(key: str, value: str, least: int) -> int:
-    if not value.isdecimal() or int(value) < least:
-        raise UserError(f"{key}={value}: expected a whole number of at least {least}; change it")
+def _number(key: str, value: str, least: int, most: float = math.inf) -> int:
+    if not value.isdecimal() or not least <= int(value) <= most:
+        expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise UserError(f"{key}={value}: expected a whole number {expected}; change it")
     return int(value)
 
 
@@ -226,3 +239,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
+    except KeyboardInterrupt:  # before there were ranks to ask
+        sys.exit(INTERRUPTED)

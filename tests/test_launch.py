@@ -9,7 +9,7 @@ from data_prep.errors import UserError
 from trainer.cluster.environment import passed_on
 from trainer.cluster.hostfile import Node, read_hostfile
 from trainer.cluster.local import slots_here
-from trainer.cluster.outcome import Outcome, RankEnding, outcome
+from trainer.cluster.outcome import KILLED, Outcome, RankEnding, outcome
 from trainer.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
 from trainer.recipe import TrainConfig
 
@@ -104,6 +104,7 @@ def test_the_launchs_options_are_told_from_the_recipes(supervise):
         (["check=yes"], "check=yes: expected true or false"),
         (["hostfile=hf", "num_gpus=2"], "num_gpus=2: with a hostfile its slots say it"),
         (["min_nodes=1"], "min_nodes=1: needs hostfile=FILE"),
+        (["master_port=70000"], "master_port=70000: expected a whole number from 1 to 65535"),
     ],
 )
 def test_bad_options_of_a_launch_are_refused(supervise, arguments, told):
@@ -144,7 +145,21 @@ OWN = ended(2, FAULT, "ValueError: no")
         ([LOST], [1], False, Outcome(FAULT, "node, rank 0: another rank has ended")),
         ([LOST], [1], True, Outcome(STOPPED, "node, rank 0: another rank has ended")),
         ([], [2], False, Outcome(MISTAKE)),
-        ([], [-9], False, Outcome(9)),
+        (
+            [],
+            [-9],
+            False,
+            Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} (SIGKILL)"),
+        ),
+        (
+            [ended(0, STOPPED), ended(1, STOPPED)],
+            [-9],
+            False,
+            Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} (SIGKILL)"),
+        ),
+        ([ended(0, STOPPED)], [-9], True, Outcome(STOPPED)),
+        ([OWN, LOST], [1], True, Outcome(FAULT, "node, rank 2: ValueError: no")),
+        ([HALTED], [1], True, Outcome(STOPPED, "node, rank 1: was halted")),
         ([], [1], True, Outcome(STOPPED)),
     ],
 )

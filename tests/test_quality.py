@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.quality import results
@@ -12,12 +13,15 @@ from benchmarks.quality.figures import draw
 from benchmarks.quality.intervals import Draws, stacked
 from benchmarks.quality.page import with_table
 from benchmarks.quality.plan import LEARNING_RATES, SEEDS, TUNING_SEED, compared_cells, tuning_cells
-from benchmarks.quality.settings import METHODS, TRAINED, Cell, recipe_of
+from benchmarks.quality.settings import METHODS, STEPS, TRAINED, Cell, recipe_of
+from benchmarks.quality.speed import LOOP, NEW_TOKENS, Side, WithLoop, measure
 from benchmarks.quality.tables import Compared, all_tables, numbers
+from tests.tiny_models import tiny_llama
 from trainer.adapters.attach import attach_adapter
 
 TASKS = {"sums": 5, "dates": 8}
 MADE = {"commit": "c1", "recipe": "r1"}
+GROUND = {"base_fingerprint": "b1", "prepared_key": "p1"}
 
 
 def found(level: float, seed: int) -> dict:
@@ -25,6 +29,7 @@ def found(level: float, seed: int) -> dict:
     noise = np.random.default_rng(seed)
     scores = {task: (level + 0.1 * noise.standard_normal(items)).tolist() for task, items in TASKS.items()}
     return {
+        **GROUND,
         "losses": dict.fromkeys(TASKS, 2 - level),
         "scores": scores,
         "metrics": dict.fromkeys(TASKS, "exact_match"),
@@ -40,7 +45,7 @@ def folder(tmp_path):
     but for the middle one, which is best."""
     for cell in tuning_cells():
         best = cell.learning_rate == LEARNING_RATES[1]
-        results.save(cell, {"losses": dict.fromkeys(TASKS, 1.0 if best else 2.0)}, MADE, tmp_path)
+        results.save(cell, {**GROUND, "losses": dict.fromkeys(TASKS, 1.0 if best else 2.0)}, MADE, tmp_path)
     levels = {method: 0.2 + 0.05 * place for place, method in enumerate(METHODS)}
     for cell in compared_cells(dict.fromkeys(TRAINED, LEARNING_RATES[1]), SEEDS[:2]):
         results.save(cell, found(levels[cell.method], cell.seed), MADE, tmp_path)
@@ -56,10 +61,18 @@ def test_a_method_whose_rates_are_not_all_done_has_none(folder):
     assert set(TRAINED) - set(results.best_rates(results.load(folder))) == {tuning_cells()[0].method}
 
 
-@pytest.mark.parametrize("key", ["commit", "recipe"])
-def test_cells_of_several_commits_or_recipes_are_refused(folder, key):
-    results.save(Cell("lora", 9, 1e-3), found(0.5, 1), {**MADE, key: "other"}, folder)
-    with pytest.raises(results.MixedResults, match=f"cells of more than one {key} .*other: 1 cells such as lora-k4"):
+@pytest.mark.parametrize(
+    ("made", "changed", "told"),
+    [
+        ({"commit": "other"}, {}, "commit"),
+        ({"recipe": "other"}, {}, "recipe"),
+        ({}, {"base_fingerprint": "other"}, "base"),
+        ({}, {"prepared_key": "other"}, "prepared set"),
+    ],
+)
+def test_cells_of_several_commits_recipes_bases_or_sets_are_refused(folder, made, changed, told):
+    results.save(Cell("lora", 9, 1e-3), {**found(0.5, 1), **changed}, {**MADE, **made}, folder)
+    with pytest.raises(results.MixedResults, match=f"cells of more than one {told} .*other: 1 cells such as lora-k4"):
         results.load(folder)
 
 
@@ -131,10 +144,11 @@ def test_no_compared_cell_has_the_seed_that_rates_were_chosen_on():
     )
 
 
-def test_shares_of_the_data_cap_each_task():
-    recipe = recipe_of(Cell("teamlora", 1, 1e-3, share=25), "base")
-    assert recipe.data.mixing.caps["dates"] == 75 and recipe.data.mixing.caps["contacts"] == 60
-    assert str(recipe.data.prepared_dir).endswith("-25")
+def test_a_share_of_the_data_is_the_first_rows_of_the_same_order():
+    whole, quarter = (recipe_of(Cell("teamlora", 1, 1e-3, share=share), "base") for share in (100, 25))
+    assert (whole.train.steps, quarter.train.steps) == (STEPS, STEPS // 4)
+    assert quarter.data == whole.data and quarter.run.seed == whole.run.seed
+    assert STEPS * whole.train.global_batch_size < 750  # rows of the prepared set: none is seen twice
 
 
 def test_hydraloras_matched_rank_is_that_nearest_to_teamloras_parameters():
@@ -151,6 +165,25 @@ def test_hydraloras_matched_rank_is_that_nearest_to_teamloras_parameters():
     wanted = parameters("teamlora")
     by_rank = {rank: abs(parameters("hydralora_matched", expert_rank=rank) - wanted) for rank in range(10, 17)}
     assert min(by_rank, key=by_rank.get) == recipe_of(Cell("hydralora_matched", 1, 1e-3), "base").adapter.expert_rank
+
+
+def test_the_methods_are_timed_on_models_that_learn(tmp_path):
+    tiny_llama(tmp_path)
+    ids, positions = torch.randint(0, 64, (2, 32)), torch.arange(32).expand(2, 32)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions, "task_ids": torch.zeros_like(ids)}
+    recipes = {method: recipe_of(Cell(method, 0, 1e-3), str(tmp_path)) for method in ("lora", "teamlora", "moelora")}
+    sides = {name: Side(name, recipe, batch, 1) for name, recipe in {**recipes, LOOP: recipes["moelora"]}.items()}
+    before = {name: [p.detach().clone() for p in side.model.parameters()] for name, side in sides.items()}
+    times = measure(sides, 0)
+    for name, side in sides.items():
+        assert {kind: len(taken) for kind, taken in times[name].items()} == {"step": 1, "prefill": 1, "decode": 1}
+        assert side.cache.get_seq_length() == 32 + NEW_TOKENS
+        moved = [not torch.equal(p, old) for p, old in zip(side.model.parameters(), before[name], strict=True)]
+        assert any(moved) and not any(
+            m for m, p in zip(moved, side.model.parameters(), strict=True) if not p.requires_grad
+        )
+    adapted = sum(isinstance(module, WithLoop) for module in sides[LOOP].model.modules())
+    assert adapted == 7 * sides[LOOP].model.config.num_hidden_layers
 
 
 def test_a_table_takes_the_place_between_its_marks_and_leaves_the_others():

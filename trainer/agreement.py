@@ -101,7 +101,7 @@ def interface() -> str:
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         if os.environ.get(variable):
             return os.environ[variable]
-    return interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    return interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1")) or "no interface"
 
 
 def _listed(hosts: Counter[str]) -> str:

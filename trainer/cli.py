@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
+from trainer.cluster.network import LAST_PORT
 from trainer.estimate.sizes import parse_size
 from trainer.faults import LostRank, Stopped, TrainingFault
 from trainer.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
@@ -80,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
     check.add_argument("--hostfile", type=Path, metavar="F", help="nodes of the launch; default: this machine alone")
-    check.add_argument(
-        "--master-port", type=_positive, metavar="N", help="where rank 0 listens; default: any free port"
-    )
+    check.add_argument("--master-port", type=_port, metavar="N", help="where rank 0 listens; default: any free port")
     check.add_argument("--limit", type=_positive, metavar="SECONDS", help="for the estimate of memory; default: 12")
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -151,6 +150,12 @@ def _names(text: str) -> list[str]:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if _positive(text) > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; the last is {LAST_PORT}")
     return int(text)
 
 

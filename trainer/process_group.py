@@ -27,7 +27,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
     """Joins the ranks that the launcher started (or makes a group of one) and gives this rank's device.
 
     timeout: how long ranks wait for one another, to meet and in each collective; None: torch's half hour. Raises
-    LostRank where they do not meet, UserError where the port at which they would is taken.
+    LostRank where they do not meet, TrainingFault where the port at which they would is taken.
 
     Left in good order also after an error that every rank raises: with its threads alive a process would abort.
     """
@@ -52,9 +52,9 @@ def _naming_what_kept_ranks_apart(timeout: timedelta | None) -> Iterator[None]:
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if "EADDRINUSE" in text:
-            raise UserError(
+            raise TrainingFault(  # no mistake: the next start of a supervised launch takes another
                 f"the ranks cannot meet at {place}: the port is taken, perhaps by a rank that an earlier launch left "
-                "behind; give the launcher another (master_port=N, or --master_port N)"
+                "behind; start again, or where the launcher was given the port give it another (--master_port N)"
             ) from None
         if not isinstance(error, dist.DistError) and "gloo" not in text.lower():
             raise
@@ -71,7 +71,7 @@ def _start_process_group(timeout: timedelta | None = None) -> torch.device:
 
     # On a CPU DeepSpeed would compile this op at first use (half a minute); it serves tensor-parallel inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if (interface := interface_to(os.environ["MASTER_ADDR"])) != "lo":
+    if (interface := interface_to(os.environ["MASTER_ADDR"])) not in (None, "lo"):
         # left to itself gloo takes the address of the host's own name, which Debian makes 127.0.1.1
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     on_gpu = torch.cuda.is_available()

@@ -33,7 +33,6 @@ from data_prep.fingerprint import tokenizer_files
 from data_prep.prepare import kept, prepare
 from trainer.base.folder import resolve_folder
 from trainer.base.source import load_tokenizer
-from trainer.recipe import Recipe
 
 DEFAULT_BASE = "bases/smollm2-135m-instruct"
 TOLERANCE = 0.01  # of a mean score, or of a loss in nats: other processors round otherwise
@@ -49,37 +48,48 @@ def missing_cells() -> list[Cell]:
 
 def run_missing(base: str, minutes: float) -> None:
     """Runs cells until none is missing; begins none later than `minutes` from now."""
-    made = results.provenance(threads=1)
     ending = time.monotonic() + 60 * minutes
     while cells := missing_cells():
-        prepare_for(cells, base)
+        prepare_for(cells[0], base)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            finished = list(pool.map(lambda cell: run_and_save(cell, base, made, ending), cells))
+            finished = list(pool.map(lambda cell: run_and_save(cell, base, ending), cells))
         if not all(finished):
             print(f"{finished.count(False)} cells are left; the same command goes on with them")
             return
 
 
-def prepare_for(cells: Sequence[Cell], base: str) -> None:
-    """The prepared set of each share of the data."""
-    recipes: dict[Path, Recipe] = {}
-    for cell in cells:
-        recipe = recipe_of(cell, base)
-        recipes[recipe.data.prepared_dir] = recipe
-    for recipe in recipes.values():
-        files = tokenizer_files(resolve_folder(recipe.base), recipe.data)
-        if kept(recipe.data, files) is None:
-            print(prepare(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template), files))
+def prepare_for(cell: Cell, base: str) -> None:
+    """The prepared set, which is the same for all cells."""
+    recipe = recipe_of(cell, base)
+    files = tokenizer_files(resolve_folder(recipe.base), recipe.data)
+    if kept(recipe.data, files) is None:
+        print(prepare(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template), files))
 
 
-def run_and_save(cell: Cell, base: str, made: dict[str, Any], ending: float) -> bool:
-    """False where it is too late to begin."""
+def run_and_save(cell: Cell, base: str, ending: float) -> bool:
+    """False where it is too late to begin. Raises MixedResults where the cell would not go with the finished ones."""
     if time.monotonic() > ending:
         return False
-    started = time.monotonic()
-    results.save(cell, run_cell(cell, base), made)
+    started, made = time.monotonic(), results.provenance(threads=1)
+    refuse_other_commit(made)
+    found = run_cell(cell, base)
+    if results.provenance(threads=1) != made:
+        raise results.MixedResults(f"the code changed while {cell.name} ran; it is not kept")
+    results.refuse_mixed({**results.load(), cell.name: results.Result(cell, found, made)})
+    results.save(cell, found, made)
     print(f"{time.monotonic() - started:6.0f} s  {cell.name}", flush=True)
     return True
+
+
+def refuse_other_commit(made: dict[str, Any]) -> None:
+    """Before hours are spent."""
+    for name, result in results.load().items():
+        for key in ("commit", "recipe"):
+            if result.made[key] != made[key]:
+                raise results.MixedResults(
+                    f"{name} is of {key} {result.made[key][:12]}, and this would be of {made[key][:12]}; remove the "
+                    "finished cells, or work on their commit"
+                )
 
 
 def run_cell(cell: Cell, base: str) -> dict[str, Any]:
@@ -108,7 +118,7 @@ def check_one(base: str, number: int) -> bool:
     if not kept:
         raise results.MixedResults(f"{results.FOLDER}: no finished cell to check; run some first")
     drawn = kept[random.Random(number).choice(sorted(kept))]
-    prepare_for([drawn.cell], base)
+    prepare_for(drawn.cell, base)
     again = results.Result(drawn.cell, run_cell(drawn.cell, base), results.provenance(threads=1))
     measure = results.mean_loss if drawn.cell.tuning else results.mean_score
     before, now = measure(drawn), measure(again)

@@ -23,7 +23,7 @@ from trainer.base.source import load_tokenizer
 from trainer.evaluation.answers import like_lengths
 from trainer.evaluation.asking import Asking, ask, questions
 from trainer.evaluation.likelihood import log_likelihoods, wanted_answers
-from trainer.evaluation.metrics import metric_of
+from trainer.evaluation.metrics import metrics_of
 from trainer.evaluation.models import load_whole, wearing
 from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
@@ -108,9 +108,9 @@ def scores(
     """scores: by task, each item's score by the task's metric, from 0 to 1; losses as above."""
     given = ask(model, questions(items, tokenizer, recipe.data), Asking(tokenizer, BATCH, sharded=False))
     of_items: dict[str, list[float]] = {}
+    metrics = metrics_of(items)
     for item, one in zip(items, given, strict=True):
-        of_items.setdefault(item["task"], []).append(round(one[metric_of(item)], 4))
-    metrics = {item["task"]: metric_of(item) for item in items}
+        of_items.setdefault(item["task"], []).append(round(one[metrics[item["task"]]], 4))
     found = by_task(items, [one["loss"] for one in given], [one["tokens"] for one in given])
     return {**found, "scores": of_items, "metrics": metrics}
 

@@ -34,6 +34,14 @@ class Result:
     made: dict[str, Any]
 
 
+MADE_OF = {
+    "commit": lambda result: result.made["commit"],
+    "recipe": lambda result: result.made["recipe"],
+    "base": lambda result: result.found["base_fingerprint"],
+    "prepared set": lambda result: result.found["prepared_key"],
+}
+
+
 def save(cell: Cell, found: dict[str, Any], made: dict[str, Any], folder: Path = FOLDER) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"cell": cell.as_dict(), "made": made, "found": found}, separators=(",", ":"))
@@ -43,19 +51,24 @@ def save(cell: Cell, found: dict[str, Any], made: dict[str, Any], folder: Path =
 
 
 def load(folder: Path = FOLDER) -> dict[str, Result]:
-    """By the cell's name. Raises MixedResults where they are not all of one commit and recipe."""
+    """By the cell's name. Raises MixedResults where they are not all of one commit, recipe, base and prepared set."""
     results = {}
     for path in sorted(folder.glob("*.json")):
         entry = json.loads(path.read_text())
         results[path.stem] = Result(Cell(**entry["cell"]), entry["found"], entry["made"])
-    for key in ("commit", "recipe"):
+    refuse_mixed(results)
+    return results
+
+
+def refuse_mixed(results: dict[str, Result]) -> None:
+    """Raises MixedResults."""
+    for key, of in MADE_OF.items():
         names: dict[str, list[str]] = {}
         for name, result in results.items():
-            names.setdefault(result.made[key], []).append(name)
+            names.setdefault(of(result), []).append(name)
         if len(names) > 1:
-            told = "; ".join(f"{value}: {len(cells)} cells such as {cells[0]}" for value, cells in names.items())
-            raise MixedResults(f"{folder}: cells of more than one {key} ({told}); remove those of all but one")
-    return results
+            told = "; ".join(f"{value[:12]}: {len(cells)} cells such as {cells[0]}" for value, cells in names.items())
+            raise MixedResults(f"cells of more than one {key} ({told}); keep those of one, or work on its commit")
 
 
 def save_speed(found: dict[str, Any]) -> None:
@@ -64,7 +77,7 @@ def save_speed(found: dict[str, Any]) -> None:
 
 
 def load_speed() -> dict[str, Any] | None:
-    """What `benchmarks.quality.speed` found, if it was run. Raises MixedResults where that was on another commit."""
+    """What `benchmarks.quality.speed` found, if it was run: a run of its own, which names its own commit."""
     return json.loads(SPEED.read_text()) if SPEED.is_file() else None
 
 

@@ -11,7 +11,6 @@ from trainer.recipe import Recipe, load_recipe
 
 RECIPE = Path("launch/recipes/suite.yaml")
 WORK = Path("runs/quality")
-PREPARED = Path("prepared/quality")
 
 STEPS, TUNING_STEPS = 128, 64
 VALIDATION = 20  # the first held-out items of each task; the others are for tests
@@ -23,6 +22,7 @@ SCALE = 2  # alpha / rank, of every method
 FIXED = {
     "base.quantization": "none",
     "run.output_dir": str(WORK),
+    "data.prepared_dir": "prepared/quality",
     "train.global_batch_size": 2,
     "train.micro_batch_size": 2,
     "train.epochs": None,
@@ -75,8 +75,11 @@ TRAINED = [name for name, method in METHODS.items() if method.adapter]
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its scores. share: percent of the training documents; tuning: of a learning rate, on
-    validation items."""
+    """One training and its scores.
+
+    share: percent of the rows that the others see, each once: so many fewer steps. tuning: of a learning rate, scored
+    on validation items.
+    """
 
     method: str
     seed: int
@@ -103,16 +106,11 @@ def recipe_of(cell: Cell, base: str) -> Recipe:
         "base.model": base,
         "run.name": cell.name,
         "run.seed": cell.seed,
-        "train.steps": TUNING_STEPS if cell.tuning else STEPS,
+        "train.steps": TUNING_STEPS if cell.tuning else STEPS * cell.share // 100,
         "train.learning_rate": cell.learning_rate or 1.0,
         **{f"adapter.{key}": value for key, value in (adapter(cell.experts) if adapter else {}).items()},
-        "data.prepared_dir": f"{PREPARED}-{cell.share}",
     }
-    recipe = _load(settings)
-    if cell.share == 100:
-        return recipe
-    caps = {s.task: (s.count - recipe.data.held_out) * cell.share // 100 for s in recipe.data.sources}
-    return _load({**settings, "data.mixing.caps": caps})
+    return _load(settings)
 
 
 def _load(settings: dict[str, Any]) -> Recipe:

@@ -6,7 +6,7 @@ from trainer.evaluation.metrics import (
     exact_match,
     likeliest,
     likeliest_by_length,
-    metric_of,
+    metrics_of,
     rouge_l,
     token_f1,
 )
@@ -54,6 +54,10 @@ def test_the_likeliest_choice_goes_by_the_sum_and_by_length_by_the_mean_of_chara
 
 
 def test_a_task_is_judged_by_its_metric_or_by_its_choices_or_by_exact_match():
-    assert metric_of({"metric": "rouge_l", "choices": ["a", "b"]}) == "rouge_l"
-    assert metric_of({"choices": ["a", "b"]}) == "choices"
-    assert metric_of({}) == "exact_match"
+    with_choices, without = {"task": "t", "choices": ["a", "b"]}, {"task": "t"}
+    assert metrics_of([{**with_choices, "metric": "rouge_l"}]) == {"t": "rouge_l"}
+    assert metrics_of([with_choices, with_choices]) == {"t": "choices"}
+    assert (
+        metrics_of([with_choices, without, with_choices]) == metrics_of([without, with_choices]) == {"t": "exact_match"}
+    )
+    assert metrics_of([without, {**with_choices, "task": "u"}]) == {"t": "exact_match", "u": "choices"}

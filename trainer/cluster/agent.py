@@ -60,10 +60,12 @@ class Line:
         self._writer.join(self._silence)
 
     def _read(self) -> None:
-        for line in sys.stdin:
-            self._heard = time.monotonic()
-            self._in.put(json.loads(line))
-        self._closed = True
+        try:
+            for line in sys.stdin:
+                self._heard = time.monotonic()
+                self._in.put(json.loads(line))
+        finally:  # also after a line that was cut off
+            self._closed = True
 
     def _write(self) -> None:
         while (message := self._out.get()) is not None:

@@ -1,6 +1,8 @@
 """Asks many machines what they are, all at once: one ssh and one thread for each."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.cluster.probe import Facts, Request
-from trainer.cluster.ssh import REPOSITORY, ssh_command
+from trainer.cluster.ssh import REPOSITORY, allow_many_files, parsed, ssh_command
 
 PROBE = "trainer.cluster.probe"
 
@@ -64,6 +66,7 @@ def ask(commands: Mapping[str, Sequence[str]], request: Request, limit: float) -
     The first host listens at the request's port for as long as the others try to reach it there. What has not answered
     after `limit` seconds is given up.
     """
+    allow_many_files()
     probes = [_Probe(host, command) for host, command in commands.items()]
     timer = threading.Timer(limit, lambda: [probe.give_up() for probe in probes])
     timer.start()
@@ -72,7 +75,12 @@ def ask(commands: Mapping[str, Sequence[str]], request: Request, limit: float) -
             first = pool.submit(_examine, probes[0], request)
             quiet = replace(request, port=None)
             others = [pool.submit(_examine_and_connect, probe, quiet, first) for probe in probes[1:]]
-            return [answer.result() for answer in (first, *others)]
+            try:
+                return [answer.result() for answer in (first, *others)]
+            except BaseException:  # a Ctrl-C: the threads would be waited for
+                for probe in probes:
+                    probe.give_up()
+                raise
     finally:
         timer.cancel()
         for probe in probes:
@@ -97,6 +105,7 @@ class _Probe:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
+            start_new_session=True,  # with what ssh starts itself, as for a ProxyJump
         )
 
     def ask(self, name: str, **arguments: Any) -> Any:
@@ -104,7 +113,7 @@ class _Probe:
             self._process.stdin.write(json.dumps({name: arguments}) + "\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
-            answer = _parsed(line)
+            answer = parsed(line)
             if isinstance(answer, dict) and name in answer:
                 return answer[name]
             self._said = line.strip() or self._said  # a greeting of the shell, or why it ends
@@ -112,7 +121,7 @@ class _Probe:
 
     def give_up(self) -> None:
         self._given_up = True
-        self._process.kill()
+        self._kill()
 
     def hang_up(self) -> None:
         """Lets it end, by the end of its input."""
@@ -124,9 +133,13 @@ class _Probe:
         try:
             self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self._process.stdout.close()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 class _Ended(Exception):
@@ -156,10 +169,3 @@ def _examine_and_connect(probe: _Probe, request: Request, first: Future[Answer])
     except _Ended:
         unreached = "no answer in time"
     return replace(answer, unreached=unreached and f"{to.address}:{to.port} ({unreached})")
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None

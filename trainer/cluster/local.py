@@ -19,10 +19,9 @@ from typing import Any
 import psutil
 
 from data_prep.errors import UserError
-from trainer.cluster.outcome import Outcome, RankEnding, outcome
+from trainer.cluster.outcome import KILLED, Outcome, RankEnding, outcome
 from trainer.launch_protocol import ENDINGS, FAULT, Ending, read_endings
 
-KILLED = "killed from outside, as by SIGKILL or for want of memory"
 HUNG = "neither ended nor answered, and was killed"
 HALTED = "was halted, as by SIGSTOP or a debugger, and was killed"
 
@@ -41,9 +40,11 @@ def launcher_command(
 
 
 def visible_gpus() -> list[int | str] | None:
-    """Ids that CUDA_VISIBLE_DEVICES names, which DeepSpeed's launcher keeps to; None where it names none."""
+    """Ids that CUDA_VISIBLE_DEVICES names, up to a -1, as CUDA reads it; None where it is not set or empty."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [int(name) if name.isdecimal() else name for name in visible.split(",")] if visible else None
+    names = visible.split(",") if visible else []
+    seen = names[: names.index("-1")] if "-1" in names else names
+    return [int(name) if name.isdecimal() else name for name in seen] if names else None
 
 
 def slots_here(count: int | None) -> list[int | str]:
@@ -78,12 +79,13 @@ class LocalRanks:
         self._ranks: dict[int, psutil.Process] = {}
         self._seen: dict[int, RankEnding] = {}  # in the order in which they ended
         self._asked: signal.Signals | None = None
+        self._stopping = False  # asked from outside
         self._told: set[int] = set()  # processes that have been told
         self._ending = float("inf")  # when what is left is killed, by time.monotonic
 
     def ask(self, number: signal.Signals) -> None:
         """Has every rank asked to save and end, now or as soon as it has begun."""
-        self._asked = self._asked or number
+        self._asked, self._stopping = self._asked or number, True
 
     def end_within(self, seconds: float) -> None:
         """Kills what is left after so many seconds."""
@@ -95,7 +97,7 @@ class LocalRanks:
         self._note(left)
         status = self.launcher.poll()
         if status is not None and status < 0 and not self._killing:  # it was ended itself; its ranks do not know
-            self.ask(signal.SIGTERM)
+            self._asked = self._asked or signal.SIGTERM
         if status is not None or any(found.ending.status != 0 for found in self._seen.values()):
             self.end_within(self._grace)
         if self._killing:
@@ -116,7 +118,7 @@ class LocalRanks:
         """What became of them, once nothing is left; their folder goes."""
         self._folder.cleanup()
         found = [("", ending) for ending in self.endings()]
-        return outcome(found, [self.launcher.returncode], stopping=self._asked is not None)
+        return outcome(found, [self.launcher.returncode], stopping=self._stopping)
 
     def _note(self, left: Sequence[psutil.Process]) -> None:
         """Which ranks there are, and how those ended that are gone."""

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -208,11 +208,12 @@ def _run_directory(directory: Path) -> tuple[str, int]:
 
 def _listen_somewhere(found: Facts, port: int) -> int:
     """Listens at the port, or, where it is taken, at another: so that connections can be tried all the same."""
+    both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
     try:
-        listener = socket.create_server(("", port), backlog=1024)
+        listener = socket.create_server(("", port), backlog=1024, **both)
     except OSError as error:
         found.problems["port"] = f"port {port} is {_taken_by(port) or error.strerror}"
-        listener = socket.create_server(("", 0), backlog=1024)
+        listener = socket.create_server(("", 0), backlog=1024, **both)
     threading.Thread(target=_answer, args=(listener, found.hostname), daemon=True).start()
     return listener.getsockname()[1]
 
@@ -220,7 +221,7 @@ def _listen_somewhere(found: Facts, port: int) -> int:
 def _answer(listener: socket.socket, hostname: str) -> None:
     while True:
         connection, _ = listener.accept()
-        with connection:
+        with connection, suppress(OSError):  # who asked may be gone
             connection.sendall(f"{hostname}\n".encode())
 
 

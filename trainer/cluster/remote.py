@@ -15,8 +15,10 @@ from trainer.cluster.agent import BEAT_EVERY
 from trainer.cluster.hostfile import Node
 from trainer.cluster.local import launcher_command
 from trainer.cluster.outcome import Outcome, RankEnding, outcome
-from trainer.cluster.ssh import CONNECT, ssh_command
+from trainer.cluster.ssh import CONNECT, allow_many_files, parsed, ssh_command
 from trainer.launch_protocol import FAULT, MISTAKE, STOPPED, Ending
+
+LAST_WORD = 5.0  # seconds for a node to tell what it has ended
 
 
 class RemoteNode:
@@ -63,9 +65,10 @@ class RemoteNode:
         errors = threading.Thread(target=lambda: self._errors.extend(map(str.strip, self._ssh.stderr)), daemon=True)
         errors.start()
         for line in self._ssh.stdout:
-            try:
-                inbox.put((self, json.loads(line)))
-            except ValueError:  # what a login shell's profile prints
+            message = parsed(line)
+            if isinstance(message, dict):
+                inbox.put((self, message))
+            else:  # what a login shell's profile prints
                 self._errors.append(line.strip())
         errors.join()
         self._ssh.wait()
@@ -78,10 +81,11 @@ class Reached:
     def __init__(self, nodes: Sequence[Node], silence: float, grace: float) -> None:
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.silence, self.grace = silence, grace
+        allow_many_files()
         everyone = [RemoteNode(node, silence, grace, self.inbox) for node in nodes]
         self._wait_for_hellos(everyone)
-        self.nodes = [node for node in everyone if node.hello]
-        self.absent = {node.node.name: node.lost for node in everyone if not node.hello}
+        self.nodes = [node for node in everyone if not node.lost]
+        self.absent = {node.node.name: node.lost for node in everyone if node.lost}
 
     def keep(self, count: int, why: str) -> None:
         """Lets the agents of all nodes but the first `count` go, which have not begun; `why` says it of each."""
@@ -145,7 +149,8 @@ class RemoteRanks:
             self._tell(ask=int(number))
 
     def end_within(self, seconds: float) -> None:
-        """Has what is left after so many seconds killed."""
+        """Has what is left after so many seconds killed; and does not wait longer for a node that says nothing."""
+        self._silence = min(self._silence, seconds + LAST_WORD)
         self._tell(end_within=seconds)
 
     def look(self) -> bool:

@@ -1,5 +1,6 @@
 """What a run has learned: its scores by task on its held-out items, against the bare base and other runs."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,10 +59,20 @@ def evaluate(wanted: Wanted) -> Evaluation | None:
         found = _evaluate(wanted, recipe, {**baselines, SUBJECT: adapter}, device)
         if dist.get_rank() > 0:
             return None
-        write(found, wanted.directory)
-        if recipe.report.tensorboard and (wanted.directory / METRICS).is_file():
-            write_tensorboard(found, wanted.directory)
+        _keep(found, wanted.directory, recipe.report.tensorboard)
         return found
+
+
+def _keep(found: Evaluation, directory: Path, tensorboard: bool) -> None:
+    """In the run's folder. Where that cannot be written the caller still has it all, after hours perhaps."""
+    try:
+        write(found, directory)
+        if tensorboard and (directory / METRICS).is_file():
+            write_tensorboard(found, directory)
+    except OSError as error:
+        print(
+            f"warning: {directory} cannot be written ({error.strerror}); nothing is kept", file=sys.stderr, flush=True
+        )
 
 
 def _evaluate(wanted: Wanted, recipe: Recipe, models: dict[str, Path | None], device: torch.device) -> Evaluation:

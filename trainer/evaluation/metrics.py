@@ -3,7 +3,7 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,9 +13,14 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def metric_of(item: dict[str, Any]) -> str:
-    """The metric that the item's task is judged by (data_prep.items)."""
-    return item.get("metric") or (CHOICES if item.get("choices") else EXACT_MATCH)
+def metrics_of(items: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """By task the metric that it is judged by: its source's (data_prep.items), else by likelihood where every item of
+    it has choices, else exact match."""
+    found: dict[str, str] = {}
+    for item in items:
+        own = item.get("metric") or (CHOICES if item.get("choices") else EXACT_MATCH)
+        found[item["task"]] = own if found.get(item["task"], own) == own else EXACT_MATCH
+    return found
 
 
 def exact_match(given: str, wanted: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.bootstrap import Difference, Resampler, interval
-from trainer.evaluation.metrics import CHOICES, TEXT_METRICS, exact_match, metric_of, normalised
+from trainer.evaluation.metrics import CHOICES, TEXT_METRICS, exact_match, metrics_of, normalised
 
 SCORE, LOSS = "score", "loss"
 SUBJECT = "adapter"  # the name of what is evaluated; every other model is a baseline
@@ -39,11 +39,11 @@ def summarise(items: Sequence[dict[str, Any]], found: dict[str, list[dict[str, A
 
     found: by model's name what `asking.ask` gives, in the order of items; SUBJECT is one of them.
     """
-    tasks, resampled = [], []
+    tasks, resampled, metrics = [], [], metrics_of(items)
     for index, task in enumerate(dict.fromkeys(item["task"] for item in items)):
         mine = [i for i, item in enumerate(items) if item["task"] == task]
         scores = {name: [given[i] for i in mine] for name, given in found.items()}
-        metric = metric_of(items[mine[0]])
+        metric = metrics[task]
         means = _resampled_differences(scores, metric, Resampler(len(mine), index))
         tasks.append(_of_task(task, metric, [items[i] for i in mine], scores, means))
         resampled.append(means)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
@@ -174,9 +175,12 @@ def _price(
         return "price not measured: the prepared set has no held-out rows", None
     if size > free_bytes(run.model.device):
         return f"price not measured: {size / 1e9:.1f} GB beside the run's own model do not fit into memory", None
-    exported = load_plain_lora(run, folder) if request.to == "lora" else load_merged(run, folder)
     items = first_of_each_task(prepared.items, request.items_per_task)
-    price = measure(run.model, exported, _held_out(prepared, rows), prepared.tasks, scorer(run, items))
+    try:
+        exported = load_plain_lora(run, folder) if request.to == "lora" else load_merged(run, folder)
+        price = measure(run.model, exported, _held_out(prepared, rows), prepared.tasks, scorer(run, items))
+    except torch.OutOfMemoryError:
+        return "price not measured: there is not enough memory on the GPU", None
     scored = f", {len(items)} items for the scores" if items else ""
     return f"{rows} held-out rows, nats a token{scored}; before: the run's own model; after: this export, loaded", price
 

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from data_prep.errors import UserError
 from data_prep.reader import PreparedSet
 from trainer.adapters.fused import expert_weights
 from trainer.adapters.layer import ExpertLayer, Experts
@@ -34,7 +35,7 @@ def mean_gates(model: PeftModel, batches: Iterable[Batch], task: int | None) -> 
     """Mean omega [k], fp32 on the CPU, by the adapted linear's name in the base model.
 
     Over the real tokens of the batches, with `task` over those of that task alone: every token counts the same. The
-    model's own gates are at work meanwhile. Raises ValueError where there is no such token.
+    model's own gates are at work meanwhile. Raises UserError where there is no such token.
     """
     layers = adapted_by_experts(model)
     sums = {name: torch.zeros(len(e.experts), dtype=torch.float64, device=model.device) for name, e in layers.items()}
@@ -53,7 +54,7 @@ def mean_gates(model: PeftModel, batches: Iterable[Batch], task: int | None) -> 
             for hook in hooks:
                 hook.remove()
     if not tokens:
-        raise ValueError("no token to take the mean of the gates over")
+        raise UserError("--task: the training split has no token of it to take the gates' mean over; leave --task out")
     return {name: (total / tokens).float().cpu() for name, total in sums.items()}
 
 

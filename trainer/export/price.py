@@ -39,13 +39,15 @@ def measure(
     sums = torch.zeros(len(tasks), 4, dtype=torch.float64)
     for batch in batches:
         sums += _sums(before, after, batch, len(tasks))
-    scores = (score(before), score(after)) if score is not None else ({}, {})
-    lines = [*zip(tasks, sums, strict=True), (ALL, sums.sum(0))]
-    return [
-        TaskPrice(task, int(line[0]), *(line[1:] / line[0]).tolist(), *(found.get(task) for found in scores))
-        for task, line in lines
-        if line[0]
-    ]
+    scores = [score(before), score(after)] if score is not None else [{}, {}]
+    prices = [_price(task, line, [found.get(task) for found in scores]) for task, line in zip(tasks, sums, strict=True)]
+    of_all = [sum(found.values()) / len(found) if found else None for found in scores]
+    return [price for price in (*prices, _price(ALL, sums.sum(0), of_all)) if price.tokens]
+
+
+def _price(task: str, sums: Tensor, scores: Sequence[float | None]) -> TaskPrice:
+    """sums: as _sums gives them for one task."""
+    return TaskPrice(task, int(sums[0]), *(sums[1:] / sums[0]).tolist(), *scores)
 
 
 def table(prices: Sequence[TaskPrice]) -> str:

@@ -6,27 +6,26 @@ from typing import Any
 from torch import nn
 
 from trainer.evaluation.asking import Asking, ask, questions
-from trainer.evaluation.metrics import metric_of
+from trainer.evaluation.metrics import metrics_of
 from trainer.evaluation.models import LoadedRun
-from trainer.export.price import ALL, Score
+from trainer.export.price import Score
 
 BATCH = 16
 
 
 def scorer(run: LoadedRun, items: Sequence[dict[str, Any]]) -> Score | None:
-    """Puts the items to a model and gives its mean score by task, by each task's metric, and their mean over tasks.
+    """Puts the items to a model and gives its mean score by task, by each task's metric.
 
     None where there are no items.
     """
     if not items:
         return None
-    asked = questions(items, run.tokenizer, run.recipe.data)
+    asked, metrics = questions(items, run.tokenizer, run.recipe.data), metrics_of(items)
 
     def score(model: nn.Module) -> dict[str, float]:
         by_task: dict[str, list[float]] = {}
         for item, found in zip(items, ask(model, asked, Asking(run.tokenizer, BATCH, sharded=False)), strict=True):
-            by_task.setdefault(item["task"], []).append(found[metric_of(item)])
-        means = {task: sum(scores) / len(scores) for task, scores in by_task.items()}
-        return {**means, ALL: sum(means.values()) / len(means)}
+            by_task.setdefault(item["task"], []).append(found[metrics[item["task"]]])
+        return {task: sum(scores) / len(scores) for task, scores in by_task.items()}
 
     return score
