@@ -71,7 +71,8 @@ def run_and_save(cell: Cell, base: str, ending: float) -> bool:
     if time.monotonic() > ending:
         return False
     started, made = time.monotonic(), results.provenance(threads=1)
-    refuse_other_commit(made)
+    to_come = results.Result(cell, {}, made)
+    results.refuse_mixed({**results.load(), cell.name: to_come}, ("commit", "recipe"))  # before the time is spent
     found = run_cell(cell, base)
     if results.provenance(threads=1) != made:
         raise results.MixedResults(f"the code changed while {cell.name} ran; it is not kept")
@@ -79,17 +80,6 @@ def run_and_save(cell: Cell, base: str, ending: float) -> bool:
     results.save(cell, found, made)
     print(f"{time.monotonic() - started:6.0f} s  {cell.name}", flush=True)
     return True
-
-
-def refuse_other_commit(made: dict[str, Any]) -> None:
-    """Before hours are spent."""
-    for name, result in results.load().items():
-        for key in ("commit", "recipe"):
-            if result.made[key] != made[key]:
-                raise results.MixedResults(
-                    f"{name} is of {key} {result.made[key][:12]}, and this would be of {made[key][:12]}; remove the "
-                    "finished cells, or work on their commit"
-                )
 
 
 def run_cell(cell: Cell, base: str) -> dict[str, Any]:

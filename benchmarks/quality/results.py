@@ -60,12 +60,12 @@ def load(folder: Path = FOLDER) -> dict[str, Result]:
     return results
 
 
-def refuse_mixed(results: dict[str, Result]) -> None:
-    """Raises MixedResults."""
-    for key, of in MADE_OF.items():
+def refuse_mixed(results: dict[str, Result], keys: Sequence[str] = tuple(MADE_OF)) -> None:
+    """Raises MixedResults where they differ in one of these keys."""
+    for key in keys:
         names: dict[str, list[str]] = {}
         for name, result in results.items():
-            names.setdefault(of(result), []).append(name)
+            names.setdefault(MADE_OF[key](result), []).append(name)
         if len(names) > 1:
             told = "; ".join(f"{value[:12]}: {len(cells)} cells such as {cells[0]}" for value, cells in names.items())
             raise MixedResults(f"cells of more than one {key} ({told}); keep those of one, or work on its commit")
