@@ -7,8 +7,8 @@
 
 Needs `bash launch/install.sh suite` and the sample base. A cell is one training and its scores, on one thread; as many
 run at once as there are cores. Finished cells are JSON files in benchmarks/results/quality; each names the commit and
-the recipe's hash, and mixed ones are refused. First come the learning rates of every method on one seed and validation
-items, then the cells that are compared, on other seeds and test items.
+the recipe's hash, and mixed ones are refused. First come the learning rates of every method and other trials, on one
+seed and validation items, then the cells that are compared, on other seeds and test items.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.quality import results
 from benchmarks.quality.page import write_page
-from benchmarks.quality.plan import compared_cells, tuning_cells
+from benchmarks.quality.plan import compared_cells, trial_cells, tuning_cells
 from benchmarks.quality.settings import TRAINED, Cell, recipe_of
 from benchmarks.quality.tables import Compared, all_tables, numbers
 from data_prep.fingerprint import tokenizer_files
@@ -42,7 +42,7 @@ def missing_cells() -> list[Cell]:
     """In the order in which they are run. Learning rates come first: without them nothing can be compared."""
     done = results.load()
     rates = results.best_rates(done)
-    cells = tuning_cells() if len(rates) < len(TRAINED) else compared_cells(rates)
+    cells = tuning_cells() if len(rates) < len(TRAINED) else [*trial_cells(rates), *compared_cells(rates)]
     return [cell for cell in cells if cell.name not in done]
 
 

@@ -7,25 +7,29 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.quality.settings import METHODS, VALIDATION, Cell, recipe_of
+from benchmarks.quality.settings import METHODS, TRIALS, VALIDATION, WORK, Cell, recipe_of
 from data_prep.reader import open_prepared
 from trainer import rundir
+from trainer.adapters.attach import attach_adapter
+from trainer.adapters.gates import experts_of
+from trainer.adapters.layer import Experts
+from trainer.adapters.save import save_adapter
 from trainer.base.match import open_base
 from trainer.base.source import load_tokenizer
 from trainer.evaluation.answers import like_lengths
-from trainer.evaluation.asking import Asking, ask, questions
-from trainer.evaluation.likelihood import log_likelihoods, wanted_answers
+from trainer.evaluation.asking import Asking, Questions, ask, questions
+from trainer.evaluation.likelihood import log_likelihoods
 from trainer.evaluation.metrics import metrics_of
 from trainer.evaluation.models import load_whole, wearing
-from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
 from trainer.recipe import Recipe
 from trainer.report.metrics import METRICS
@@ -42,23 +46,36 @@ def run(cell: Cell, base: str) -> dict[str, Any]:
     adapter = None
     if METHODS[cell.method].adapter is not None:
         shutil.rmtree(recipe.run.directory, ignore_errors=True)
+        if cell.trial and (start := TRIALS[cell.trial].start):
+            recipe = beginning(recipe, start)
         started = time.monotonic()
         train(recipe, StopSignal())
         found = {"train_seconds": time.monotonic() - started, **trained(recipe.run.directory)}
         adapter = recipe.run.directory / rundir.ADAPTER
     started = time.monotonic()
-    with process_group() as device:
-        tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
-        prepared, opened = open_prepared(recipe.data, tokenizer), open_base(recipe.base)
-        found |= {"prepared_key": prepared.manifest["key"], "base_fingerprint": opened.fingerprint}
-        items = chosen(prepared.items, cell.tuning)
-        score = losses if cell.tuning else scores
-        with wearing(load_whole(opened, device), adapter) as model:
-            if adapter is not None:
-                found["parameters"] = sum(p.numel() for name, p in model.named_parameters() if is_adapters(name))
-            found |= score(model, tokenizer, items, recipe)
+    tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
+    prepared, opened = open_prepared(recipe.data, tokenizer), open_base(recipe.base)
+    found |= {"prepared_key": prepared.manifest["key"], "base_fingerprint": opened.fingerprint}
+    asked = questions(chosen(prepared.items, cell.tuning), tokenizer, recipe.data)
+    base_model = load_whole(opened, "cuda" if torch.cuda.is_available() else "cpu")
+    with wearing(base_model, adapter) as model:
+        if adapter is not None:
+            found["parameters"] = sum(p.numel() for name, p in model.named_parameters() if is_adapters(name))
+        found |= (losses if cell.tuning else scores)(model, asked, tokenizer)
     shutil.rmtree(recipe.run.directory, ignore_errors=True)
     return found | {"score_seconds": time.monotonic() - started}
+
+
+@torch.no_grad()
+def beginning(recipe: Recipe, change: Callable[[Experts], Any]) -> Recipe:
+    """The recipe, beginning with a fresh adapter's values changed."""
+    torch.manual_seed(recipe.run.seed)
+    model = attach_adapter(load_whole(open_base(recipe.base), "cpu"), recipe.adapter)
+    for adapter in experts_of(model).values():
+        change(adapter)
+    folder = WORK / f"{recipe.run.name}-start"
+    save_adapter(model, {name: p for name, p in model.named_parameters() if p.requires_grad}, folder)
+    return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"init_from": folder})})
 
 
 def is_adapters(name: str) -> bool:
@@ -85,33 +102,22 @@ def chosen(items: Sequence[dict[str, Any]], validation: bool) -> list[dict[str, 
     return [item for mine in by_task.values() for item in mine[part]]
 
 
-def losses(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[dict[str, Any]],
-    recipe: Recipe,
-) -> dict[str, Any]:
+def losses(model: PreTrainedModel | PeftModel, asked: Questions, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """losses: by task, nats a token of the wanted answers."""
-    texts = wanted_answers(items, tokenizer, recipe.data)
-    totals = np.empty(len(texts))
-    for batch in like_lengths([len(text.ids) for text in texts], BATCH):
-        totals[batch] = log_likelihoods(model, [texts[i] for i in batch], tokenizer.pad_token_id)
-    return by_task(items, -totals, [text.scored for text in texts])
+    totals = np.empty(len(asked.wanted))
+    for batch in like_lengths([len(text.ids) for text in asked.wanted], BATCH):
+        totals[batch] = log_likelihoods(model, [asked.wanted[i] for i in batch], tokenizer.pad_token_id)
+    return by_task(asked.items, -totals, [text.scored for text in asked.wanted])
 
 
-def scores(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[dict[str, Any]],
-    recipe: Recipe,
-) -> dict[str, Any]:
+def scores(model: PreTrainedModel | PeftModel, asked: Questions, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """scores: by task, each item's score by the task's metric, from 0 to 1; losses as above."""
-    given = ask(model, questions(items, tokenizer, recipe.data), Asking(tokenizer, BATCH, sharded=False))
+    given = ask(model, asked, Asking(tokenizer, BATCH, sharded=False))
     of_items: dict[str, list[float]] = {}
-    metrics = metrics_of(items)
-    for item, one in zip(items, given, strict=True):
+    metrics = metrics_of(asked.items)
+    for item, one in zip(asked.items, given, strict=True):
         of_items.setdefault(item["task"], []).append(round(one[metrics[item["task"]]], 4))
-    found = by_task(items, [one["loss"] for one in given], [one["tokens"] for one in given])
+    found = by_task(asked.items, [one["loss"] for one in given], [one["tokens"] for one in given])
     return {**found, "scores": of_items, "metrics": metrics}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.quality.settings import TRAINED, Cell
+from benchmarks.quality.settings import TRAINED, TRIALS, Cell
 
 SEEDS = (1, 2, 3)
 TUNING_SEED = 0  # the seed of no cell that is compared
@@ -11,6 +11,15 @@ LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # every method's tuning budget
 
 def tuning_cells() -> list[Cell]:
     return [Cell(method, TUNING_SEED, rate, tuning=True) for rate in LEARNING_RATES for method in TRAINED]
+
+
+def trial_cells(rates: dict[str, float]) -> list[Cell]:
+    """rates: as below."""
+    return [
+        Cell(method, TUNING_SEED, rates[method], tuning=True, trial=name)
+        for name, trial in TRIALS.items()
+        for method in trial.methods
+    ]
 
 
 def compared_cells(rates: dict[str, float], seeds: Sequence[int] = SEEDS) -> Iterator[Cell]:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.adapters.layer import Experts
 from trainer.recipe import Recipe, load_recipe
 
 RECIPE = Path("launch/recipes/suite.yaml")
@@ -73,12 +74,49 @@ METHODS = {
 TRAINED = [name for name, method in METHODS.items() if method.adapter]
 
 
+def _interaction(reach: float) -> Callable[[Experts], Any]:
+    """M with 1 on the diagonal and up to +-reach elsewhere, in place of 0.1."""
+    return lambda adapter: adapter.interaction.uniform_(-reach, reach).fill_diagonal_(1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What might tell methods apart, tried on validation items only.
+
+    settings: of the recipe. start: what is done to an adapter's fresh values, in place.
+    """
+
+    label: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    start: Callable[[Experts], Any] | None = None
+    methods: tuple[str, ...] = ("teamlora",)
+
+
+THREE = ("teamlora", "moelora", "lora")
+TRIALS = {
+    "seed": Trial("another seed: how much chance does", {"run.seed": 100}, methods=THREE),
+    "alpha1": Trial("alpha / rank 1 in place of 2", {"adapter.alpha": TOTAL_RANK // EXPERTS}),
+    "alpha4": Trial("alpha / rank 4", {"adapter.alpha": 4 * TOTAL_RANK // EXPERTS}),
+    "balance0": Trial("balance loss weight 0 in place of 0.01", {"adapter.balance_loss_weight": 0.0}),
+    "balance10": Trial("balance loss weight 0.1", {"adapter.balance_loss_weight": 0.1}),
+    "identity": Trial("M starts at the identity", start=_interaction(0)),
+    "wide": Trial("M starts off the diagonal at up to 0.5 in place of 0.1", start=_interaction(0.5)),
+    "router4": Trial("router starts 4 times as large", start=lambda adapter: adapter.router.mul_(4)),
+    "router4-balance0": Trial(
+        "the same, and balance loss weight 0",
+        {"adapter.balance_loss_weight": 0.0},
+        start=lambda adapter: adapter.router.mul_(4),
+    ),
+    "long": Trial("256 steps in place of 64", {"train.steps": 256}, methods=THREE),
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training and its scores.
 
-    share: percent of the rows that the others see, each once: so many fewer steps. tuning: of a learning rate, scored
-    on validation items.
+    share: percent of the rows that the others see, each once: so many fewer steps. tuning: short, and scored on
+    validation items; trial: a name of TRIALS, "" for what is compared.
     """
 
     method: str
@@ -87,12 +125,13 @@ class Cell:
     experts: int = EXPERTS
     share: int = 100
     tuning: bool = False
+    trial: str = ""
 
     @property
     def name(self) -> str:
         if METHODS[self.method].adapter is None:
             return self.method
-        kind = "tuning-" if self.tuning else ""
+        kind = f"trial-{self.trial}-" if self.trial else "tuning-" if self.tuning else ""
         return f"{kind}{self.method}-k{self.experts}-data{self.share}-lr{self.learning_rate:g}-seed{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,6 +148,7 @@ def recipe_of(cell: Cell, base: str) -> Recipe:
         "train.steps": TUNING_STEPS if cell.tuning else STEPS * cell.share // 100,
         "train.learning_rate": cell.learning_rate or 1.0,
         **{f"adapter.{key}": value for key, value in (adapter(cell.experts) if adapter else {}).items()},
+        **(TRIALS[cell.trial].settings if cell.trial else {}),
     }
     return _load(settings)
 

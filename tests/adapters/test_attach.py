@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
@@ -95,6 +96,19 @@ def test_init_from_continues_from_the_saved_values_and_learns(tmp_path, llama, m
     assert values.keys() == learning(before).keys()
     assert all(torch.equal(values[name], value) for name, value in learning(before).items())
     assert torch.equal(logits(model), logits(before))
+
+
+@methods
+def test_an_adapter_that_lacks_a_part_is_refused_and_the_part_named(tmp_path, llama, method):
+    folder = saved(tmp_path / "adapter", llama, section(method))
+    whole = load_file(folder / "adapter_model.safetensors")
+    lost = next(iter(whole))
+    save_file({name: tensor for name, tensor in whole.items() if name != lost}, folder / "adapter_model.safetensors")
+    module = ".".join(lost.split(".")[3:6])
+    with pytest.raises(
+        UserError, match=rf"^{folder}: parts of the adapter are missing \(.*{module}.*give a whole one$"
+    ):
+        attach_adapter(plain_model(llama), section(method, init_from=folder))
 
 
 def test_dropout_and_balance_loss_come_from_the_recipe_when_training_goes_on(tmp_path, llama):

@@ -10,6 +10,7 @@ from torch import nn
 
 from data_prep.errors import UserError
 from trainer.adapters.config import HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
+from trainer.adapters.load import load_adapter
 from trainer.recipe import AdapterConfig
 
 EXPERT_CONFIGS = {"teamlora": TeamLoraConfig, "moelora": MoeLoraConfig, "hydralora": HydraLoraConfig}
@@ -51,13 +52,12 @@ def check_adapter(model: nn.Module, adapter: AdapterConfig) -> None:
 def attach_adapter(model: nn.Module, adapter: AdapterConfig) -> PeftModel:
     """Puts the adapter into the model, in the dtype of its base layers, and makes it all that learns.
 
-    Fresh values come from torch's global generator: seed it alike on every rank.
+    Fresh values come from torch's global generator: seed it alike on every rank. Raises UserError where the adapter to
+    start from is not whole.
     """
     if adapter.init_from is None:
         return get_peft_model(model, peft_config(adapter), autocast_adapter_dtype=False)
-    return PeftModel.from_pretrained(
-        model, adapter.init_from, is_trainable=True, autocast_adapter_dtype=False, config=_continued(adapter)
-    )
+    return load_adapter(model, adapter.init_from, is_trainable=True, config=_continued(adapter))
 
 
 def attach_on_meta(model: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> PeftModel:

@@ -15,6 +15,7 @@ import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.errors import UserError
 from trainer import rundir
 from trainer.adapters.layer import freeze_experts
+from trainer.adapters.load import load_adapter
 from trainer.base.fingerprint import check_base_file
 from trainer.base.load import load_opened
 from trainer.base.match import OpenedBase, open_base
@@ -97,8 +98,8 @@ def wearing(base: PreTrainedModel, adapter: Path | None) -> Iterator[PreTrainedM
 
 
 def put_on(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The base under an adapter that does not change any more."""
-    model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).eval()
+    """The base under an adapter that does not change any more. Raises UserError where it is not whole."""
+    model = load_adapter(base, adapter).eval()
     freeze_experts(model)
     return model
 
