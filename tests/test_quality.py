@@ -12,12 +12,14 @@ from benchmarks.quality.cell import chosen
 from benchmarks.quality.figures import draw
 from benchmarks.quality.intervals import Draws, stacked
 from benchmarks.quality.page import with_table
-from benchmarks.quality.plan import LEARNING_RATES, SEEDS, TUNING_SEED, compared_cells, tuning_cells
-from benchmarks.quality.settings import METHODS, STEPS, TRAINED, Cell, recipe_of
+from benchmarks.quality.plan import LEARNING_RATES, SEEDS, TUNING_SEED, compared_cells, trial_cells, tuning_cells
+from benchmarks.quality.settings import METHODS, STEPS, TRAINED, TRIALS, Cell, recipe_of
 from benchmarks.quality.speed import LOOP, NEW_TOKENS, Side, WithLoop, measure
 from benchmarks.quality.tables import Compared, all_tables, numbers
 from tests.tiny_models import tiny_llama
 from trainer.adapters.attach import attach_adapter
+from trainer.adapters.config import TeamLoraConfig
+from trainer.adapters.layer import Experts
 
 TASKS = {"sums": 5, "dates": 8}
 MADE = {"commit": "c1", "recipe": "r1"}
@@ -41,11 +43,13 @@ def found(level: float, seed: int) -> dict:
 
 @pytest.fixture
 def folder(tmp_path):
-    """All tuning cells, and the compared cells of two seeds; a method's level falls in their order, rates do not matter
-    but for the middle one, which is best."""
+    """All tuning cells, one trial of one method, and the compared cells of two seeds; a method's level falls in their
+    order, rates do not matter but for the middle one, which is best."""
     for cell in tuning_cells():
         best = cell.learning_rate == LEARNING_RATES[1]
         results.save(cell, {**GROUND, "losses": dict.fromkeys(TASKS, 1.0 if best else 2.0)}, MADE, tmp_path)
+    trial = next(cell for cell in trial_cells(dict.fromkeys(TRAINED, LEARNING_RATES[1])) if cell.trial == "alpha4")
+    results.save(trial, {**GROUND, "losses": dict.fromkeys(TASKS, 1.25)}, MADE, tmp_path)
     levels = {method: 0.2 + 0.05 * place for place, method in enumerate(METHODS)}
     for cell in compared_cells(dict.fromkeys(TRAINED, LEARNING_RATES[1]), SEEDS[:2]):
         results.save(cell, found(levels[cell.method], cell.seed), MADE, tmp_path)
@@ -104,6 +108,43 @@ def test_tables_have_a_row_a_method_and_pictures_are_drawn(folder, tmp_path):
     assert tables["experts"].count("(") == 1 + 2 * 4 and tables["data"].count("(") == 3 * 3
     for path in draw(compared, None, tmp_path / "pictures"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_trials_stand_beside_the_cells_that_they_change(folder):
+    _heads, _line, *rows = dict(all_tables(Compared(results.load(folder)), None))["trials"].splitlines()
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert cells[0] == ["as in the table above", "1.000", "1.000", "1.000"]
+    assert {row[0]: row[1] for row in cells[1:] if len(row) > 1 and row[1]} == {"alpha / rank 4": "1.250"}
+    assert [row[0] for row in cells[1:]] == [trial.label for trial in TRIALS.values()]
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_a_trial_changes_what_it_says_and_nothing_else(name):
+    trial = TRIALS[name]
+    for method in trial.methods:
+        tried, plain = (
+            recipe_of(Cell(method, TUNING_SEED, 1e-3, tuning=True, trial=trial), "base").model_dump()
+            for trial in (name, "")
+        )
+        changed = {f"{part}.{key}" for part in plain for key in plain[part] if tried[part][key] != plain[part][key]}
+        assert changed - {"run.name"} == set(trial.settings)
+
+
+def test_trials_begin_with_the_values_that_they_say():
+    def begun(name: str) -> Experts:
+        torch.manual_seed(0)
+        adapter = Experts(8, 8, TeamLoraConfig(num_experts=4, expert_rank=2))
+        with torch.no_grad():
+            if TRIALS[name].start:
+                TRIALS[name].start(adapter)
+        return adapter
+
+    fresh, off = begun("seed"), ~torch.eye(4, dtype=torch.bool)
+    assert torch.equal(begun("identity").interaction, torch.eye(4))
+    assert torch.equal(begun("router4").router, 4 * fresh.router)
+    wide = begun("wide").interaction
+    assert torch.equal(wide.diag(), torch.ones(4)) and 0.2 < wide[off].abs().max() <= 0.5
+    assert fresh.interaction[off].abs().max() <= 0.1
 
 
 def test_a_pairs_interval_is_narrow_where_items_differ_alike_and_wide_where_not():

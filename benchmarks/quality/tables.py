@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.quality.intervals import Draws, Scores, stacked
-from benchmarks.quality.plan import LEARNING_RATES, SEEDS, tuning_cells
+from benchmarks.quality.plan import LEARNING_RATES, SEEDS, TUNING_SEED, trial_cells, tuning_cells
 from benchmarks.quality.results import Result, best_rates, mean, mean_loss
-from benchmarks.quality.settings import EXPERTS, METHODS, TRAINED, Cell
+from benchmarks.quality.settings import EXPERTS, METHODS, THREE, TRAINED, TRIALS, Cell
 
 SAME_FUNCTION = {  # rows that need no cells of their own
     "collaboration only: M fixed to the identity": "moelora",
@@ -110,6 +110,17 @@ def tuning_table(compared: Compared) -> str:
     return table(["method", *(f"{rate:g}" for rate in LEARNING_RATES), "chosen"], rows)
 
 
+def trials_table(compared: Compared) -> str:
+    """Mean validation loss over tasks by trial and method."""
+    cells = {("", m): Cell(m, TUNING_SEED, compared.rates[m], tuning=True) for m in THREE}
+    cells |= {(cell.trial, cell.method): cell for cell in trial_cells(compared.rates)}
+    found = {key: compared.results[cell.name] for key, cell in cells.items() if cell.name in compared.results}
+    losses = {key: f"{mean_loss(result):.3f}" for key, result in found.items()}
+    labels = {"": "as in the table above", **{name: trial.label for name, trial in TRIALS.items()}}
+    rows = [[label, *(losses.get((trial, method), "") for method in THREE)] for trial, label in labels.items()]
+    return table(["trial", *(METHODS[method].label for method in THREE)], rows)
+
+
 def series_table(compared: Compared, name: str, points_of: Sequence[dict[str, int]], methods: Sequence[str]) -> str:
     """Scores along one setting, such as {"experts": 1}, {"experts": 2}."""
     draws = compared.draws()
@@ -123,6 +134,8 @@ def series_table(compared: Compared, name: str, points_of: Sequence[dict[str, in
 def all_tables(compared: Compared, speed: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """By name, those for which there are cells."""
     yield "learning rates", tuning_table(compared)
+    if set(THREE) <= set(compared.rates):
+        yield "trials", trials_table(compared)
     if not compared.seeds:
         return
     yield "methods", methods_table(compared, speed)
