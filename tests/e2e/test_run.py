@@ -3,10 +3,11 @@
 import json
 import math
 import os
+import shutil
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.conftest import REPOSITORY
@@ -142,6 +143,18 @@ def test_a_run_can_start_from_the_adapter_of_another(workplace, first):
     done = workplace.teamlora("train", "recipe.yaml", "run.name=second", "adapter.init_from=runs/first/adapter")
     assert done.returncode == 0, done.stderr
     assert workplace.records("second")[0]["loss"] < workplace.records("first")[0]["loss"]
+
+
+def test_no_run_starts_from_half_an_adapter(workplace, first):
+    partial = shutil.copytree(workplace.folder / "runs" / "first" / "adapter", workplace.folder / "partial")
+    tensors = load_file(partial / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, partial / "adapter_model.safetensors")
+    done = workplace.teamlora("train", "recipe.yaml", "run.name=half", "adapter.init_from=partial")
+    assert done.returncode == 2
+    assert done.stderr.count("error: partial: parts of the adapter are missing") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (workplace.folder / "runs" / "half" / "adapter").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause_and_leaves_no_adapter(workplace, first):
