@@ -9,5 +9,5 @@ bash launch/install.sh test
 export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "${1:-}" = fast ]; then shift; exec .venv/bin/python -m pytest -m "not slow" "$@"; fi
 bash tests/cluster/install.sh
-# Two streams, see tests/conftest.py: most of these tests wait more than they compute.
-exec .venv/bin/python -m pytest -n 2 "$@"
+# As many workers as there are long folders, see tests/conftest.py.
+exec .venv/bin/python -m pytest -n 3 "$@"
