@@ -24,6 +24,8 @@ from data_prep.errors import UserError
 
 _PLAIN = {"role", "content"}  # the fields of a message of which a skeleton needs to know the role only
 
+_ANSWER = "<<answer>>"
+
 Span = tuple[int, int]  # first character, and one past the last
 _Header = tuple[int | None, str]  # the message whose marker is the last before a turn, and the text between the two
 
@@ -113,19 +115,24 @@ class ChatTemplate:
             raise _unreadable(origin)
         return text, spans
 
-    def closes_turns(self) -> bool:
-        """Whether a special token ends the last assistant turn; without one a model does not learn to stop."""
-        return bool(self._end_token())
+    def lead(self, messages: Sequence[Message], origin: str, tools: list[dict[str, Any]] | None = None) -> str:
+        """What the model has to write itself before the content of an answer to `messages`: between the generation
+        prompt and that, such as Qwen3's empty reasoning block. Raises UserError as `render` does.
+        """
+        text, spans = self.render([*messages, {"role": "assistant", "content": _ANSWER}], origin, tools)
+        start, _ = spans[len(messages)]
+        return text[start : text.index(_ANSWER, start)]
+
+    def end_token(self) -> str:
+        """The special token that ends an ordinary assistant turn; empty where none does: then a model does not learn
+        to stop."""
+        answer = self._plain_skeleton(("user", "assistant"), "the chat template").turns[-1]
+        return answer.after[: answer.closing].strip()
 
     def writes_dates(self) -> bool:
         """Whether the template writes the day on which it is asked, as Llama-3.1's does."""
         templates = self._tokenizer.chat_template
         return any("strftime_now" in t for t in (templates.values() if isinstance(templates, dict) else [templates]))
-
-    def _end_token(self) -> str:
-        """The special token that ends an ordinary assistant turn; empty where none does."""
-        answer = self._plain_skeleton(("user", "assistant"), "the chat template").turns[-1]
-        return answer.after[: answer.closing].strip()
 
     def _text(
         self,
@@ -166,7 +173,7 @@ class ChatTemplate:
             tag += "_"
         verbatim = frozenset(index for index, message in enumerate(messages) if is_verbatim(message))
         write = partial(self._text, origin=origin)
-        draft = _Draft(write, self._prompts, messages, tools, verbatim, tag, self._end_token())
+        draft = _Draft(write, self._prompts, messages, tools, verbatim, tag, self.end_token())
         return self._read(draft, origin)
 
     def _read(self, draft: "_Draft", origin: str) -> _Skeleton:
@@ -196,7 +203,7 @@ class ChatTemplate:
 
     def _end_of_verbatim(self, message: Message, after: str, origin: str) -> int:
         """Past the end token of a verbatim turn, the only one in `after`: what only looks like one is masked."""
-        token = self._end_token()
+        token = self.end_token()
         if after.count(token) != 1:
             raise _unreadable(origin)
         end = after.index(token)

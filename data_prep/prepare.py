@@ -202,7 +202,7 @@ def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], n
     notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in not_held_out]
     if any(set(counts) - {"text"} for counts in forms.values()):
         template = Encoder(tokenizer, config).template
-        notes += [_NO_END_TOKEN] if not template.closes_turns() else []
+        notes += [_NO_END_TOKEN] if not template.end_token() else []
         notes += [_TODAY] if template.writes_dates() else []
     for index, source in enumerate(config.sources):
         key = source_key(index)

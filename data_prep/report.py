@@ -96,7 +96,7 @@ def _sources(manifest: dict[str, Any]) -> list[str]:
     for index, source in enumerate(manifest["config"]["sources"]):
         forms = manifest["forms"].get(f"data.sources.{index}", {})
         held = ", ".join(f"{count:,} {form}" for form, count in forms.items()) or "no record"
-        where = source.get("path") or source.get("name") or source.get("generator")
+        where = source.get("path") or source.get("name") or source.get("generator") or source["task"]
         lines.append(f"- {source['task']}: {source['type']} `{where}`: {held}")
     return lines
 

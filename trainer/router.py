@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from data_prep.encode import IGNORED
 from data_prep.errors import UserError
@@ -46,9 +47,9 @@ def show_routers(directory: Path, items_per_task: int, examples: int, to: Path |
             f"data.held_out={recipe.data.held_out}: no held-out document of {recipe.data.prepared_dir} has anything to "
             "learn, so there is nothing to show the routers; prepare with a larger data.held_out"
         )
-    view = watch(run, documents, prepared.tasks)
-    shown = _in_turn(documents, examples)
     with told_as("--to", target), publishing(target) as folder:
+        view = watch(run, documents, prepared.tasks)
+        shown = _in_turn(documents, examples)
         (folder / NUMBERS).write_text(json.dumps(as_json(view), indent=1) + "\n")
         (folder / TOKENS).write_text(_page(directory, run, shown, prepared.tasks), encoding="utf-8")
         draw(view, folder)
@@ -104,12 +105,28 @@ def _page(directory: Path, run: LoadedRun, documents: Sequence[Document], tasks:
         examples.append(
             Example(
                 task=tasks[int(document["task_ids"][0])],
-                texts=[run.tokenizer.decode([token]) for token in document["input_ids"]],
+                texts=texts_of(run.tokenizer, document["input_ids"].tolist()),
                 learnt=document["labels"] != IGNORED,
                 weights=torch.cat((means.mean(0, keepdim=True), means)).numpy(),
             )
         )
     return tokens_page(f"Leading experts of {directory}", examples, ["all layers", *(f"layer {i}" for i in layers)])
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; nothing, where it ends within a character: that is then the next one's.
+
+    Decoded together with those shown last, since some tokenizers drop the blank before the first token.
+    """
+    texts, start, shown = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        before, now = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:end])
+        if now.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(now[len(before) :])
+            start, shown = shown, end
+    return texts
 
 
 @torch.no_grad()

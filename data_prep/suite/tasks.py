@@ -41,13 +41,23 @@ TASKS = {
 }
 
 
+MOST_REPEATS = 1000  # in a row
+
+
 def rows_of(task: str, seed: int) -> Iterator[Row]:
-    """The task's rows, one an entity; the same ones in the same order on every machine."""
-    seen = set()
+    """The task's rows, one an entity; the same ones in the same order on every machine.
+
+    Ends where the task does or, for one that draws without end, when hardly anything new is drawn any more.
+    """
+    seen, repeated = set(), 0
     for row in TASKS[task].rows(random.Random(f"{task} {seed}")):
+        repeated += 1
         if row.entity not in seen:
             seen.add(row.entity)
+            repeated = 0
             yield row
+        elif repeated == MOST_REPEATS:
+            return
 
 
 def records(source: SuiteSource, key: str) -> Iterator[dict[str, Any]]:

@@ -50,6 +50,19 @@ def test_an_expert_alone_computes_its_own_update_under_the_sum_of_all_weights(me
         assert torch.allclose(module(x, y), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_expert_is_alone_also_where_few_tokens_are_served_quicker():
+    _, module, x, y = parts("teamlora", {})
+    with torch.no_grad():
+        with alone(module, 1):
+            expected = module(x, y)
+        module.freeze()
+        frozen = module(x, y)
+        with alone(module, 1):
+            assert torch.equal(module(x, y), expected)
+        assert torch.equal(module(x, y), frozen)
+    assert not torch.allclose(frozen, expected)
+
+
 @methods
 def test_afterwards_everything_is_as_it_was(method, options):
     config, module, x, y = parts(method, options)

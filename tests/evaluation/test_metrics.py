@@ -41,6 +41,8 @@ def test_token_f1_is_that_of_squad(given, wanted, expected):
         ("the gunman kill police", "police killed the gunman", 2 / 4),  # the gunman
         ("a b c d", "a c", 2 * (1 / 2 * 1) / (1 / 2 + 1)),
         ("ветер дует", "Ветер дует!", 1),  # any script
+        ("की", "का", 0),  # differ in a combining mark
+        ("风很大", "风大", 4 / 5),  # 风 大
         ("", "a", 0),
     ],
 )

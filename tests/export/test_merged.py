@@ -1,13 +1,15 @@
 """Merged folders: transformers alone computes base plus update, on either base."""
 
 import json
+import resource
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from data_prep.errors import UserError
 from tests.adapters.parts import logits, plain_model
 from trainer.base.load import load_base
 from trainer.base.match import open_base
@@ -100,3 +102,30 @@ def test_tokenizer_and_chat_template_come_along(make_run):
     found, expected = (AutoTokenizer.from_pretrained(path) for path in (folder, run.base))
     turns = [{"role": "user", "content": "Sort the words"}]
     assert found.apply_chat_template(turns) == expected.apply_chat_template(turns)
+
+
+def test_a_merged_model_stops_where_its_template_ends_an_answer(make_run):
+    run = make_run()
+    end = AutoTokenizer.from_pretrained(run.base).convert_tokens_to_ids("<|im_end|>")
+    assert end != 7
+    GenerationConfig(eos_token_id=7, repetition_penalty=1.5).save_pretrained(run.base)
+    try:
+        exported = export(Request(run.folder, "merged"))
+    finally:
+        (run.base / "generation_config.json").unlink()
+    found = GenerationConfig.from_pretrained(exported.folder)
+    assert (found.eos_token_id, found.repetition_penalty) == ([7, end], 1.5)
+
+
+def test_a_disk_that_refuses_a_file_is_told_in_one_line_and_leaves_nothing(make_run):
+    run = make_run()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(
+            UserError, match="^--output: cannot write .*export-merged .*give a folder that can be written$"
+        ):
+            export(Request(run.folder, "merged"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path for path in run.folder.iterdir() if "export" in path.name]

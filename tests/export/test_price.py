@@ -13,6 +13,7 @@ from tests.export.fixed_gates import fixed_gate_model
 from tests.tiny import tiny_tokenizer
 from trainer.export import export as exporting
 from trainer.export.export import Request, export
+from trainer.export.price import measure, table
 
 ROWS = 64
 
@@ -70,7 +71,8 @@ def test_scores_are_those_of_the_items_before_and_after(make_run, monkeypatch):
     gates = json.loads((exported.folder / "export.json").read_text())["facts"]["gates"]
     before = PeftModel.from_pretrained(plain_model(run.base), run.folder / "adapter").eval()
     after = fixed_gate_model(run.base, "teamlora", run.adapter(), gates, alpha=6.0)
-    expected = [sum(chooses_the_answer(model, item) for item in upper[:3]) / 3 for model in (before, after)]
+    asked = [upper[0], *upper[2:]]  # three of four, evenly spread
+    expected = [sum(chooses_the_answer(model, item) for item in asked) / 3 for model in (before, after)]
     assert any(expected)
     by_task = {line.task: [line.score_before, line.score_after] for line in exported.price}
     assert by_task == {"upper": expected, "twice": [0, 0], "all": [score / 2 for score in expected]}
@@ -89,6 +91,16 @@ def chooses_the_answer(model, item):
         logits = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)
         totals[choice] = sum(logits[t - 1, ids[t]].item() for t in range(start, len(ids)))
     return max(totals, key=totals.get) == item["answer"]
+
+
+def test_a_task_without_labelled_tokens_keeps_its_scores():
+    nothing = torch.nn.Module()
+    told = measure(nothing, nothing, [], ["a", "b"], lambda _: {"a": 0.5})
+    assert [(line.task, line.tokens, line.kl, line.score_before) for line in told] == [
+        ("a", 0, None, 0.5),
+        ("all", 0, None, 0.5),
+    ]
+    assert table(told).splitlines()[1].split() == ["a", "0", "-", "-", "-", "50.0%", "50.0%"]
 
 
 def test_a_model_that_does_not_fit_is_written_but_not_measured(make_run, monkeypatch):

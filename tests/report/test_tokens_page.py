@@ -5,7 +5,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 
+from tests.tiny import tiny_tokenizer
 from trainer.report.tokens_page import Example, tokens_page
+from trainer.router import texts_of
 
 TEXTS = ["<script>", "&amp;", '"quoted"', "\n", "plain"]
 WEIGHTS = np.array([[[0.1, 0.9]] * 4 + [[0.6, 0.4]], [[0.8, 0.2]] * 5])  # all layers, layer 0
@@ -46,3 +48,17 @@ def test_text_is_escaped_and_comes_back_as_it_was():
 
 def test_nothing_is_asked_of_the_net():
     assert not re.search(r"https?:|src=|href=|@import|url\(", page())
+
+
+def test_what_tokens_add_is_the_text_also_where_characters_take_several():
+    tokenizer, text = tiny_tokenizer(), "naïve 🙂 日本 the words"
+    ids = tokenizer(text)["input_ids"]
+    found = texts_of(tokenizer, ids)
+    assert len(found) == len(ids)
+    assert "".join(found) == text
+    assert "🙂" in found and "" in found
+
+
+def test_a_text_that_ends_within_a_character_says_so():
+    tokenizer = tiny_tokenizer()
+    assert texts_of(tokenizer, tokenizer("a🙂")["input_ids"][:-1])[-1] == "\ufffd"

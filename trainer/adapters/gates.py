@@ -55,14 +55,14 @@ def alone(model: nn.Module, expert: int) -> Iterator[None]:
     without M, whose weights sum to 1, a row of ones.
     """
     modules = list(experts_of(model).values())
-    kept = [module.interaction for module in modules]
+    kept = [(module.interaction, module.frozen) for module in modules]
     try:
         for module in modules:
-            module.interaction = _only(module, expert)
+            module.interaction, module.frozen = _only(module, expert), None
         yield
     finally:
-        for module, interaction in zip(modules, kept, strict=True):
-            module.interaction = interaction
+        for module, (interaction, frozen) in zip(modules, kept, strict=True):
+            module.interaction, module.frozen = interaction, frozen
 
 
 @torch.no_grad()

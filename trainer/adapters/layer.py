@@ -23,7 +23,8 @@ class Experts(nn.Module):
 
     A module with a forward of its own, because that is what ZeRO-3's hooks gather parameters for. `probe`, where a
     training loop has set one, sees the router's weights (see `routing.Routing`). `placed` is set where the experts
-    (and MoELoRA's A_i, `a_by_expert`) live on several ranks (see `placement.Placement`).
+    (and MoELoRA's A_i, `a_by_expert`) live on several ranks (see `placement.Placement`). `frozen`, once `freeze` was
+    called, serves forwards of few tokens.
     """
 
     def __init__(self, in_features: int, out_features: int, config: ExpertLoraConfig) -> None:
@@ -46,7 +47,7 @@ class Experts(nn.Module):
         self.balance_loss_weight = config.balance_loss_weight
         self.probe: Probe | None = None
         self.placed: Placed | None = None
-        self._frozen: FrozenExperts | None = None
+        self.frozen: FrozenExperts | None = None
         self.a_by_expert = isinstance(config, MoeLoraConfig)
         self.reset_parameters(zero_experts=config.init_weights)
 
@@ -67,12 +68,12 @@ class Experts(nn.Module):
     def freeze(self) -> None:
         """Makes forwards of few tokens quicker, for parameters that do not change any more and are whole here."""
         if not self.gate.renormalize and self.placed is None:
-            self._frozen = FrozenExperts(self.lora_a, self.router, self.interaction, self.experts, self.gate)
+            self.frozen = FrozenExperts(self.lora_a, self.router, self.interaction, self.experts, self.gate)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [..., d_in], base output y [..., d_out] -> [..., d_out] in the dtype of y."""
-        if self._frozen is not None and self._frozen.serves(x, y):
-            return self._frozen(x, y)
+        if self.frozen is not None and self.frozen.serves(x, y):
+            return self.frozen(x, y)
         probe = self.probe if self.training else None
         if self.training and self.probe is None and self.balance_loss_weight:
             warnings.warn(

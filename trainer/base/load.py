@@ -21,6 +21,8 @@ from trainer.base.shards import Shards, Whole
 if TYPE_CHECKING:
     from trainer.recipe import BaseModelConfig
 
+NAMED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
 
 def load_base(base: "BaseModelConfig", device: torch.device | str) -> PreTrainedModel:
     """Opens a base and loads it whole on one device: what one process without an engine needs."""
@@ -73,13 +75,15 @@ def tie(model: PreTrainedModel) -> None:
 
 
 def set_generation(model: PreTrainedModel, folder: Path) -> None:
-    """The folder's generation config, if it has one; generation caches, while a plain forward does not.
+    """The tokens that the folder's generation config names, if it has one; none of its penalties or temperatures, under
+    which the likeliest answer would not be given. Generation caches, while a plain forward does not.
 
     transformers isolates packed documents by position_ids only while no cache is in use, and makes a cache
     unless told otherwise.
     """
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        named = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig(**{key: getattr(named, key) for key in NAMED_TOKENS})
     model.config.use_cache = False
     model.generation_config.use_cache = True
 

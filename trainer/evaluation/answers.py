@@ -7,18 +7,29 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_prep.chat import ChatTemplate
 from data_prep.documents import with_system_prompt
 from trainer.evaluation.models import LoadedRun
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any]) -> str:
-    """What the chat template writes up to where the answer to the item's `messages` begins, given its `tools`."""
+    """The item's `messages`, given its `tools`, and the generation prompt, as the chat template writes them."""
     turns = list(item["messages"])
     return tokenizer.apply_chat_template(turns, tools=item.get("tools"), tokenize=False, add_generation_prompt=True)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any]) -> list[int]:
-    return tokenizer(prompt_text(tokenizer, item), add_special_tokens=False)["input_ids"]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], lead: str = "") -> list[int]:
+    """lead: `ChatTemplate.lead`, for a model that is to begin with its answer.
+
+    A blank at the end is the model's to write, as in training: tokenizers join it to the word that follows.
+    """
+    return tokenizer((prompt_text(tokenizer, item) + lead).rstrip(" "), add_special_tokens=False)["input_ids"]
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
+    """The tokens at which the template ends an answer, which is where training taught to stop: one or none."""
+    token = template.end_token()
+    return [tokenizer.convert_tokens_to_ids(token)] if token else []
 
 
 def like_lengths(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -33,11 +44,13 @@ def greedy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    ends: Sequence[int] = (),
     synced: bool = False,
 ) -> list[str]:
     """The answer to each prompt, without special tokens.
 
-    Pads on the left; transformers counts positions from the attention mask. synced: the model is sharded by ZeRO-3,
+    Pads on the left; transformers counts positions from the attention mask. ends: tokens that end an answer, beside
+    those that the base's generation_config names. synced: the model is sharded by ZeRO-3,
     and all ranks, which must all be here, make forwards until the last of them has its answers.
     """
     pad = tokenizer.pad_token_id
@@ -50,12 +63,20 @@ def greedy(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
+        eos_token_id=sorted({*ends, *named_ends(model)}) or None,
         synced_gpus=synced,
     )
     return tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
 
 
+def named_ends(model: PreTrainedModel | PeftModel) -> list[int]:
+    """The tokens at which the base's generation_config ends an answer."""
+    named = model.generation_config.eos_token_id
+    return [] if named is None else [named] if isinstance(named, int) else list(named)
+
+
 def answer(run: LoadedRun, prompt: str, max_new_tokens: int) -> str:
     """The answer to one prompt, asked as the prepared set asks."""
     turns = with_system_prompt([{"role": "user", "content": prompt}], run.recipe.data.system_prompt)
-    return greedy(run.model, run.tokenizer, [prompt_ids(run.tokenizer, {"messages": turns})], max_new_tokens)[0]
+    ends = ends_of(run.tokenizer, ChatTemplate(run.tokenizer))
+    return greedy(run.model, run.tokenizer, [prompt_ids(run.tokenizer, {"messages": turns})], max_new_tokens, ends)[0]

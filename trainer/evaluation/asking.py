@@ -9,8 +9,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig
-from trainer.evaluation.answers import greedy, like_lengths, prompt_ids
+from trainer.evaluation.answers import ends_of, greedy, like_lengths, prompt_ids
 from trainer.evaluation.dealing import on_all_ranks
 from trainer.evaluation.likelihood import Continuation, choices_of, log_likelihoods, wanted_answers
 from trainer.evaluation.metrics import CHOICES, TEXT_METRICS, likeliest, likeliest_by_length
@@ -20,13 +21,17 @@ MARGIN = 4  # tokens that an answer may be longer than the longest wanted answer
 
 @dataclass(frozen=True)
 class Questions:
-    """Items as a model gets them. prompts: token ids; room: most tokens of an answer; choices: [] where it has none."""
+    """Items as a model gets them.
+
+    prompts: token ids; room: most tokens of an answer; choices: [] where it has none; ends: tokens that end an answer.
+    """
 
     items: Sequence[dict[str, Any]]
     prompts: Sequence[list[int]]
     room: Sequence[int]
     wanted: Sequence[Continuation]
     choices: Sequence[list[Continuation]]
+    ends: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -38,27 +43,34 @@ class Asking:
     sharded: bool
 
 
-def first_of_each_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def some_of_each_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most `count` of each task, in order, evenly spread: items lie in the order of their sources and files."""
+    totals = Counter(item["task"] for item in items)
     seen: Counter[str] = Counter()
     kept = []
     for item in items:
-        if seen[item["task"]] < count:
-            kept.append(item)
+        number, total = seen[item["task"]], totals[item["task"]]
         seen[item["task"]] += 1
+        if number * count // total > (number - 1) * count // total:
+            kept.append(item)
     return kept
 
 
 def questions(items: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Questions:
+    """What stands before an answer by the chat template stands there already when a model is asked."""
+    template = ChatTemplate(tokenizer)
+    leads = [template.lead(item["messages"], f"item {i}", item.get("tools")) for i, item in enumerate(items, 1)]
     wanted = wanted_answers(items, tokenizer, config)
     longest: Counter[str] = Counter()
     for item, text in zip(items, wanted, strict=True):
         longest[item["task"]] = max(longest[item["task"]], text.scored)
     return Questions(
         items,
-        [prompt_ids(tokenizer, item) for item in items],
+        [prompt_ids(tokenizer, item, lead) for item, lead in zip(items, leads, strict=True)],
         [longest[item["task"]] + MARGIN for item in items],
         wanted,
-        [choices_of(item, tokenizer) if item.get("choices") else [] for item in items],
+        [choices_of(i, tokenizer, lead) if i.get("choices") else [] for i, lead in zip(items, leads, strict=True)],
+        ends_of(tokenizer, template),
     )
 
 
@@ -104,7 +116,7 @@ def _answers(model: PreTrainedModel | PeftModel, asked: Questions, asking: Askin
 
     def work(batch: Sequence[int]) -> list[str]:
         prompts = [asked.prompts[i] for i in batch]
-        return greedy(model, asking.tokenizer, prompts, asked.room[batch[0]], asking.sharded)
+        return greedy(model, asking.tokenizer, prompts, asked.room[batch[0]], asked.ends, asking.sharded)
 
     idle = partial(greedy, model, asking.tokenizer, [asked.prompts[0][:1]], 1, synced=True)
     return _dealt(batches, work, idle, asking)

@@ -19,7 +19,7 @@ from trainer.base.source import load_tokenizer
 from trainer.base.zero_config import check_config
 from trainer.batches import plan_batches
 from trainer.engine import read_deepspeed_config
-from trainer.evaluation.asking import Asking, ask, first_of_each_task, questions
+from trainer.evaluation.asking import Asking, ask, questions, some_of_each_task
 from trainer.evaluation.models import find_adapter, load_sharded, load_whole, open_subject, wearing
 from trainer.evaluation.report import Evaluation, write, write_tensorboard
 from trainer.evaluation.summary import SUBJECT, summarise
@@ -82,7 +82,7 @@ def _evaluate(wanted: Wanted, recipe: Recipe, models: dict[str, Path | None], de
         for adapter in filter(None, models.values()):
             check_base_file(adapter, recipe.base.model, opened.fingerprint)
         tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
-        items = first_of_each_task(open_prepared(recipe.data, tokenizer).items, wanted.items_per_task)
+        items = some_of_each_task(open_prepared(recipe.data, tokenizer).items, wanted.items_per_task)
         if not items:
             raise UserError(f"{recipe.data.prepared_dir}: no held-out items; set data.held_out and prepare again")
         asked = questions(items, tokenizer, recipe.data)

@@ -52,10 +52,14 @@ def _last_turn(encoded: Any) -> Continuation:
     return Continuation(encoded.input_ids[: scored[-1] + 1].tolist(), int(scored[0]))
 
 
-def choices_of(item: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Continuation]:
-    """Each of the item's choices after its messages, without an end token, as lm-eval scores them."""
-    prompt = prompt_text(tokenizer, item)
-    before, *whole = tokenizer([prompt, *(prompt + c for c in item["choices"])], add_special_tokens=False)["input_ids"]
+def choices_of(item: dict[str, Any], tokenizer: PreTrainedTokenizerBase, lead: str = "") -> list[Continuation]:
+    """Each of the item's choices after its messages and `lead`, without an end token, as lm-eval scores them.
+
+    lead: as `answers.prompt_ids` takes it; a blank at the end of the prompt is scored with the choice.
+    """
+    prompt = prompt_text(tokenizer, item) + lead
+    texts = [prompt.rstrip(" "), *(prompt + choice for choice in item["choices"])]
+    before, *whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [Continuation(ids, min(len(before), len(ids) - 1)) for ids in whole]
 
 

@@ -39,7 +39,13 @@ class Evaluation:
 
 
 def write(evaluation: Evaluation, directory: Path) -> None:
-    (directory / EVALUATION).write_text(evaluation.as_json() + "\n")
+    """evaluation.json, under one rename. Raises OSError where the disk refuses; an older one is then left as it is."""
+    part = directory / f".{EVALUATION}.part"
+    try:
+        part.write_text(evaluation.as_json() + "\n", encoding="utf-8")
+        part.replace(directory / EVALUATION)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_tensorboard(evaluation: Evaluation, directory: Path) -> None:

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from data_prep.chat import ChatTemplate
 from data_prep.errors import UserError
 from data_prep.publish import publishing, told_as
 from data_prep.reader import PreparedSet, manifest_for, open_prepared
@@ -17,7 +20,8 @@ from trainer import rundir
 from trainer.base.fingerprint import BASE_FILE
 from trainer.base.match import open_base
 from trainer.batches import Batch, collate
-from trainer.evaluation.asking import first_of_each_task
+from trainer.evaluation.answers import ends_of, named_ends
+from trainer.evaluation.asking import some_of_each_task
 from trainer.evaluation.models import LoadedRun, load_run
 from trainer.export.gates import adapted_by_experts, calibration_rows, mean_gates
 from trainer.export.load import free_bytes, load_merged, load_plain_lora
@@ -82,7 +86,8 @@ def export(request: Request) -> Exported:
         exported = _as_it_is(request, staging) if request.to == "peft" else _with_fixed_gates(request, staging)
         written = {"run": str(request.run), "to": request.to, **asdict(exported)}
         del written["folder"]
-        (staging / EXPORT).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
+        (staging / EXPORT).write_text(text, encoding="utf-8")
     return exported
 
 
@@ -158,8 +163,21 @@ def _write_merged(request: Request, run: LoadedRun, updates: dict[str, LowRank],
     """Also the bytes that a model of it takes."""
     dequantised = run.model.get_base_model() if request.base == "dequantised" else None
     size = write_merged(staging, open_base(run.recipe.base), updates, dequantised)
+    _name_taught_end(run, staging)
     base = "base as NF4 keeps it, dequantised," if dequantised is not None else "original base"
     return f"the {base} with a LoRA of rank {_rank(updates)} merged, in {run.recipe.base.dtype}", size
+
+
+def _name_taught_end(run: LoadedRun, folder: Path) -> None:
+    """A chat template of the recipe's own may end answers with a token that the base's generation_config lacks."""
+    if not run.tokenizer.chat_template:
+        return
+    named = named_ends(run.model)
+    if missing := [end for end in ends_of(run.tokenizer, ChatTemplate(run.tokenizer)) if end not in named]:
+        config = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
+        config = config or GenerationConfig()
+        config.eos_token_id = [*named, *missing]
+        config.save_pretrained(folder)
 
 
 def _rank(updates: dict[str, LowRank]) -> int:
@@ -175,7 +193,7 @@ def _price(
         return "price not measured: the prepared set has no held-out rows", None
     if size > free_bytes(run.model.device):
         return f"price not measured: {size / 1e9:.1f} GB beside the run's own model do not fit into memory", None
-    items = first_of_each_task(prepared.items, request.items_per_task)
+    items = some_of_each_task(prepared.items, request.items_per_task)
     try:
         exported = load_plain_lora(run, folder) if request.to == "lora" else load_merged(run, folder)
         price = measure(run.model, exported, _held_out(prepared, rows), prepared.tasks, scorer(run, items))

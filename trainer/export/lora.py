@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.errors import UserError
 from trainer.adapters.layer import Experts
+from trainer.adapters.save import write_tensors
 from trainer.export.gates import adapted_by_experts
 
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -83,4 +83,4 @@ def write_lora(folder: Path, updates: dict[str, LowRank], adapter: PeftConfig) -
     for name, update in updates.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = update.a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = update.b
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    write_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME)

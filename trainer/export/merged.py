@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trainer.adapters.save import write_tensors
 from trainer.base.match import DTYPES, OpenedBase
 from trainer.base.nf4 import NF4Linear
 from trainer.base.weights import Weights
@@ -40,7 +40,7 @@ def write_merged(
     for number, sources in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {source: _merged(opened, source, updates, dequantised).to(dtype) for source in sources}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        write_tensors(tensors, folder / name)
         files |= dict.fromkeys(sources, name)
     total = sum(opened.weights.numel(source) for source in opened.names) * dtype.itemsize
     if len(shards) > 1:

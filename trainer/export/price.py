@@ -21,13 +21,13 @@ Score = Callable[[nn.Module], dict[str, float]]  # a model -> {task: score}, suc
 
 @dataclass(frozen=True)
 class TaskPrice:
-    """One task's labelled held-out tokens; nats a token. Scores are None where none were taken."""
+    """One task's labelled held-out tokens; nats a token, None without tokens. Scores are None where none were taken."""
 
     task: str
     tokens: int
-    kl: float
-    loss_before: float
-    loss_after: float
+    kl: float | None
+    loss_before: float | None
+    loss_after: float | None
     score_before: float | None = None
     score_after: float | None = None
 
@@ -35,19 +35,21 @@ class TaskPrice:
 def measure(
     before: nn.Module, after: nn.Module, batches: Iterable[Batch], tasks: Sequence[str], score: Score | None = None
 ) -> list[TaskPrice]:
-    """Compares two causal LMs on the labelled tokens of the batches: a line a task that has some, and one of all."""
+    """Compares two causal LMs on labelled tokens: a line for each task that has some, or scores, and one of all."""
     sums = torch.zeros(len(tasks), 4, dtype=torch.float64)
     for batch in batches:
         sums += _sums(before, after, batch, len(tasks))
     scores = [score(before), score(after)] if score is not None else [{}, {}]
     prices = [_price(task, line, [found.get(task) for found in scores]) for task, line in zip(tasks, sums, strict=True)]
     of_all = [sum(found.values()) / len(found) if found else None for found in scores]
-    return [price for price in (*prices, _price(ALL, sums.sum(0), of_all)) if price.tokens]
+    lines = [*prices, _price(ALL, sums.sum(0), of_all)]
+    return [line for line in lines if line.tokens or line.score_before is not None]
 
 
 def _price(task: str, sums: Tensor, scores: Sequence[float | None]) -> TaskPrice:
     """sums: as _sums gives them for one task."""
-    return TaskPrice(task, int(sums[0]), *(sums[1:] / sums[0]).tolist(), *scores)
+    means = (sums[1:] / sums[0]).tolist() if sums[0] else [None] * 3
+    return TaskPrice(task, int(sums[0]), *means, *scores)
 
 
 def table(prices: Sequence[TaskPrice]) -> str:
@@ -63,10 +65,15 @@ def table(prices: Sequence[TaskPrice]) -> str:
 
 
 def _cells(price: TaskPrice, scored: bool) -> list[str]:
-    cells = [price.task, str(price.tokens), f"{price.kl:.2e}", f"{price.loss_before:.4f}", f"{price.loss_after:.4f}"]
+    cells = [price.task, str(price.tokens), _cell(price.kl, ".2e")]
+    cells += [_cell(loss, ".4f") for loss in (price.loss_before, price.loss_after)]
     if scored:
-        cells += ["-" if s is None else f"{s:.1%}" for s in (price.score_before, price.score_after)]
+        cells += [_cell(score, ".1%") for score in (price.score_before, price.score_after)]
     return cells
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 @torch.no_grad()

@@ -1,0 +1,29 @@
+"""evaluation.json is there whole, the old one or the new one."""
+
+import json
+
+import pytest
+
+from trainer.evaluation.report import EVALUATION, Evaluation, write
+from trainer.evaluation.summary import TaskSummary
+
+NOTHING = TaskSummary("t", "exact_match", 0, 0, 0.0, {}, {}, 0.0)
+
+
+def evaluation(answer: str) -> Evaluation:
+    return Evaluation({}, [], NOTHING, [{"answer": answer}])
+
+
+def test_it_is_read_as_it_was_written_in_any_script(tmp_path):
+    write(evaluation("답 é"), tmp_path)
+    assert json.loads((tmp_path / EVALUATION).read_text(encoding="utf-8"))["items"] == [{"answer": "답 é"}]
+    assert [path.name for path in tmp_path.iterdir()] == [EVALUATION]
+
+
+def test_a_full_disk_costs_no_older_evaluation(tmp_path):
+    write(evaluation("old"), tmp_path)
+    (tmp_path / f".{EVALUATION}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write(evaluation("new"), tmp_path)
+    assert json.loads((tmp_path / EVALUATION).read_text())["items"] == [{"answer": "old"}]
+    assert [path.name for path in tmp_path.iterdir()] == [EVALUATION]
