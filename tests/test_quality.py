@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import benchmarks.quality.__main__ as quality
 from benchmarks.quality import results
 from benchmarks.quality.cell import chosen
 from benchmarks.quality.figures import draw
 from benchmarks.quality.intervals import Draws, stacked
-from benchmarks.quality.page import with_table
+from benchmarks.quality.page import with_table, write_page
 from benchmarks.quality.plan import LEARNING_RATES, SEEDS, TUNING_SEED, compared_cells, trial_cells, tuning_cells
 from benchmarks.quality.settings import METHODS, STEPS, TRAINED, TRIALS, Cell, recipe_of
 from benchmarks.quality.speed import LOOP, NEW_TOKENS, Side, WithLoop, measure
@@ -217,7 +218,7 @@ def test_the_methods_are_timed_on_models_that_learn(tmp_path):
     before = {name: [p.detach().clone() for p in side.model.parameters()] for name, side in sides.items()}
     times = measure(sides, 0)
     for name, side in sides.items():
-        assert {kind: len(taken) for kind, taken in times[name].items()} == {"step": 1, "prefill": 1, "decode": 1}
+        assert {kind: len(taken) for kind, taken in times[name].items()} == {"step": 2, "prefill": 2, "decode": 2}
         assert side.cache.get_seq_length() == 32 + NEW_TOKENS
         moved = [not torch.equal(p, old) for p, old in zip(side.model.parameters(), before[name], strict=True)]
         assert any(moved) and not any(
@@ -230,3 +231,35 @@ def test_the_methods_are_timed_on_models_that_learn(tmp_path):
 def test_a_table_takes_the_place_between_its_marks_and_leaves_the_others():
     page = "a\n<!-- data -->\nold\n<!-- end -->\nb\n<!-- tasks -->\nkept\n<!-- end -->\n"
     assert with_table(page, "data", "new\nrow") == page.replace("old", "new\nrow")
+    with pytest.raises(ValueError, match="the page has 0 places for the table 'trials'"):
+        with_table(page, "trials", "lost")
+
+
+def test_a_cell_that_fails_keeps_no_other_from_being_run(monkeypatch, capsys):
+    cells = tuning_cells()[:3]
+    run = []
+
+    def run_cell(cell: Cell, _base: str) -> dict:
+        run.append(cell)
+        if cell == cells[0]:
+            raise quality.FailedCell("its last words")
+        return {}
+
+    monkeypatch.setattr(quality, "run_cell", run_cell)
+    monkeypatch.setattr(quality, "missing_cells", lambda: cells)
+    monkeypatch.setattr(quality, "prepare_for", lambda *_: None)
+    monkeypatch.setattr(quality.results, "provenance", lambda **_: MADE)
+    monkeypatch.setattr(quality.results, "refuse_mixed", lambda *_: None)
+    monkeypatch.setattr(quality.results, "load", dict)
+    monkeypatch.setattr(quality.results, "save", lambda *_: None)
+    assert not quality.run_missing("base", 1, jobs=1)
+    assert run == cells
+    told = capsys.readouterr()
+    assert "left: 0, failed: 1" in told.out and told.err == "error: its last words\n"
+    assert quality.run_missing("base", -1, jobs=1)
+    assert "left: 3, failed: 0" in capsys.readouterr().out
+
+
+def test_no_page_is_written_of_no_whole_seed(tmp_path):
+    with pytest.raises(results.MixedResults, match="no seed has cells of all methods"):
+        write_page(Compared(results.load(tmp_path)), None)

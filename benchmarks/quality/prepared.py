@@ -1,0 +1,15 @@
+"""The prepared set of all cells."""
+
+from benchmarks.quality.settings import Cell, recipe_of
+from data_prep.fingerprint import tokenizer_files
+from data_prep.prepare import kept, prepare
+from trainer.base.folder import resolve_folder
+from trainer.base.source import load_tokenizer
+
+
+def prepare_for(cell: Cell, base: str) -> None:
+    """Makes it where it is missing or of other code. Raises UserError where it cannot be made."""
+    recipe = recipe_of(cell, base)
+    files = tokenizer_files(resolve_folder(recipe.base), recipe.data)
+    if kept(recipe.data, files) is None:
+        print(prepare(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template), files))
