@@ -38,7 +38,6 @@ def found(level: float, seed: int) -> dict:
         "metrics": dict.fromkeys(TASKS, "exact_match"),
         "parameters": 1000,
         "train_losses": np.linspace(3, 1, 32).tolist(),
-        "router": {"router_weight_by_task": {task: [0.3, 0.2, 0.25, 0.25] for task in TASKS}},
     }
 
 

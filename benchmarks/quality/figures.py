@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.quality.settings import EXPERTS, METHODS, TRAINED
+from benchmarks.quality.settings import METHODS, TRAINED
 from benchmarks.quality.tables import DATA, EXPERT_NUMBERS, Compared
 
 WINDOW = 16  # steps that a loss curve is averaged over
@@ -18,7 +18,7 @@ LOOP = "moelora_loop"
 def draw(compared: Compared, speed: dict[str, Any] | None, folder: Path) -> list[Path]:
     """Writes a PNG for each figure that there are cells for; returns their paths."""
     figures: dict[str, Figure] = {"losses": losses(compared), "experts": series(compared, "experts", EXPERT_NUMBERS)}
-    figures |= {"data": series(compared, "share", DATA), "router": router(compared)}
+    figures["data"] = series(compared, "share", DATA)
     if speed is not None:
         figures |= {"costs": costs(compared, speed), "times": times(speed)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,17 +98,4 @@ def series(compared: Compared, name: str, points: Sequence[dict[str, int]]) -> F
     axes.set(xlabel={"experts": "experts k, r_A fixed", "share": "percent of the data"}[name], ylabel="score (points)")
     axes.set_xticks([point[name] for point in points])
     axes.legend(fontsize=8)
-    return figure
-
-
-def router(compared: Compared) -> Figure:
-    """TeamLoRA's mean router weight by task, of the first seed: experts of different seeds are not the same."""
-    by_task = compared.of("teamlora")[0].found["router"]["router_weight_by_task"]
-    weights = np.array(list(by_task.values()))
-    figure, (axes,) = panels(1, 5)
-    reach = max(abs(weights - 1 / EXPERTS).max(), 1e-3)
-    limits = {"vmin": 1 / EXPERTS - reach, "vmax": 1 / EXPERTS + reach}
-    figure.colorbar(axes.imshow(weights, cmap="RdBu_r", aspect="auto", **limits), ax=axes)
-    axes.set_yticks(range(len(by_task)), by_task, fontsize=7)
-    axes.set_xticks(range(EXPERTS), [f"expert {i}" for i in range(EXPERTS)], fontsize=8)
     return figure
