@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all, whatever stops the process that writes it."""
+"""Folders and files that are there whole or not at all, whatever stops the process that writes them."""
 
 import contextlib
 import os
@@ -54,6 +54,16 @@ def sweep(folder: Path, locked: bool = False) -> None:
         pid = int(found[1])
         if locked or pid == os.getpid() or not psutil.pid_exists(pid):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file in UTF-8 under one rename. Raises OSError where the disk refuses; an older file is then left."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

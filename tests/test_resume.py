@@ -85,6 +85,19 @@ def test_going_back_within_a_run_is_refused_and_works_in_another(run):
     assert begin(run, earlier, name="fork").step == 2
 
 
+def test_a_run_begun_from_another_goes_on_with_its_own_checkpoints(run):
+    """The same command again, as retries and a requeued job give it."""
+    other = run / FOLDER / "step-000002"
+    recipe = scene.recipe(BASE, run__output_dir=str(run.parent), run__name="fork", train__resume=str(other))
+    rundir.create(recipe, {})
+    assert find_beginning(recipe).checkpoint == other
+    draft = files.Draft(recipe.run.directory / FOLDER, 3)
+    draft.add(FACTS, json.dumps({"step": 3, "recipe": recipe.model_dump(mode="json"), "metrics_bytes": 7}).encode())
+    draft.publish()
+    found = find_beginning(recipe)
+    assert (found.checkpoint, found.step) == (recipe.run.directory / FOLDER / "step-000003", 3)
+
+
 def test_differences_are_found_at_any_depth():
     old = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
     new = {"a": {"b": 1, "c": {"d": 3}}, "e": [1, 2], "f": 4}

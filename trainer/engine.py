@@ -79,6 +79,7 @@ def _refuse_what_the_recipe_owns(config: dict[str, Any], path: Path) -> None:
 def use_deterministic_kernels() -> None:
     """Refuses operations whose reruns may differ in their last bits. Before anything runs on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's notes on reproducibility ask
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # which torch knows nothing of
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 

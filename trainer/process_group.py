@@ -92,19 +92,27 @@ def set_collective_timeout(timeout: timedelta) -> None:
 def agreeing() -> Iterator[None]:
     """Runs a block in which any rank may meet a person's mistake; then every rank raises the first rank's.
 
-    Every rank takes part in one small exchange at the end. The block itself must hold no collective: a rank that
-    left it early would keep the others waiting.
+    After any other error of one rank the others raise a TrainingFault that names it. Every rank takes part in one small
+    exchange at the end. The block itself must hold no collective: a rank that left it early would keep the others
+    waiting.
     """
-    mistake = None
+    mistake, fault = None, None
     try:
         yield
     except UserError as error:
         mistake = str(error)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mistake)
-    first = next((text for text in found if text is not None), None)
-    if first is not None:
-        raise UserError(first)
+    except Exception as error:
+        fault = error
+    found: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(found, (mistake, fault and f"{type(fault).__name__}: {fault}"))
+    for text, _ in found:
+        if text is not None:
+            raise UserError(text)
+    if fault is not None:
+        raise fault
+    for rank, (_, text) in enumerate(found):
+        if text is not None:
+            raise TrainingFault(f"rank {rank} ended with {' '.join(text.split())[:200]}")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -17,6 +17,9 @@ _SOURCES = {  # by the tag that tells them apart
     "reasoning_gym": ReasoningGymSource,
     "suite": SuiteSource,
 }
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RunConfig(Section):
@@ -128,9 +131,9 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = Field(1, description="rows a rank computes at once")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     learning_rate: PositiveFloat = 2e-4
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     epsilon: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of every trained parameter, TeamLoRA's M too: towards 0")
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up; or give warmup_ratio")
     warmup_ratio: float | None = Field(None, ge=0, lt=1, description="share of all steps; or give warmup_steps")

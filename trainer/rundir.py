@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.publish import write_whole
 from trainer.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE = "recipe.yaml"
@@ -19,11 +20,16 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datas
 def find(recipe: Recipe) -> Recipe | None:
     """The recipe of the run that the directory holds, or None where it is empty or absent.
 
-    Raises UserError where it holds files of no run.
+    Raises UserError where it holds files of no run, or cannot be read.
     """
     directory = recipe.run.directory
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return None
+    try:
+        if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+            return None
+    except OSError as error:
+        raise UserError(
+            f"run.output_dir={recipe.run.output_dir}: cannot read {directory} ({error.strerror}); give another folder"
+        ) from error
     if not (directory / RECIPE).is_file():
         raise UserError(
             f"run.name={recipe.run.name}: {directory} holds files that belong to no run; {name_another(recipe)}"
@@ -45,8 +51,8 @@ def create(recipe: Recipe, environment: dict[str, Any]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         starts = [*_earlier_starts(directory / ENVIRONMENT), {**_environment(), **environment}]
-        (directory / ENVIRONMENT).write_text(json.dumps(starts, indent=2) + "\n")
-        (directory / RECIPE).write_text(dump_recipe(recipe))
+        write_whole(directory / RECIPE, dump_recipe(recipe))  # first: by it the directory is known as a run's
+        write_whole(directory / ENVIRONMENT, json.dumps(starts, indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"run.output_dir={recipe.run.output_dir}: cannot write {directory} ({error.strerror}); give a folder that "

@@ -55,10 +55,17 @@ class Course:
 
     def __post_init__(self) -> None:
         self.first = dist.get_rank() == 0
-        self.history = HeldOutHistory(**self.beginning.facts.get("held_out", {}))
+        self.history = self._history()
         self.done = self.saved = self.beginning.step  # steps that are made, and that a checkpoint holds
         self.writer: MetricsWriter | None = None
         self.pictures: RouterPictures | None = None
+
+    def _history(self) -> HeldOutHistory:
+        """That of the checkpoint; a new one where losses are of other rows now."""
+        facts = self.beginning.facts
+        if facts and facts["recipe"]["train"]["eval_rows"] != self.recipe.train.eval_rows:
+            return HeldOutHistory()
+        return HeldOutHistory(**facts.get("held_out", {}))
 
     def run(self, clock: StartClock) -> None:
         """Raises TrainingFault, and Stopped when a signal asked for it and the state is saved; on every rank."""

@@ -43,7 +43,7 @@ from trainer.expert_groups import check_placement, make_groups, tag_experts
 from trainer.loop import Parts
 from trainer.loss import LabelledLoss
 from trainer.process_group import agreeing, naming_lost_ranks, process_group, set_collective_timeout
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, TrainConfig
 from trainer.report.facts import StartClock, describe_run
 from trainer.report.progress import LoadProgress
 from trainer.resume import Beginning, check_ground, find_beginning
@@ -109,8 +109,8 @@ def _train(
             found = {"world_size": plan.world_size, "device": str(device), "base_fingerprint": fingerprint}
             rundir.create(recipe, {**found, "step": beginning.step})
             sweep(recipe.run.directory / FOLDER)
-    if first and beginning.notes:
-        print("\n".join(beginning.notes), flush=True)
+    if first and (notes := [*beginning.notes, *_beyond_positions(recipe, checked.opened)]):
+        print("\n".join(notes), flush=True)
     clock.lap("checks")
     base = _load(checked.opened, shards_for(config, device), show=first)
     clock.lap("base")
@@ -140,6 +140,7 @@ def _train(
 def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:
     train = recipe.train
     plan = plan_batches(train.global_batch_size, train.micro_batch_size, dist.get_world_size())
+    _check_rows(recipe)
     config = read_deepspeed_config(recipe, plan)
     check_config(config, recipe.deepspeed.config)
     check_placement(recipe.experts, local_ranks, config, recipe.deepspeed.config)
@@ -150,7 +151,36 @@ def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:
         check_base_file(recipe.adapter.init_from, recipe.base.model, opened.fingerprint)
     prepared = open_prepared(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template))
     steps = train.steps or steps_in(train.epochs, len(prepared.train), train.global_batch_size)
+    _check_warm_up(train, steps)
     return _Checked(plan, config, opened, prepared, steps)
+
+
+def _check_rows(recipe: Recipe) -> None:
+    """With several rows transformers' flash attention looks at no position_ids, by which documents are told apart."""
+    rows = recipe.train.micro_batch_size
+    if recipe.base.attention == "flash_attention_2" and rows > 1:
+        raise UserError(
+            f"train.micro_batch_size={rows}: with base.attention=flash_attention_2 packed documents stay apart in one "
+            "row only; set train.micro_batch_size=1 (and a longer data.seq_len), or base.attention=sdpa"
+        )
+
+
+def _beyond_positions(recipe: Recipe, opened: OpenedBase) -> list[str]:
+    most = getattr(opened.model.config, "max_position_embeddings", None)
+    if most is None or recipe.data.seq_len <= most:
+        return []
+    return [
+        f"warning: data.seq_len={recipe.data.seq_len}, but base.model was made for {most} positions "
+        "(max_position_embeddings); later ones may make no sense to it"
+    ]
+
+
+def _check_warm_up(train: TrainConfig, steps: int) -> None:
+    if train.warmup_steps is not None and train.warmup_steps >= steps:
+        raise UserError(
+            f"train.warmup_steps={train.warmup_steps}: the run has {steps} steps, so it would end before the learning "
+            "rate is reached; lower it"
+        )
 
 
 def _load(opened: OpenedBase, shards: Shards, show: bool) -> PreTrainedModel:

@@ -121,6 +121,11 @@ def test_model_that_is_no_causal_lm(tmp_path, base_of):
     refused(base_of(folder), r"t5 is no causal language model")
 
 
+def test_model_with_parts_for_images(tmp_path, base_of):
+    folder = edit_config(tiny_llama(tmp_path), model_type="gemma3")
+    refused(base_of(folder), r"gemma3 holds a language model beside parts for images .*such as gemma3_text")
+
+
 def test_flash_attention_without_its_package_or_gpu(tmp_path, base_of):
     refused(
         base_of(tiny_llama(tmp_path), attention="flash_attention_2"),

@@ -97,9 +97,19 @@ def test_adapter_saved_from_shards_loads_through_plain_peft_and_gives_the_same(s
 def test_a_mistake_that_one_rank_meets_is_raised_by_all(seen):
     world, folder = seen
     found = json.loads((folder / "mistakes.json").read_text())
-    assert found["disk"] == ["the last rank's disk is full"] * world
+    assert found["disk"] == ["UserError: the last rank's disk is full"] * world
     assert len(set(found["launch"])) == 1
-    assert found["launch"][0].startswith(f"rank {world - 1} on {socket.gethostname()} is of another launch than rank 0")
+    assert found["launch"][0].startswith(
+        f"UserError: rank {world - 1} on {socket.gethostname()} is of another launch than rank 0"
+    )
+
+
+def test_any_other_error_of_one_rank_is_told_by_all_and_stays_its_own_there(seen):
+    world, folder = seen
+    *others, last = json.loads((folder / "mistakes.json").read_text())["crash"]
+    assert last == "PermissionError: the last rank cannot look"
+    told = f"TrainingFault: rank {world - 1} ended with PermissionError: the last rank cannot look"
+    assert others == [told] * (world - 1)
 
 
 @pytest.mark.parametrize(("stage", "dtype", "kind"), FAULTS)

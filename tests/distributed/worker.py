@@ -272,9 +272,17 @@ def mistakes(base: Path, folder: Path, _device: torch.device) -> None:
         if last:
             raise UserError("the last rank's disk is full")
 
+    def crash() -> None:
+        if last:
+            raise PermissionError("the last rank cannot look")
+
     os.environ[LAUNCH_ID] = "before" if last else "now"
     ranks = everyones_facts(scene.recipe(base))
-    found = {"disk": everyones_answer(meet), "launch": everyones_answer(lambda: check_agreement(ranks, nodes=None))}
+    found = {
+        "disk": everyones_answer(meet),
+        "crash": everyones_answer(crash),
+        "launch": everyones_answer(lambda: check_agreement(ranks, nodes=None)),
+    }
     keep(folder / "mistakes.json", found)
 
 
@@ -284,8 +292,8 @@ def everyones_answer(check: Callable[[], None]) -> list[str]:
     try:
         with agreeing():
             check()
-    except UserError as error:
-        told = str(error)
+    except (UserError, TrainingFault, PermissionError) as error:
+        told = f"{type(error).__name__}: {error}"
     everyone: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(everyone, told)
     return everyone

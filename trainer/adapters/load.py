@@ -18,7 +18,10 @@ def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
         try:
-            return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False, **options)
+            # read on the CPU: PEFT would take every rank's through the first GPU
+            return PeftModel.from_pretrained(
+                base, str(folder), autocast_adapter_dtype=False, torch_device="cpu", **options
+            )
         except UserWarning as warning:
             told = str(warning)
             raise UserError(

@@ -118,6 +118,11 @@ def _refuse_non_causal(config: PretrainedConfig, trust_remote_code: bool) -> Non
             f"base.model: {config.model_type} is no causal language model in transformers; "
             "expected one that predicts the next token, such as llama, qwen3 or gemma2"
         )
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"base.model: {config.model_type} holds a language model beside parts for images or sound; "
+            "choose a checkpoint of the language model alone, such as gemma3_text"
+        )
 
 
 def _check_attention(attention: str) -> None:

@@ -37,7 +37,11 @@ class Checkpoints:
 
     def _finish(self, best: int | None, draft: files.Draft) -> None:
         draft.publish()
-        kept = [best] if self.config.keep_best and best in files.steps_in(self.folder) else []
+        kept = []
+        if self.config.keep_best:
+            steps = files.steps_in(self.folder)
+            before = files.pointed_at(self.folder, files.BEST)
+            kept = [step for step in (best, before) if step in steps][:1]  # the one before, where a save has failed
         for step in kept:
             files.point(self.folder, files.BEST, files.folder_name(step))
         files.prune(self.folder, self.config.keep_last, self.config.keep_every, kept)

@@ -66,6 +66,15 @@ def point(checkpoints: Path, pointer: str, name: str) -> None:
     _sync(checkpoints)
 
 
+def pointed_at(checkpoints: Path, pointer: str) -> int | None:
+    """The step of the folder that `latest` or `best` names; None without a pointer."""
+    try:
+        match = _FOLDER.fullmatch((checkpoints / pointer).read_text().strip())
+    except FileNotFoundError:
+        return None
+    return int(match[1]) if match else None
+
+
 def steps_in(checkpoints: Path) -> list[int]:
     """Steps of the published checkpoints, ascending."""
     if not checkpoints.is_dir():

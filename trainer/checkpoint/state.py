@@ -61,6 +61,7 @@ class _EightBits:
 
     def read(self) -> None:
         codes, absmax, code = (self.state[f"{name}{self.index}"] for name in ("state", "absmax", "qmap"))
+        codes = codes.to(absmax.device)  # a paged optimizer's lie in memory that torch takes for the CPU's
         self.copy.copy_(functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=BLOCK))
 
     def write(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.publish import write_whole
 from trainer.evaluation.bootstrap import Difference
 from trainer.evaluation.metrics import exact_match
 from trainer.evaluation.summary import LOSS, SCORE, SUBJECT, TaskSummary
@@ -39,13 +40,8 @@ class Evaluation:
 
 
 def write(evaluation: Evaluation, directory: Path) -> None:
-    """evaluation.json, under one rename. Raises OSError where the disk refuses; an older one is then left as it is."""
-    part = directory / f".{EVALUATION}.part"
-    try:
-        part.write_text(evaluation.as_json() + "\n", encoding="utf-8")
-        part.replace(directory / EVALUATION)
-    finally:
-        part.unlink(missing_ok=True)
+    """evaluation.json. Raises OSError where the disk refuses; an older one is then left as it is."""
+    write_whole(directory / EVALUATION, evaluation.as_json() + "\n")
 
 
 def write_tensorboard(evaluation: Evaluation, directory: Path) -> None:
