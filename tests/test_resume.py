@@ -98,6 +98,16 @@ def test_a_run_begun_from_another_goes_on_with_its_own_checkpoints(run):
     assert (found.checkpoint, found.step) == (recipe.run.directory / FOLDER / "step-000003", 3)
 
 
+def test_a_start_that_was_killed_at_once_is_in_no_later_ones_way(tmp_path):
+    recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
+    recipe.run.directory.mkdir()
+    (recipe.run.directory / ".recipe.yaml.part").write_text("ru")
+    assert rundir.find(recipe) is None
+    (recipe.run.directory / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files that belong to no run"):
+        rundir.find(recipe)
+
+
 def test_differences_are_found_at_any_depth():
     old = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
     new = {"a": {"b": 1, "c": {"d": 3}}, "e": [1, 2], "f": 4}

@@ -24,8 +24,8 @@ def find(recipe: Recipe) -> Recipe | None:
     """
     directory = recipe.run.directory
     try:
-        if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-            return None
+        if not directory.exists() or (directory.is_dir() and all(p.name.startswith(".") for p in directory.iterdir())):
+            return None  # a start that was killed at once may have left a file half-written
     except OSError as error:
         raise UserError(
             f"run.output_dir={recipe.run.output_dir}: cannot read {directory} ({error.strerror}); give another folder"
