@@ -80,7 +80,7 @@ def find_beginning(recipe: Recipe) -> Beginning:
         return Beginning()
     if resume == "auto":
         return find_newest(directory / FOLDER, notes) if found is not None else Beginning()
-    if found is not None and not _within(Path(resume), directory):  # begun from there, the run has come further since
+    if found is not None and found.train.resume == resume:  # the same command again: the run has come further since
         own = find_newest(directory / FOLDER, list(notes))
         if own.checkpoint is not None:
             return own
