@@ -1,4 +1,4 @@
-"""Writes an adapter in PEFT's format, checked before anyone can see it, and tensors of exports."""
+"""Writes an adapter in PEFT's format, checked before anyone can see it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data_prep.publish import publishing
 
@@ -30,14 +29,6 @@ def save_adapter(
             if not torch.equal(written.get(_name_on_disk(name), torch.empty(0)), tensor):
                 raise RuntimeError(f"{staging}: {name} was not written as it is")
         also(staging)
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """One safetensors file. Raises OSError where the disk refuses, for which safetensors has an error of its own."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(None, str(error), str(path)) from error
 
 
 def _name_on_disk(name: str) -> str:

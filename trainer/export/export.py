@@ -174,8 +174,8 @@ def _name_taught_end(run: LoadedRun, folder: Path) -> None:
         return
     named = named_ends(run.model)
     if missing := [end for end in ends_of(run.tokenizer, ChatTemplate(run.tokenizer)) if end not in named]:
-        config = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
-        config = config or GenerationConfig()
+        has_one = (folder / GENERATION_CONFIG_NAME).is_file()
+        config = GenerationConfig.from_pretrained(folder) if has_one else GenerationConfig()
         config.eos_token_id = [*named, *missing]
         config.save_pretrained(folder)
 
