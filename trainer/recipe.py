@@ -173,6 +173,13 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = Field(2, description="the newest ones that stay")
     keep_every: PositiveInt | None = Field(None, description="those at multiples of it stay as well; null: none")
     keep_best: bool = Field(True, description="save where the held-out loss is the best so far, and keep the last such")
+    load_best_at_end: bool = Field(False, description="the adapter is that checkpoint's, not the last step's")
+
+    @model_validator(mode="after")
+    def _keeps_what_it_loads(self) -> "CheckpointConfig":
+        if self.load_best_at_end and not self.keep_best:
+            raise ValueError("load_best_at_end=true, but keep_best=false keeps no best checkpoint; set keep_best=true")
+        return self
 
 
 class ReportConfig(Section):
@@ -190,6 +197,14 @@ class Recipe(Section):
     deepspeed: DeepSpeedConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _best_is_looked_for(self) -> "Recipe":
+        if self.checkpoint.load_best_at_end and not self.train.eval_every:
+            raise ValueError(
+                "checkpoint.load_best_at_end=true needs held-out losses on the way; set train.eval_every, such as 100"
+            )
+        return self
 
     @model_validator(mode="after")
     def _experts_can_be_placed(self) -> "Recipe":

@@ -28,8 +28,8 @@ from trainer.base.source import load_tokenizer
 from trainer.base.zero3 import ZeroShards
 from trainer.base.zero_config import check_config
 from trainer.batches import BatchPlan, plan_batches, steps_in
-from trainer.checkpoint.checkpoints import FOLDER, Checkpoints
-from trainer.checkpoint.files import sweep
+from trainer.checkpoint.checkpoints import FOLDER, Checkpoints, find_best
+from trainer.checkpoint.files import folder_name, sweep
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import TrainedState
 from trainer.engine import (
@@ -129,6 +129,8 @@ def _train(
     set_collective_timeout(timedelta(seconds=recipe.run.collective_timeout))
     Course(recipe, parts, checked.steps, beginning, checkpoints, stop, fixed).run(clock)
     with naming_lost_ranks("after the last step"):
+        if recipe.checkpoint.load_best_at_end:
+            _back_to_best(checkpoints)
         parameters = gather_trainable(model)
         if first:
             record_base = partial(write_base_file, model=recipe.base.model, found=fingerprint)
@@ -152,6 +154,7 @@ def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:
     prepared = open_prepared(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template))
     steps = train.steps or steps_in(train.epochs, len(prepared.train), train.global_batch_size)
     _check_warm_up(train, steps)
+    _check_held_out(recipe, len(prepared.held_out))
     return _Checked(plan, config, opened, prepared, steps)
 
 
@@ -181,6 +184,19 @@ def _check_warm_up(train: TrainConfig, steps: int) -> None:
             f"train.warmup_steps={train.warmup_steps}: the run has {steps} steps, so it would end before the learning "
             "rate is reached; lower it"
         )
+
+
+def _check_held_out(recipe: Recipe, rows: int) -> None:
+    wanting = {
+        "train.early_stopping_patience": recipe.train.early_stopping_patience,
+        "checkpoint.load_best_at_end": recipe.checkpoint.load_best_at_end or None,
+    }
+    for key, value in wanting.items():
+        if value is not None and not rows:
+            raise UserError(
+                f"{key}={value} needs held-out losses, but {recipe.data.prepared_dir} has no held-out rows; prepare "
+                "with a larger data.held_out, or remove it"
+            )
 
 
 def _load(opened: OpenedBase, shards: Shards, show: bool) -> PreTrainedModel:
@@ -229,6 +245,16 @@ def restore(beginning: Beginning, saver: Saver, engine: Any, routing: Routing) -
     for group, rate in zip(engine.basic_optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     routing.means.copy_(torch.tensor(beginning.facts["router_means"]))
+
+
+def _back_to_best(checkpoints: Checkpoints) -> None:
+    """Puts back what the step with the least held-out loss had trained, if it can be read; every rank takes part."""
+    first = dist.get_rank() == 0
+    step, told = _from_first_rank(find_best(checkpoints.folder) if first else None)
+    if first:
+        print(told, flush=True)
+    if step is not None:
+        checkpoints.saver.restore(checkpoints.folder / folder_name(step), step)
 
 
 def _from_first_rank(value: Any) -> Any:

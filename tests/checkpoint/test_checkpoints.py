@@ -1,12 +1,16 @@
 """Which checkpoints stay."""
 
+import json
+
 from trainer.checkpoint import files
-from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.checkpoints import FACTS, Checkpoints, find_best
 from trainer.recipe import CheckpointConfig
 
 
 def publish(folder, step, best):
-    Checkpoints(None, folder, CheckpointConfig(keep_last=1))._finish(best, files.Draft(folder, step))
+    draft = files.Draft(folder, step)
+    draft.add(FACTS, json.dumps({"held_out": {"best_loss": 1.5}}).encode())
+    Checkpoints(None, folder, CheckpointConfig(keep_last=1))._finish(best, draft)
 
 
 def test_the_best_stays_and_is_named_also_while_a_better_ones_save_has_failed(tmp_path):
@@ -24,3 +28,18 @@ def test_without_a_held_out_loss_none_is_the_best(tmp_path):
     publish(tmp_path, 1, best=None)
     assert files.pointed_at(tmp_path, files.BEST) is None
     assert files.pointed_at(tmp_path, files.LATEST) == 1
+    step, told = find_best(tmp_path)
+    assert step is None
+    assert told == f"warning: {tmp_path} names no best checkpoint; the adapter is that of the last step"
+
+
+def test_a_damaged_best_is_told_and_not_taken(tmp_path):
+    publish(tmp_path, 100, best=100)
+    assert find_best(tmp_path) == (
+        100,
+        "best            step 100, held-out loss 1.5000: the adapter is that of this step",
+    )
+    (tmp_path / "step-000100" / FACTS).write_text("{}")
+    step, told = find_best(tmp_path)
+    assert step is None
+    assert f"step-000100 is the best, but {FACTS} has 2 bytes instead of" in told

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tests.distributed import scene
 from tests.distributed.worker import build, keep
 from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.files import folder_name
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import TrainedState
 from trainer.engine import gather_trainable
@@ -75,7 +76,7 @@ def begin(recipe: Recipe, device: torch.device) -> tuple[Any, Parts, Saver]:
 
 
 def save(base: Path, folder: Path, device: torch.device) -> None:
-    """Unbroken runs; each saves on its way."""
+    """Unbroken runs; each saves on its way, and after its last step goes back to what it saved."""
     world = dist.get_world_size()
     for name, layout in LAYOUTS[world].items():
         for dtype in dtypes(world):
@@ -95,6 +96,8 @@ def save(base: Path, folder: Path, device: torch.device) -> None:
             assert saver.finish() is None
             keep(target / "values.json", found)
             keep(target / "adapter.safetensors", gather_trainable(model))
+            checkpoints.saver.restore(target / folder_name(SAVED_AT), SAVED_AT)
+            keep(target / "back.safetensors", gather_trainable(model))
 
 
 def go_on(base: Path, folder: Path, device: torch.device) -> None:

@@ -52,6 +52,18 @@ def test_with_moments_in_eight_bits_it_goes_on_to_within_their_rounding(runs):
     assert torch.allclose(found, unbroken[SAVED_AT:], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [(name, dtype) for name in (*HERE, EIGHT_BITS) for dtype in dtypes(int(name[0]))]
+)
+def test_after_the_last_step_the_adapter_of_a_checkpoint_can_be_had_again(runs, layout, dtype):
+    run = runs / f"{layout}-{dtype}"
+    saved = load_file(run / f"step-{SAVED_AT:06d}" / "state-00001.safetensors")
+    found, last = (load_file(run / f"{name}.safetensors") for name in ("back", "adapter"))
+    for name, tensor in found.items():
+        assert torch.equal(tensor, saved[f"parameter/{name}"].to(tensor.dtype))
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in found.items())
+
+
 def test_one_save_holds_no_frozen_weight_and_nothing_of_ranks(runs):
     names = {}
     for layout in (*HERE, EIGHT_BITS):

@@ -262,15 +262,27 @@ def test_early_stopping_ends_a_run_whose_held_out_loss_no_longer_falls_and_keeps
     done = workplace.teamlora(
         "train", "recipe.yaml", "run.name=patient", "train.steps=500", "train.eval_every=2", "train.learning_rate=0.3",
         "train.early_stopping_patience=3", "checkpoint.save_every=0", "train.warmup_ratio=0",
+        "checkpoint.load_best_at_end=true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = {r["step"]: r["held_out_loss"] for r in workplace.records("patient") if "held_out_loss" in r}
     best = min(losses, key=losses.get)
     assert max(losses) == best + 6
     assert f"early stop      after step {best + 6}" in done.stdout
-    assert (workplace.folder / "runs/patient/checkpoints/best").read_text() == f"step-{best:06d}\n"
-    events = EventAccumulator(str(workplace.folder / "runs/patient/tensorboard")).Reload()
+    run = workplace.folder / "runs/patient"
+    assert (run / "checkpoints/best").read_text() == f"step-{best:06d}\n"
+    assert f"best            step {best}, held-out loss {losses[best]:.4f}" in done.stdout
+    saved = load_file(run / f"checkpoints/step-{best:06d}/state-00001.safetensors")
+    for name, tensor in load_file(run / "adapter/adapter_model.safetensors").items():
+        (kept,) = [value for key, value in saved.items() if key.startswith("parameter/") and _on_disk(key) == name]
+        assert torch.equal(tensor, kept)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert events.Images("router/tasks_x_experts")[-1].step == best + 6
+
+
+def _on_disk(key: str) -> str:
+    """A checkpoint's name of a parameter, as PEFT writes it: without the kind and the adapter's name."""
+    return key.partition("/")[2].replace(".default.", ".")
 
 
 def test_deterministic_reruns_are_bit_equal(workplace):

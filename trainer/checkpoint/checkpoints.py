@@ -47,6 +47,18 @@ class Checkpoints:
         files.prune(self.folder, self.config.keep_last, self.config.keep_every, kept)
 
 
+def find_best(checkpoints: Path) -> tuple[int | None, str]:
+    """The step of the whole checkpoint that `best` names, or None; and a line that tells a person of it, or why not."""
+    step = files.pointed_at(checkpoints, files.BEST)
+    if step is None:
+        return None, f"warning: {checkpoints} names no best checkpoint; the adapter is that of the last step"
+    folder = checkpoints / files.folder_name(step)
+    if problem := files.damage(folder):
+        return None, f"warning: {folder} is the best, but {problem}; the adapter is that of the last step"
+    loss = read_facts(folder)["held_out"]["best_loss"]
+    return step, f"best            step {step}, held-out loss {loss:.4f}: the adapter is that of this step"
+
+
 def read_facts(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given. Raises OSError or ValueError."""
     return json.loads((checkpoint / FACTS).read_text())
