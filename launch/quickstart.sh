@@ -20,7 +20,7 @@ teamlora prepare "$recipe"
 # Two ranks: on two GPUs, or on the CPU where there is none. One on a single GPU.
 ranks="$(python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')"
 say "4. train: 4-bit base sharded by ZeRO-3, ranks: $ranks"
-deepspeed --log_level warning --num_gpus "$ranks" launch/train.sh "$recipe"
+bash launch/train.sh num_gpus="$ranks" "$recipe"
 
 say "5. what was learned"
 OMP_NUM_THREADS=2 teamlora evaluate runs/quickstart --batch-size 100

@@ -98,6 +98,18 @@ def test_a_run_begun_from_another_goes_on_with_its_own_checkpoints(run):
     assert (found.checkpoint, found.step) == (recipe.run.directory / FOLDER / "step-000003", 3)
 
 
+@pytest.mark.parametrize(("keep_best", "known"), [(True, {}), (False, {"best_loss": 1.0, "best_step": 2, "since": 1})])
+def test_a_best_of_another_run_is_no_best_of_this_one(run, keep_best, known):
+    facts = run / FOLDER / "step-000004"
+    told = {**json.loads((facts / FACTS).read_text()), "held_out": {"best_loss": 1.0, "best_step": 2, "since": 1}}
+    draft = files.Draft(run / FOLDER, 4)
+    draft.add(FACTS, json.dumps(told).encode())
+    draft.publish()
+    assert begin(run, "auto").facts["held_out"] == told["held_out"]
+    changes = {"run__output_dir": str(run.parent), "run__name": "fork", "train__resume": str(facts)}
+    assert find_beginning(scene.recipe(BASE, checkpoint__keep_best=keep_best, **changes)).facts["held_out"] == known
+
+
 def test_a_start_that_was_killed_at_once_is_in_no_later_ones_way(tmp_path):
     recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
     recipe.run.directory.mkdir()

@@ -13,6 +13,7 @@ from trainer.cluster.network import LAST_PORT
 from trainer.estimate.sizes import parse_size
 from trainer.faults import LostRank, Stopped, TrainingFault
 from trainer.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
+from trainer.output import outlasting_readers
 from trainer.quiet import quiet_libraries
 from trainer.signals import StopSignal
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; a mistake is one line on the first rank of each machine."""
-    try:
-        ending = _run(_parsed(arguments))
-    except BaseException as error:  # which Python tells by its traceback, and argparse by its usage
-        status = MISTAKE if isinstance(error, SystemExit) else FAULT
-        write_ending(Ending(status, " ".join(f"{type(error).__name__}: {error}".split())))
-        raise
+    with outlasting_readers():
+        try:
+            ending = _run(_parsed(arguments))
+        except BaseException as error:  # which Python tells by its traceback, and argparse by its usage
+            status = MISTAKE if isinstance(error, SystemExit) else FAULT
+            write_ending(Ending(status, " ".join(f"{type(error).__name__}: {error}".split())))
+            raise
     write_ending(ending)
     return ending.status
 

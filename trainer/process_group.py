@@ -13,13 +13,16 @@ import torch.distributed as dist
 
 from data_prep.errors import UserError
 from trainer.cluster.network import interface_to
-from trainer.faults import LostRank, TrainingFault
+from trainer.faults import LostRank, Stopped, TrainingFault
 
 # What a launcher sets, for a run without one: a group of one rank on any free port.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 # In the text of an error of gloo's or NCCL's about a connection, for which torch has no type.
 LOST = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "timed out waiting", "pair closure")
+
+# NCCL's names for what is wrong with this rank's machine or set-up, unless it is about a peer.
+NOT_THE_OTHERS = ("ncclInvalidUsage", "ncclUnhandledCudaError", "ncclInternalError", "ncclSystemError")
 
 
 @contextlib.contextmanager
@@ -29,16 +32,21 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
     timeout: how long ranks wait for one another, to meet and in each collective; None: torch's half hour. Raises
     LostRank where they do not meet, TrainingFault where the port at which they would is taken.
 
-    Left in good order also after an error that every rank raises: with its threads alive a process would abort.
+    Left in good order also after an error that every rank raises: with its threads alive a process would abort. NCCL's
+    goodbye waits for all ranks, so after an error of this one alone it is left out there: the others must hear of it.
     """
     alone = {} if "RANK" in os.environ else ALONE
     os.environ.update(alone)
+    together = True
     try:
         with _naming_what_kept_ranks_apart(timeout):
             device = _start_process_group(timeout)
         yield device
+    except BaseException as error:
+        together = isinstance(error, (UserError, Stopped))
+        raise
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
         for name in alone:
             del os.environ[name]
@@ -123,13 +131,23 @@ def naming_lost_ranks(doing: str) -> Iterator[None]:
     except TrainingFault:
         raise
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = _reason(error)
         if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST):
             raise
+        if any(word in text for word in NOT_THE_OTHERS) and "peer" not in text:
+            raise TrainingFault(f"{doing}, rank {os.environ['RANK']}: {text[:300]}") from error
         raise LostRank(
             f"{doing}, rank {os.environ['RANK']}: another rank has ended or does not answer in {_operation(error)} "
             f"({text[:200]}); what it says itself is the cause; if it says nothing, it was killed (out of memory?)"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """On one line; NCCL's begins with where in torch's source it struck, and ends with the cause."""
+    text = " ".join(str(error).split())
+    place, last, cause = text.partition("Last error:")
+    kind = next((word for word in NOT_THE_OTHERS if word in place), "NCCL error")
+    return f"{kind}: {cause.strip()}" if last and cause.strip() else text
 
 
 def _operation(error: BaseException) -> str:

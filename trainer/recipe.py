@@ -51,6 +51,12 @@ class BaseModelConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
+    @model_validator(mode="after")
+    def _flash_attention_knows_no_fp32(self) -> "BaseModelConfig":
+        if self.attention == "flash_attention_2" and self.dtype == "fp32":
+            raise ValueError("attention=flash_attention_2 has no kernels for dtype=fp32; set dtype=bf16, or sdpa")
+        return self
+
 
 class AdapterConfig(Section):
     """What learns. r_B = expert_rank, r_A = total_rank = num_experts * expert_rank (TeamLoRA, section 3)."""
@@ -197,6 +203,17 @@ class Recipe(Section):
     deepspeed: DeepSpeedConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _documents_stay_apart(self) -> "Recipe":
+        """With several rows transformers' flash attention looks at no position_ids, by which they are told apart."""
+        rows = self.train.micro_batch_size
+        if self.base.attention == "flash_attention_2" and rows > 1:
+            raise ValueError(
+                f"train.micro_batch_size={rows}: with base.attention=flash_attention_2 packed documents stay apart in "
+                "one row only; set train.micro_batch_size=1 (and a longer data.seq_len), or base.attention=sdpa"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best_is_looked_for(self) -> "Recipe":

@@ -1,6 +1,6 @@
 """Where a run begins: at its first step, from a checkpoint of its own or another's, or not at all, being finished."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,15 @@ def find_beginning(recipe: Recipe) -> Beginning:
 
     Raises UserError where the directory is another's, or the recipe has changed in what a run learns.
     """
+    beginning = _find_beginning(recipe)
+    best = beginning.facts.get("held_out", {}).get("best_step")
+    if not beginning.facts or not recipe.checkpoint.keep_best or best in files.steps_in(recipe.run.directory / FOLDER):
+        return beginning
+    # A best that no checkpoint of this run can give back, as of the run it goes on from: any of its own is better.
+    return replace(beginning, facts={**beginning.facts, "held_out": {}})
+
+
+def _find_beginning(recipe: Recipe) -> Beginning:
     found = rundir.find(recipe)
     resume, directory = recipe.train.resume, recipe.run.directory
     notes: list[str] = []

@@ -1,5 +1,6 @@
 """The steps of a run in their order: train, look at held-out rows, report, save, and end when asked to."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from trainer.report.progress import StepProgress
 from trainer.resume import Beginning
 from trainer.signals import StopSignal
 
-LAST_WORDS = 10.0  # seconds for a save under way when a fault ends the run
+LAST_WORDS = 10.0  # seconds for a save under way when an error ends the run
 
 
 @dataclass
@@ -89,7 +90,8 @@ class Course:
                     progress.show(record)
                 self._save_if_due(step, held_out)
                 self.done = step
-            self.checkpoints.saver.finish()
+            with naming_lost_ranks("the last checkpoint"):
+                self.checkpoints.saver.finish()
             if self.pictures is not None:
                 self.writer.show(self.pictures.draw(), self.done)
 
@@ -103,7 +105,9 @@ class Course:
                 self.pictures = RouterPictures(self.parts.prepared.tasks)
         try:
             yield progress
-        except TrainingFault:
+        except Stopped:
+            raise
+        except BaseException:
             self.checkpoints.saver.abandon(LAST_WORDS)
             raise
         finally:
@@ -125,7 +129,13 @@ class Course:
         if not self.parts.held_out_rows or not (step == self.steps or (every and step % every == 0)):
             return None
         with naming_lost_ranks(f"held-out loss after step {step}"):
-            return held_out_losses(self.parts)
+            found = held_out_losses(self.parts)
+        by_task = found.by_task(self.parts.prepared.tasks)
+        if bad := [task for task, loss in by_task.items() if not math.isfinite(loss)]:
+            raise TrainingFault(
+                f"step {step}: the held-out loss of {', '.join(bad)} is not finite, that of training is"
+            )
+        return found
 
     def _out_of_patience(self) -> bool:
         patience = self.recipe.train.early_stopping_patience
@@ -167,7 +177,9 @@ class Course:
             return
         if self.done > self.saved:
             self._save(self.done)
-        if problem := self.checkpoints.saver.finish():
+        with naming_lost_ranks("the checkpoint that was asked for"):
+            problem = self.checkpoints.saver.finish()
+        if problem:
             raise TrainingFault(f"asked to stop after step {self.done}, which could not be saved: {problem}")
         where = f"saved in {self.checkpoints.folder}" if self.done else "nothing was trained yet"
         raise Stopped(

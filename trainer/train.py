@@ -1,14 +1,16 @@
 """One training run: build its parts, run its steps, publish the adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from data_prep.errors import UserError
@@ -21,8 +23,10 @@ from trainer.adapters.routing import Routing
 from trainer.adapters.save import save_adapter
 from trainer.agreement import RankFacts, check_agreement, describe, everyones_facts
 from trainer.base.fingerprint import check_base_file, write_base_file
+from trainer.base.folder import one_line
 from trainer.base.load import bytes_to_read, load_opened
 from trainer.base.match import OpenedBase, open_base
+from trainer.base.packing import check_positions
 from trainer.base.shards import Shards, Whole
 from trainer.base.source import load_tokenizer
 from trainer.base.zero3 import ZeroShards
@@ -40,6 +44,7 @@ from trainer.engine import (
     use_deterministic_kernels,
 )
 from trainer.expert_groups import check_placement, make_groups, tag_experts
+from trainer.faults import TrainingFault
 from trainer.loop import Parts
 from trainer.loss import LabelledLoss
 from trainer.process_group import agreeing, naming_lost_ranks, process_group, set_collective_timeout
@@ -132,17 +137,16 @@ def _train(
         if recipe.checkpoint.load_best_at_end:
             _back_to_best(checkpoints)
         parameters = gather_trainable(model)
-        if first:
-            record_base = partial(write_base_file, model=recipe.base.model, found=fingerprint)
-            save_adapter(model, parameters, recipe.run.directory / rundir.ADAPTER, also=record_base)
-            print(f"adapter         {recipe.run.directory / rundir.ADAPTER}", flush=True)
+        with agreeing():
+            if first:
+                record_base = partial(write_base_file, model=recipe.base.model, found=fingerprint)
+                _publish(model, parameters, recipe.run.directory / rundir.ADAPTER, record_base)
         dist.barrier()  # no rank leaves, and so ends the launch, before the adapter is there
 
 
 def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:
     train = recipe.train
     plan = plan_batches(train.global_batch_size, train.micro_batch_size, dist.get_world_size())
-    _check_rows(recipe)
     config = read_deepspeed_config(recipe, plan)
     check_config(config, recipe.deepspeed.config)
     check_placement(recipe.experts, local_ranks, config, recipe.deepspeed.config)
@@ -154,18 +158,9 @@ def _check(recipe: Recipe, local_ranks: list[int]) -> _Checked:
     prepared = open_prepared(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template))
     steps = train.steps or steps_in(train.epochs, len(prepared.train), train.global_batch_size)
     _check_warm_up(train, steps)
+    check_positions(opened.model.config, recipe.data.seq_len)
     _check_held_out(recipe, len(prepared.held_out))
     return _Checked(plan, config, opened, prepared, steps)
-
-
-def _check_rows(recipe: Recipe) -> None:
-    """With several rows transformers' flash attention looks at no position_ids, by which documents are told apart."""
-    rows = recipe.train.micro_batch_size
-    if recipe.base.attention == "flash_attention_2" and rows > 1:
-        raise UserError(
-            f"train.micro_batch_size={rows}: with base.attention=flash_attention_2 packed documents stay apart in one "
-            "row only; set train.micro_batch_size=1 (and a longer data.seq_len), or base.attention=sdpa"
-        )
 
 
 def _beyond_positions(recipe: Recipe, opened: OpenedBase) -> list[str]:
@@ -245,6 +240,17 @@ def restore(beginning: Beginning, saver: Saver, engine: Any, routing: Routing) -
     for group, rate in zip(engine.basic_optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     routing.means.copy_(torch.tensor(beginning.facts["router_means"]))
+
+
+def _publish(model: PeftModel, parameters: dict[str, torch.Tensor], folder: Path, also: Callable[[Path], None]) -> None:
+    try:
+        save_adapter(model, parameters, folder, also)
+    except (OSError, SafetensorError) as error:
+        raise TrainingFault(
+            f"all steps are done, and {folder} cannot be written ({one_line(error)}); make room and start again: the "
+            "run goes on from its newest checkpoint"
+        ) from error
+    print(f"adapter         {folder}", flush=True)
 
 
 def _back_to_best(checkpoints: Checkpoints) -> None:

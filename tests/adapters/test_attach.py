@@ -1,5 +1,6 @@
 """From the recipe's adapter section to a model that learns, and from it to a folder: refused, continued, published."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.errors import UserError
 from tests.adapters.parts import TOKENS, logits, plain_model, wake
 from tests.adapters.reference import off
+from tests.tiny_models import tiny_llama
 from trainer.adapters.attach import attach_adapter, check_adapter
 from trainer.adapters.layer import Experts
+from trainer.adapters.load import load_adapter
 from trainer.adapters.save import save_adapter
 from trainer.recipe import AdapterConfig
 
@@ -150,6 +154,44 @@ def test_init_from_of_another_shape_is_refused_with_both_values(tmp_path, llama,
 def test_init_from_of_another_lora_is_refused_with_both_values(tmp_path, llama, adapter, text):
     folder = saved(tmp_path / "adapter", llama, section("lora"))
     refused(plain_model(llama), adapter.model_copy(update={"init_from": folder}), text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [({"use_rslora": True}, "has use_rslora=True, which no recipe describes; merge that adapter into its base"),
+     ({"modules_to_save": ["lm_head"]}, r"has modules_to_save=\['lm_head'\], which no recipe describes"),
+     ({"rank_pattern": {"up_proj": 2}}, r"has rank_pattern=\{'up_proj': 2\}, which no recipe describes"),
+     ({"target_modules": ".*_proj"}, r"adapts '\.\*_proj', but adapter\.target_modules=gate_proj, up_proj, down_proj")],
+)  # fmt: skip
+def test_init_from_of_what_no_recipe_describes_is_refused(tmp_path, llama, settings, text):
+    folder = saved(tmp_path / "adapter", llama, section("lora"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+    refused(plain_model(llama), section("lora", init_from=folder), text)
+
+
+@methods
+def test_an_adapter_of_another_base_is_refused_in_one_line(tmp_path, llama, method):
+    folder = saved(tmp_path / "adapter", llama, section(method))
+    shallow, wide = (tiny_llama(tmp_path / name) for name in ("shallow", "wide"))
+    for base, changes in ((shallow, {"num_hidden_layers": 1}), (wide, {"hidden_size": 32})):
+        config = AutoConfig.from_pretrained(base, **changes)
+        with pytest.raises(UserError) as caught:
+            load_adapter(AutoModelForCausalLM.from_config(config), folder)
+        told = (
+            "have no place in an adapter of this base, first base_model" if base == shallow else "does not fit the base"
+        )
+        assert told in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_would_write_into_the_base_is_refused(tmp_path, llama):
+    folder = saved(tmp_path / "adapter", llama, section("lora"))
+    weights = folder / "adapter_model.safetensors"
+    embedding = {"base_model.model.model.embed_tokens.weight": plain_model(llama).model.embed_tokens.weight + 1}
+    save_file({**load_file(weights), **embedding}, weights)
+    with pytest.raises(UserError, match=r"^.*: 1 tensors have no place .*first base_model\.model\.model\.embed_tokens"):
+        load_adapter(plain_model(llama), folder)
 
 
 def test_init_from_without_an_adapter_is_refused(tmp_path, llama):

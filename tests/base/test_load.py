@@ -2,10 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tests.tiny_models import FAMILIES, tiny_llama, tiny_model
+from data_prep.errors import UserError
+from tests.tiny_models import FAMILIES, SIZES, tiny_llama, tiny_model
+from trainer.base.fingerprint import fingerprint
 from trainer.base.load import load_base
+from trainer.base.match import skeleton
 from trainer.base.nf4 import NF4Linear
 
 TOKENS = torch.arange(3, 27).view(2, 12)
@@ -69,6 +73,25 @@ def test_one_file_and_many_files_give_the_same_model(tmp_path, base_of):
     many_folder = tiny_llama(tmp_path / "many", max_shard_size="50KB")
     assert len(list(many_folder.glob("*.safetensors"))) > 2
     assert torch.equal(logits(one), logits(load_base(base_of(many_folder, quantization="nf4"), "cpu")))
+
+
+def test_weights_that_lie_there_in_another_form_too_are_left_alone(tmp_path, base_of):
+    folder = tiny_llama(tmp_path, max_shard_size="50KB")
+    base = base_of(folder, quantization="nf4")
+    expected, before = logits(load_base(base, "cpu")), fingerprint(folder)
+    save_file({"norm.weight": torch.zeros(64)}, folder / "consolidated.safetensors")
+    assert torch.equal(logits(load_base(base, "cpu")), expected)
+    assert fingerprint(folder) == before
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"index\.json: not readable as an index \('weight_map'\); fetch the model again"
+    ):
+        load_base(base, "cpu")
+
+
+def test_a_base_is_known_to_others_by_the_name_that_the_recipe_gives(base_of):
+    model = skeleton(CONFIG_MAPPING["llama"](**SIZES, name_or_path="cache/of/this/machine"), base_of("org/model"))
+    assert (model.name_or_path, model.config.name_or_path) == ("org/model", "org/model")
 
 
 def test_weights_saved_without_the_models_prefix_find_their_place(tmp_path, base_of):

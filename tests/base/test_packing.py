@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from data_prep.errors import UserError
 from tests.tiny_models import FAMILIES, SIZES, tiny_model
 from trainer.base.load import load_base
-from trainer.base.packing import check_packing
+from trainer.base.packing import check_packing, check_positions
 
 LENGTHS = (5, 9, 1, 7)
 
@@ -51,6 +51,23 @@ def test_attention_that_transformers_does_not_have_for_a_model_is_refused():
 def test_long_context_scaling_does_not_get_in_the_way(rope):
     config = CONFIG_MAPPING["llama"](**{**SIZES, "head_dim": 128, "rope_parameters": rope})
     check_packing(config, "sdpa", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_depend_on_the_longest_document_are_refused(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    config = CONFIG_MAPPING["llama"](**{**SIZES, "max_position_embeddings": 64, "rope_parameters": rope})
+    model = AutoModelForCausalLM.from_config(config)
+    rotary, hidden = model.model.rotary_emb, torch.zeros(1, 1)
+    alone, beside = (rotary(hidden, torch.arange(length)[None])[0][0, :20] for length in (64, 100))
+    assert not torch.equal(alone, beside)  # transformers' own way, which is what is refused
+    check_positions(config, 64)
+    with pytest.raises(
+        UserError, match=rf"^data\.seq_len=65: llama \({kind}\) .*than 64 tokens.*; set data\.seq_len=64"
+    ):
+        check_positions(config, 65)
 
 
 def test_the_trial_leaves_random_state_and_configuration_alone():

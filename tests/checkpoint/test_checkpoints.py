@@ -10,7 +10,7 @@ from trainer.recipe import CheckpointConfig
 def publish(folder, step, best):
     draft = files.Draft(folder, step)
     draft.add(FACTS, json.dumps({"held_out": {"best_loss": 1.5}}).encode())
-    Checkpoints(None, folder, CheckpointConfig(keep_last=1))._finish(best, draft)
+    Checkpoints(None, folder, CheckpointConfig(keep_last=1))._finish(step, best, draft)
 
 
 def test_the_best_stays_and_is_named_also_while_a_better_ones_save_has_failed(tmp_path):

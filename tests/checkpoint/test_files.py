@@ -80,6 +80,13 @@ def test_a_step_saved_again_takes_the_place_of_the_earlier_one(tmp_path):
 def test_pruning_leaves_the_newest_the_multiples_and_those_named(tmp_path):
     for step in range(1, 11):
         publish(tmp_path, step)
-    files.prune(tmp_path, keep_last=2, keep_every=4, keep=[3])
+    files.prune(tmp_path, 10, keep_last=2, keep_every=4, keep=[3])
     assert files.steps_in(tmp_path) == [3, 4, 8, 9, 10]
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_damaged_ones_that_were_passed_over_take_no_new_ones_place(tmp_path):
+    for step in (100, 130, 150):
+        publish(tmp_path, step)
+    files.prune(tmp_path, 130, keep_last=1, keep_every=None, keep=[])
+    assert files.steps_in(tmp_path) == [130, 150]

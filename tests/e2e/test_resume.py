@@ -28,17 +28,21 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: ne
 
 
 class Launched:
-    """One `bash launch/train.sh` of a run in the background."""
+    """One `bash launch/train.sh` of a run in the background. unread: what it prints goes to a reader that has gone."""
 
-    def __init__(self, workplace, run: str, *more: str) -> None:
+    def __init__(self, workplace, run: str, *more: str, unread: bool = False) -> None:
         self.run, self.directory = run, workplace.folder / "runs" / run
         self.log = workplace.folder / f"{run}.log"
         changes = [f"run.name={run}", f"train.steps={STEPS}", "train.eval_every=50", "checkpoint.save_every=30", ZERO3]
         with self.log.open("a") as log:
+            to = subprocess.PIPE if unread else log
             self.process = subprocess.Popen(
                 ["bash", SCRIPT, "num_gpus=2", "recipe.yaml", *changes, *more],
-                cwd=workplace.folder, env=workplace.environment(), stdout=log, stderr=log,
+                cwd=workplace.folder, env=workplace.environment(), stdout=to, stderr=to,
             )  # fmt: skip
+        if unread:
+            self.process.stdout.close()
+            self.process.stderr.close()
 
     def status(self, limit: float = 120) -> int:
         return self.process.wait(limit)
@@ -100,7 +104,7 @@ def process(run: Launched, words: str) -> int:
 SIGNALLED: dict[str, tuple[signal.Signals, Callable[[Launched], list[int]]]] = {
     "all ranks": (signal.SIGTERM, lambda run: list(ranks_of(run.run).values())),
     "train.sh": (signal.SIGTERM, lambda run: [run.process.pid]),
-    "train.sh, Ctrl-C": (signal.SIGINT, lambda run: [run.process.pid]),
+    "train.sh | tee, Ctrl-C": (signal.SIGINT, lambda run: [run.process.pid]),
     "DeepSpeed's launcher": (signal.SIGTERM, lambda run: [process(run, "deepspeed.launcher.launch")]),
 }
 
@@ -108,7 +112,7 @@ SIGNALLED: dict[str, tuple[signal.Signals, Callable[[Launched], list[int]]]] = {
 @pytest.mark.parametrize("whom", SIGNALLED)
 def test_a_signal_to_any_process_saves_and_ends_all_with_75(workplace, whom):
     number, find = SIGNALLED[whom]
-    run = Launched(workplace, "signalled-" + "".join(filter(str.isalpha, whom)))
+    run = Launched(workplace, "signalled-" + "".join(filter(str.isalpha, whom)), unread="tee" in whom)
     run.come_to(10)
     for pid in find(run):
         os.kill(pid, number)
@@ -196,6 +200,17 @@ def test_a_disk_that_fails_while_saving_ends_nothing_and_costs_no_checkpoint(wor
     assert run.status() == 0, run.said()
     assert (checkpoints / "latest").read_text() == f"step-{STEPS:06d}\n"
     assert len(workplace.records(run.run)) == STEPS
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_in_one_line_and_the_same_command_finishes(workplace):
+    command = ["teamlora", "train", "recipe.yaml", "run.name=no-room", "train.steps=3", "report.tensorboard=false"]
+    done = workplace.run("bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *command)
+    assert done.returncode == 1
+    assert "error: all steps are done, and runs/no-room/adapter cannot be written (" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (workplace.folder / "runs/no-room/adapter").exists()
+    assert workplace.run(*command).returncode == 0
+    assert (workplace.folder / "runs/no-room/adapter/adapter_model.safetensors").is_file()
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(workplace, unbroken):

@@ -13,7 +13,9 @@ from data_prep.errors import UserError
 from tests.adapters.parts import logits, plain_model
 from trainer.base.load import load_base
 from trainer.base.match import open_base
+from trainer.evaluation.models import load_run
 from trainer.export.export import Request, export
+from trainer.export.load import load_merged
 from trainer.export.lora import LowRank
 from trainer.export.merged import write_merged
 
@@ -108,13 +110,15 @@ def test_a_merged_model_stops_where_its_template_ends_an_answer(make_run):
     run = make_run()
     end = AutoTokenizer.from_pretrained(run.base).convert_tokens_to_ids("<|im_end|>")
     assert end != 7
-    GenerationConfig(eos_token_id=7, repetition_penalty=1.5).save_pretrained(run.base)
+    config = {"eos_token_id": 7, "repetition_penalty": 1.5, "temperature": 0.5}  # as of older models: without do_sample
+    (run.base / "generation_config.json").write_text(json.dumps(config))
     try:
         exported = export(Request(run.folder, "merged"))
     finally:
         (run.base / "generation_config.json").unlink()
     found = GenerationConfig.from_pretrained(exported.folder)
     assert (found.eos_token_id, found.repetition_penalty) == ([7, end], 1.5)
+    assert load_merged(load_run(run.folder), exported.folder).generation_config.repetition_penalty in (None, 1.0)
 
 
 def test_a_disk_that_refuses_a_file_is_told_in_one_line_and_leaves_nothing(make_run):

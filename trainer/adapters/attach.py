@@ -15,6 +15,10 @@ from trainer.recipe import AdapterConfig
 
 EXPERT_CONFIGS = {"teamlora": TeamLoraConfig, "moelora": MoeLoraConfig, "hydralora": HydraLoraConfig}
 TASK_TYPE = "CAUSAL_LM"
+# Of an adapter to start from: where it comes from, how its first values were made, and what the recipe says anew.
+MAY_DIFFER = {"base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "auto_mapping"}
+MAY_DIFFER |= {"init_lora_weights", "target_modules", "dropout", "lora_dropout", "balance_loss_weight"}
+MAY_DIFFER |= {"num_router_outputs"}  # that of `teamlora experts --add`
 
 
 def peft_config(adapter: AdapterConfig) -> PeftConfig:
@@ -105,11 +109,25 @@ def _check_init_from(folder: Path, adapter: AdapterConfig) -> None:
                 f"adapter.init_from: {folder} has {ours}={getattr(found, theirs)}, but adapter.{ours}="
                 f"{getattr(adapter, ours)}; make them agree"
             )
-    if set(found.target_modules) != set(adapter.target_modules):
+    theirs = found.target_modules
+    named = isinstance(theirs, (list, set))  # not by a pattern
+    if not named or set(theirs) != set(adapter.target_modules):
+        told = ", ".join(sorted(theirs)) if named else repr(theirs)
         raise UserError(
-            f"adapter.init_from: {folder} adapts {', '.join(sorted(found.target_modules))}, but adapter.target_modules="
+            f"adapter.init_from: {folder} adapts {told}, but adapter.target_modules="
             f"{', '.join(adapter.target_modules)}; make them agree"
         )
+    _refuse_what_no_recipe_says(folder, found.to_dict(), wanted.to_dict())
+
+
+def _refuse_what_no_recipe_says(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Settings of PEFT's that change what is computed or trained: DoRA, modules_to_save, rank_pattern and the like."""
+    for key in found.keys() - MAY_DIFFER:
+        if found[key] != wanted.get(key):
+            raise UserError(
+                f"adapter.init_from: {folder} has {key}={found[key]!r}, which no recipe describes; merge that adapter "
+                "into its base, and train on the merged model"
+            )
 
 
 def _shared_settings(method: str) -> dict[str, str]:

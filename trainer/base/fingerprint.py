@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
+from trainer.base.folder import files_of_model
 
 BASE_FILE = "base.json"
 SAMPLES = 4  # places in each tensor
@@ -59,7 +60,7 @@ def _tensors(folder: Path, files: ExitStack) -> dict[str, _Stored]:
     A file begins with its header's length (8 bytes, little endian) and the header, JSON; offsets count from its end.
     """
     found: dict[str, _Stored] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files_of_model(folder):
         file = files.enter_context(path.open("rb"))
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

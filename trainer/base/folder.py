@@ -1,5 +1,6 @@
 """The local folder of a base model, found without importing anything heavy."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 # Pickles and other formats stay where they are; code only on demand.
 FROM_THE_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+NOT_FROM_THE_HUB = ["consolidated*", "original/*"]  # the same weights once more, as their makers' own code reads them
 
 
 def resolve_folder(base: "BaseModelConfig", patterns: Sequence[str] = FROM_THE_HUB) -> Path:
@@ -35,12 +37,31 @@ def may_be_of_the_hub(model: str) -> bool:
     return not (model.startswith(("/", ".", "~")) or model.count("/") > 1)
 
 
+def files_of_model(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read, sorted; some folders hold the weights in other forms too.
+
+    That is model.safetensors, else what its index names, else all there are. Raises UserError for an index that cannot
+    be read.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index}: not readable as an index ({one_line(error)}); fetch the model again") from error
+    return sorted(folder / name for name in names)
+
+
 def _fetch(base: "BaseModelConfig", patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     code = ["*.py"] if base.trust_remote_code else []
     try:
-        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=[*patterns, *code]))
+        wanted = {"allow_patterns": [*patterns, *code], "ignore_patterns": NOT_FROM_THE_HUB}
+        return Path(snapshot_download(base.model, revision=base.revision, **wanted))
     except Exception as error:  # many kinds: no network, no such id, no access, a malformed id
         revision = f" at revision {base.revision}" if base.revision else ""
         raise UserError(

@@ -73,6 +73,8 @@ def skeleton(config: PretrainedConfig, base: "BaseModelConfig") -> PreTrainedMod
         ) from error
     if base.quantization == "nf4":
         _refuse_unknown_matrices(model)
+    # what PEFT writes into an adapter's configuration: of a Hub id, not this machine's copy of it
+    model.name_or_path = model.config._name_or_path = base.model
     return model
 
 

@@ -63,6 +63,23 @@ def check_packing(config: PretrainedConfig, attention: str, trust_remote_code: b
         )
 
 
+def check_positions(config: PretrainedConfig, seq_len: int) -> None:
+    """Raises UserError where rotary frequencies would depend on the longest document of a micro-batch, or its padding.
+
+    So they do with transformers' "longrope" and "dynamic" scaling once a position lies beyond the original length.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        kind = each.get("rope_type", "default")
+        original = each.get("original_max_position_embeddings") or config.max_position_embeddings
+        if (kind == "longrope" or "dynamic" in kind) and seq_len > original:
+            raise UserError(
+                f"data.seq_len={seq_len}: {config.model_type} ({kind}) changes the positions of all documents of a "
+                f"micro-batch where one is longer than {original} tokens, so they would see one another; set "
+                f"data.seq_len={original} or less"
+            )
+
+
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of the configuration with the same kinds of layers, a few of them, and small sizes."""
     tiny = copy.deepcopy(config)
@@ -79,7 +96,7 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _plain_rope(config: PretrainedConfig) -> None:
-    """Drop long-context scaling, whose tables have the real head's length; it has no say in isolation."""
+    """Drop long-context scaling, whose tables have the real head's length; `check_positions` looks at it."""
     rope = getattr(config, "rope_parameters", None)
     if not rope or "rope_type" not in rope:
         return

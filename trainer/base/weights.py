@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_prep.errors import UserError
+from trainer.base.folder import files_of_model
 from trainer.base.nf4 import BLOCK
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of one element, by the dtypes that can be read
@@ -83,8 +84,8 @@ class Weights:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, sorted. Raises UserError where there are none."""
-    files = sorted(folder.glob("*.safetensors"))
+    """The folder's safetensors files that hold the model, sorted. Raises UserError where there are none."""
+    files = files_of_model(folder)
     if files:
         return files
     pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))]

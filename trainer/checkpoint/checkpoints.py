@@ -26,7 +26,7 @@ class Checkpoints:
         """Every rank takes part; returns once the state is copied. best: the step with the least held-out loss."""
         self.saver.save(
             start=partial(self._start, step, json.dumps(facts)),
-            finish=partial(self._finish, best),
+            finish=partial(self._finish, step, best),
             name=files.folder_name(step),
         )
 
@@ -35,16 +35,16 @@ class Checkpoints:
         draft.add(FACTS, facts.encode())
         return draft
 
-    def _finish(self, best: int | None, draft: files.Draft) -> None:
+    def _finish(self, step: int, best: int | None, draft: files.Draft) -> None:
         draft.publish()
         kept = []
         if self.config.keep_best:
             steps = files.steps_in(self.folder)
             before = files.pointed_at(self.folder, files.BEST)
-            kept = [step for step in (best, before) if step in steps][:1]  # the one before, where a save has failed
-        for step in kept:
-            files.point(self.folder, files.BEST, files.folder_name(step))
-        files.prune(self.folder, self.config.keep_last, self.config.keep_every, kept)
+            kept = [each for each in (best, before) if each in steps][:1]  # the one before, where a save has failed
+        for each in kept:
+            files.point(self.folder, files.BEST, files.folder_name(each))
+        files.prune(self.folder, step, self.config.keep_last, self.config.keep_every, kept)
 
 
 def find_best(checkpoints: Path) -> tuple[int | None, str]:

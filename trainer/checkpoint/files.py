@@ -114,9 +114,12 @@ def newest_good(checkpoints: Path) -> Iterator[tuple[Path, str | None]]:
             return
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int | None, keep: Iterable[int]) -> None:
-    """Removes all but the newest `keep_last`, the multiples of `keep_every` and those named."""
-    steps = steps_in(checkpoints)
+def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None, keep: Iterable[int]) -> None:
+    """Removes all but the newest `keep_last` up to `step`, the multiples of `keep_every` and those named.
+
+    step: of the one that was just saved; later ones were damaged, and passed over.
+    """
+    steps = [each for each in steps_in(checkpoints) if each <= step]
     kept = {*steps[-keep_last:], *keep, *(s for s in steps if keep_every and s % keep_every == 0)}
     for step in set(steps) - kept:
         folder = checkpoints / folder_name(step)

@@ -20,7 +20,7 @@ from trainer.base.zero_config import check_config
 from trainer.batches import plan_batches
 from trainer.engine import read_deepspeed_config
 from trainer.evaluation.asking import Asking, ask, questions, some_of_each_task
-from trainer.evaluation.models import find_adapter, load_sharded, load_whole, open_subject, wearing
+from trainer.evaluation.models import check_same_base, find_adapter, load_sharded, load_whole, open_subject, wearing
 from trainer.evaluation.report import Evaluation, write, write_tensorboard
 from trainer.evaluation.summary import SUBJECT, summarise
 from trainer.process_group import agreeing, naming_lost_ranks, process_group, set_collective_timeout
@@ -50,7 +50,7 @@ def evaluate(wanted: Wanted) -> Evaluation | None:
     0, None on the others. Raises UserError, on every rank, for a person's mistake.
     """
     recipe, adapter = open_subject(wanted.directory, wanted.recipe)
-    baselines = _baselines(wanted.against)
+    baselines = _baselines(wanted.against, recipe)
     with (
         process_group(timedelta(seconds=recipe.run.start_timeout)) as device,
         naming_lost_ranks("evaluating"),
@@ -98,14 +98,18 @@ def _evaluate(wanted: Wanted, recipe: Recipe, models: dict[str, Path | None], de
     return Evaluation(folders, tasks, mean, answered)
 
 
-def _baselines(against: Sequence[str]) -> dict[str, Path | None]:
-    """By the name in the table; a run has its folder's, or its whole path where another has the same."""
+def _baselines(against: Sequence[str], recipe: Recipe) -> dict[str, Path | None]:
+    """By the name in the table; a run has its folder's, or its whole path where another has the same.
+
+    recipe: of what is evaluated, whose base they are put on.
+    """
     found: dict[str, Path | None] = {}
     for word in against:
         if word == BASE:
             found[BASE] = None
             continue
         adapter = find_adapter(Path(word))
+        check_same_base(Path(word), recipe)
         run = Path(word).resolve()
         name = run.parent.name if run.name == rundir.ADAPTER else run.name
         found[word if name in found or name in (BASE, SUBJECT) else name] = adapter

@@ -64,6 +64,23 @@ def find_adapter(directory: Path) -> Path:
     return directory / rundir.ADAPTER
 
 
+def check_same_base(directory: Path, recipe: Recipe) -> None:
+    """Raises UserError where a run, or that of an adapter's folder, was trained on other values of the same base.
+
+    recipe: tells those that it would be put on. An adapter without a run does not tell, and is taken as it is.
+    """
+    run = directory.parent if directory.name == rundir.ADAPTER else directory
+    if not (run / rundir.RECIPE).is_file():
+        return
+    theirs, ours = load_recipe(run / rundir.RECIPE).base, recipe.base
+    for key in ("quantization", "dtype"):
+        if getattr(theirs, key) != getattr(ours, key):
+            raise UserError(
+                f"--against {directory}: was trained with base.{key}={getattr(theirs, key)}, and what is evaluated "
+                f"with {getattr(ours, key)}: one base cannot serve both; evaluate each by itself"
+            )
+
+
 def load_whole(opened: OpenedBase, device: torch.device | str) -> PreTrainedModel:
     """The base, whole on one device, in eval mode."""
     return _ready(load_opened(opened, Whole(device)))

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from data_prep.chat import ChatTemplate
@@ -174,10 +173,9 @@ def _name_taught_end(run: LoadedRun, folder: Path) -> None:
         return
     named = named_ends(run.model)
     if missing := [end for end in ends_of(run.tokenizer, ChatTemplate(run.tokenizer)) if end not in named]:
-        has_one = (folder / GENERATION_CONFIG_NAME).is_file()
-        config = GenerationConfig.from_pretrained(folder) if has_one else GenerationConfig()
-        config.eos_token_id = [*named, *missing]
-        config.save_pretrained(folder)
+        path = folder / GENERATION_CONFIG_NAME  # as JSON: transformers refuses to write what it reads of older models
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**config, "eos_token_id": [*named, *missing]}, indent=2) + "\n")
 
 
 def _rank(updates: dict[str, LowRank]) -> int:

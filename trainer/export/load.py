@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from trainer.base.load import set_generation
 from trainer.base.match import DTYPES
 from trainer.evaluation.models import LoadedRun
 
@@ -21,7 +22,7 @@ def load_plain_lora(run: LoadedRun, folder: Path) -> nn.Module:
 
 
 def load_merged(run: LoadedRun, folder: Path) -> nn.Module:
-    """The model of a folder, on the run's device."""
+    """The model of a folder, on the run's device; it generates as the run's own does."""
     base = run.recipe.base
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -29,6 +30,7 @@ def load_merged(run: LoadedRun, folder: Path) -> nn.Module:
         attn_implementation=base.attention,
         trust_remote_code=base.trust_remote_code,
     )
+    set_generation(model, folder)
     return model.to(run.model.device).eval()
 
 

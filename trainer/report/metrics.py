@@ -100,8 +100,11 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: Path, tensorboard: bool, step: int = 0, keep: int = 0) -> None:
-        self._file = (directory / METRICS).open("ab")
-        self._file.truncate(min(keep, self._file.tell()))
+        path = directory / METRICS
+        path.touch()
+        _cut(path, keep)
+        self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()  # lines, or their rest, for which there was no room
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -110,9 +113,8 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """A full disk ends no training: the lines wait in memory for room, and TensorBoard's are given up."""
-        with self._loudly(METRICS):
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
+        self._waiting += json.dumps(record).encode() + b"\n"
+        self._hand_over()
         with self._loudly(TENSORBOARD):
             for tag, value in scalars(record) if self._board is not None else ():
                 self._board.add_scalar(tag, value, record["step"])
@@ -124,18 +126,24 @@ class MetricsWriter:
                 self._board.add_image(tag, picture, step, dataformats="HWC")
 
     def position(self) -> int:
-        """Bytes of metrics.jsonl so far; all that was written is handed to the system, TensorBoard's events too."""
+        """Bytes of metrics.jsonl so far, with those that wait; TensorBoard's events are handed to the system too."""
         with self._loudly(TENSORBOARD):
             if self._board is not None:
                 self._board.flush()
-        return self._file.tell()
+        return self._file.tell() + len(self._waiting)
 
     def close(self) -> None:
+        self._hand_over()
         with self._loudly(METRICS):
             self._file.close()
         with self._loudly(TENSORBOARD):
             if self._board is not None:
                 self._board.close()
+
+    def _hand_over(self) -> None:
+        with self._loudly(METRICS):
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
 
     @contextlib.contextmanager
     def _loudly(self, what: str) -> Iterator[None]:
@@ -147,6 +155,12 @@ class MetricsWriter:
             )
             if what == TENSORBOARD:
                 self._board = None
+
+
+def _cut(path: Path, keep: int) -> None:
+    """To whole lines within its first `keep` bytes: a full disk may have taken half a line."""
+    with path.open("rb+") as file:
+        file.truncate(file.read(keep).rfind(b"\n") + 1)
 
 
 def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
