@@ -11,11 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(os.path.abspath(__file__)).parent.parent))  # links kept, see trainer.cluster.ssh
 
 from data_prep.errors import UserError
 from trainer.cluster.check import check_launch
@@ -25,10 +25,12 @@ from trainer.cluster.local import LocalRanks, launcher_command, slots_here
 from trainer.cluster.network import LAST_PORT, free_port
 from trainer.cluster.outcome import Outcome
 from trainer.cluster.remote import Reached, RemoteRanks
-from trainer.launch_protocol import FAULT, INTERRUPTED, LAUNCH_ID, MISTAKE, STOPPED
-from trainer.recipe import Recipe, TrainConfig, load_recipe
+from trainer.cluster.ssh import REPOSITORY, launch_folder
+from trainer.launch_protocol import AGAIN, FAULT, INTERRUPTED, LAUNCH_ID, MISTAKE, STOPPED
+from trainer.output import outlasting_readers
+from trainer.recipe import Recipe, load_recipe
 
-SCRIPT = Path(__file__).resolve().with_name("train.sh")
+SCRIPT = REPOSITORY / "launch" / "train.sh"
 LOOK_EVERY = 0.2  # seconds
 PATIENCE, ASK_EVERY = 60.0, 5.0  # seconds: for how long, and how often, a retry asks for nodes that do not answer
 
@@ -87,6 +89,7 @@ class Launch:
     options: Options
     recipe: Recipe
     nodes: tuple[Node, ...]  # none: this machine
+    again: bool = False  # after a fault
 
     @property
     def silence(self) -> float:
@@ -113,7 +116,10 @@ class Launch:
         slots = {"localhost": slots_here(self.options.num_gpus)}
         port = self.options.master_port or free_port()
         command = launcher_command(slots, 0, "127.0.0.1", port, [str(SCRIPT), *self.options.arguments])
-        return LocalRanks(command, {**os.environ, LAUNCH_ID: secrets.token_hex(8)}, self.grace)
+        return LocalRanks(command, {**os.environ, **self._own_variables()}, self.grace)
+
+    def _own_variables(self) -> dict[str, str]:
+        return {LAUNCH_ID: secrets.token_hex(8), **({AGAIN: "1"} if self.again else {})}
 
     def _on_nodes(self) -> RemoteRanks:
         reached = Reached(self.nodes, self.silence, self.grace)
@@ -126,15 +132,17 @@ class Launch:
                 "lower min_nodes"
             )
         if reached.absent:
-            count = dividing_nodes([remote.node for remote in reached.nodes], least, self.recipe.train)
+            batch, experts = self.recipe.train.global_batch_size, self.recipe.experts.parallel_size
+            count = dividing_nodes([remote.node for remote in reached.nodes], least, self.recipe)
             reached.keep(
-                count, f"train.global_batch_size={self.recipe.train.global_batch_size} cannot be cut for it too"
+                count, f"train.global_batch_size={batch} or experts.parallel_size={experts} does not go with its ranks"
             )
         for name, reason in reached.absent.items():
             print(f"launch          without {name}: {reason}", flush=True)
-        variables = {**passed_on(os.environ, Path.cwd()), LAUNCH_ID: secrets.token_hex(8)}
+        folder = launch_folder()
+        variables = {**passed_on(os.environ, folder), **self._own_variables()}
         arguments = [str(SCRIPT), *self.options.arguments, f"run.nodes={len(reached.nodes)}"]
-        return RemoteRanks(reached, arguments, variables, Path.cwd(), self.options.master_port)
+        return RemoteRanks(reached, arguments, variables, folder, self.options.master_port)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -149,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
         check(options, nodes)
     stop, retry = Stop(), 0
     while True:
-        found = launch.run(stop) if retry == 0 else run_again(launch, stop)
+        found = launch.run(stop) if retry == 0 else run_again(replace(launch, again=True), stop)
         if found.cause:
             print(f"launch          failed on {found.cause}", file=sys.stderr, flush=True)
         if found.status in (0, MISTAKE, STOPPED) or stop.asked is not None or retry == options.retries:
@@ -174,13 +182,15 @@ def run_again(launch: Launch, stop: Stop) -> Outcome:
             time.sleep(ASK_EVERY)
 
 
-def dividing_nodes(nodes: Sequence[Node], least: int, train: TrainConfig) -> int:
-    """The largest number of first nodes, `least` or more, over whose ranks a global batch can be cut.
+def dividing_nodes(nodes: Sequence[Node], least: int, recipe: Recipe) -> int:
+    """The largest number of first nodes, `least` or more, over whose ranks batch and placed experts can be cut.
 
     All of them where there is none: then the ranks refuse, and say what would do.
     """
+    batch, rows = recipe.train.global_batch_size, recipe.train.micro_batch_size
     for count in range(len(nodes), least - 1, -1):
-        if train.global_batch_size % (train.micro_batch_size * sum(node.slots for node in nodes[:count])) == 0:
+        ranks = sum(node.slots for node in nodes[:count])
+        if batch % (rows * ranks) == 0 and ranks % recipe.experts.parallel_size == 0:
             return count
     return len(nodes)
 
@@ -234,10 +244,11 @@ def _truth(key: str, value: str) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(MISTAKE)
-    except KeyboardInterrupt:  # before there were ranks to ask
-        sys.exit(INTERRUPTED)
+    with outlasting_readers():
+        try:
+            sys.exit(main(sys.argv[1:]))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(MISTAKE)
+        except KeyboardInterrupt:  # before there were ranks to ask
+            sys.exit(INTERRUPTED)

@@ -9,8 +9,9 @@ from trainer.agreement import RankFacts, check_agreement, describe, interface, o
 from trainer.launch_protocol import LAUNCH_ID
 
 RECIPE = {"run": {"name": "a", "seed": 0}, "train": {"steps": 10}}
-FIRST = RankFacts("a", 0, "one", {"python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"}, ("x", "y"), RECIPE)
-SECOND = replace(FIRST, host="b")
+VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"}
+FIRST = RankFacts("a", "a's boot", 0, "one", VERSIONS, ("x", "y"), RECIPE)
+SECOND = replace(FIRST, host="b", machine="b's boot")
 
 
 def refusal(*ranks: RankFacts, nodes: int | None = None) -> str:
@@ -46,6 +47,12 @@ def test_another_number_of_nodes_than_the_recipe_says_is_refused(nodes, found):
     ranks = [FIRST, FIRST] if nodes == 2 else [FIRST, SECOND]
     message = refusal(*ranks, nodes=nodes)
     assert message.startswith(f"run.nodes={nodes}, and the ranks are on {found}; give the launcher a hostfile")
+
+
+def test_machines_of_one_name_are_as_many_nodes():
+    clone = replace(FIRST, machine="another boot")
+    check_agreement([FIRST, clone], nodes=2)
+    assert "the ranks are on 2: a (1), a (1); " in refusal(FIRST, clone, nodes=1)
 
 
 def test_facts_of_this_process_agree_with_themselves_and_follow_the_launch(monkeypatch):

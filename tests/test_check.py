@@ -7,8 +7,10 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from tests.test_recipe import MINIMAL
 from trainer.cli import main
@@ -17,6 +19,7 @@ from trainer.cluster.ask import Answer, Clock, Failure, ask, ask_here
 from trainer.cluster.check import Report
 from trainer.cluster.findings import findings
 from trainer.cluster.hostfile import Node
+from trainer.cluster.local import visible_gpus
 from trainer.cluster.probe import Facts, Gpu, Request, connect, facts, gpus_in
 from trainer.cluster.seen import ALL, Finding, Need, Seen
 from trainer.cluster.ssh import REPOSITORY
@@ -33,7 +36,7 @@ FIRST = Facts(
     code="x",
     cores=16,
     memory=64 * GIB,
-    gpus=[Gpu("H100", 80 * GIB, 79 * GIB)] * 2,
+    gpus=[Gpu(0, "H100", 80 * GIB, 79 * GIB), Gpu(1, "H100", 80 * GIB, 79 * GIB)],
     recipe=RECIPE.model_dump(mode="json"),
     deepspeed="d",
     base="b",
@@ -47,6 +50,13 @@ SECOND = replace(FIRST, hostname="b", machine="boot-b", port=None)
 NODES = (Node("a", 2), Node("b", 2))
 NEED = Need(device=10 * GIB, host=GIB, disk=GIB)
 EXACT = Clock(0.0, 0.1)
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+SMI = """0, GPU-5f01, NVIDIA H100 80GB HBM3, 81559, 81004
+1, GPU-5f02, NVIDIA H100 80GB HBM3, 81559, 17
+2, GPU-77aa, NVIDIA GH200, [N/A], [N/A]
+"""
+H100, FULL = (Gpu(i, "NVIDIA H100 80GB HBM3", 81559 * 2**20, mib * 2**20) for i, mib in enumerate((81004, 17)))
+GH200 = Gpu(2, "NVIDIA GH200", None, None)
 
 
 def seen(first: Facts = FIRST, second: Facts = SECOND, **more) -> Seen:
@@ -74,6 +84,9 @@ def test_alike_machines_are_in_order_and_each_check_says_so_in_one_line():
     assert texts["memory"] == "a rank needs 10.00 GiB and 1.00 GiB of its host, as estimated"
 
 
+OCCUPIED = "a rank needs 10.00 GiB, and 1.00 GiB of the 80.00 GiB of GPU 7 are free"
+
+
 def other_rate(value: float) -> dict:
     return RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"learning_rate": value})}).model_dump(
         mode="json"
@@ -98,7 +111,7 @@ def other_rate(value: float) -> dict:
         ("base", {"base": None, "problems": {"base": "no folder"}}, "base.model=base: not there, as it is on a"),
         ("prepared", {"prepared": "q"}, "data.prepared_dir=prepared is another set than on a"),
         ("prepared", {"prepared": None, "problems": {"prepared": "no prepared set"}}, "no prepared set"),
-        ("memory", {"gpus": [FIRST.gpus[0], Gpu("H100", 80 * GIB, GIB)]}, "a rank needs 10.00 GiB, and 1.00 GiB of th"),
+        ("memory", {"gpus": [FIRST.gpus[0], Gpu(7, "H100", 80 * GIB, GIB)]}, OCCUPIED),
         ("memory", {"memory": GIB}, "2 ranks need 2.00 GiB of host memory, and 1.00 GiB are free"),
     ],
 )
@@ -198,6 +211,54 @@ def test_a_machine_tells_what_it_can_and_names_what_it_cannot(tmp_path):
     assert abs(answer.clock.ahead) < 1 + answer.clock.doubt
 
 
+def test_a_machine_looks_with_the_variables_of_its_ranks_and_still_fetches_nothing(tmp_path):
+    kept = tmp_path / "hf" / "hub" / "models--some--base"
+    (kept / "snapshots" / "1").mkdir(parents=True)
+    (kept / "snapshots" / "1" / "config.json").write_text("{}")
+    save_file({"a": np.zeros(1)}, kept / "snapshots" / "1" / "model.safetensors")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("1")
+    (tmp_path / "recipe.yaml").write_text(MINIMAL)
+    given = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    there, absent = (
+        ask_here("here", Request(str(tmp_path), "recipe.yaml", (f"base.model={name}",), environment=given), limit=60)
+        for name in ("some/base", "some/other")
+    )
+    assert there.facts.base is not None and not there.facts.base_in_folder
+    assert "outgoing traffic has been disabled" in absent.facts.problems["base"]
+
+
+@pytest.mark.parametrize(("gpus", "device"), [([H100], 2 * GIB), ([], GIB)])
+def test_the_estimate_is_of_the_kind_of_device_that_the_nodes_have(tmp_path, monkeypatch, gpus, device):
+    (tmp_path / "recipe.yaml").write_text(MINIMAL)
+    on = {"cpu": {"device": GIB, "host": 0}, "cuda": {"device": 2 * GIB, "host": 0}}
+    told = json.dumps({"trained_parameters": 1, "peak": on["cpu"], "peak_on": on})
+    monkeypatch.setattr(check, "_estimating", lambda *_: subprocess.Popen(python(f"print('{told}')"), **PIPES))
+    facts = replace(FIRST, gpus=gpus)
+    monkeypatch.setattr(check, "ask_here", lambda host, *_: Answer(host, facts, clock=EXACT))
+    texts = {found.what: found.text for found in check.check_launch(tmp_path / "recipe.yaml", (), None).findings}
+    assert texts["memory"].startswith(f"a rank needs {device / GIB:.2f} GiB and ")
+
+
+@pytest.mark.parametrize("over_ssh", [True, False])
+def test_nodes_are_told_the_variables_of_their_ranks_and_this_machine_has_its_own(tmp_path, monkeypatch, over_ssh):
+    (tmp_path / "recipe.yaml").write_text(MINIMAL)
+    (tmp_path / ".deepspeed_env").write_text("HF_HOME=/shared/hf\nCUDA_VISIBLE_DEVICES=3\n")
+    monkeypatch.chdir(tmp_path)
+    asked = {}
+
+    def ask(hosts, request, _limit):
+        asked[request.port is None] = request
+        return [Answer(host, failure=Failure(255, "gone")) for host in hosts]
+
+    monkeypatch.setattr(check, "ask_all", ask)
+    monkeypatch.setattr(check, "ask_here", lambda host, *more: ask([host], *more)[0])
+    check.check_launch(tmp_path / "recipe.yaml", (), NODES if over_ssh else None)
+    assert asked[False].environment.get("HF_HOME") == ("/shared/hf" if over_ssh else None)
+    assert "CUDA_VISIBLE_DEVICES" not in asked[False].environment  # the slots say it
+    assert not over_ssh or asked[True].environment == {}
+
+
 def test_a_port_that_is_taken_is_told_with_who_has_it_and_another_is_opened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # as the probe does, for good
     first = facts(Request(str(tmp_path), "none.yaml", (), port=0))
@@ -208,14 +269,33 @@ def test_a_port_that_is_taken_is_told_with_who_has_it_and_another_is_opened(tmp_
     assert connect("127.0.0.1", second.port, first.hostname) is None
 
 
-def test_gpus_are_read_from_nvidia_smi():
-    table = "NVIDIA H100 80GB HBM3, 81559, 81004\nNVIDIA GH200, [N/A], [N/A]\n"
-    assert gpus_in(table) == [
-        Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, 81004 * 2**20),
-        Gpu("NVIDIA GH200", None, None),
-    ]
-    unknown = replace(SECOND, gpus=[Gpu("NVIDIA GH200", None, None)] * 2)
-    assert bad(seen(second=unknown)) == []
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, [H100, FULL, GH200]),
+        ("2,0", [GH200, H100]),
+        ("GPU-77aa,1", [GH200, FULL]),
+        ("GPU-5f02,GPU-7", [FULL, GH200]),
+        ("MIG-9b,0", [Gpu(None, "MIG-9b", None, None), H100]),
+        ("1,-1,0", [FULL]),
+        ("-1", []),
+        ("", []),
+    ],
+)
+def test_gpus_are_those_of_nvidia_smi_that_are_visible(monkeypatch, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_in(SMI, visible_gpus()) == expected
+
+
+def test_a_visible_gpu_that_is_not_there_is_told():
+    with pytest.raises(OSError, match="CUDA_VISIBLE_DEVICES names 3, and nvidia-smi shows no such GPU"):
+        gpus_in(SMI, [0, 3])
+
+
+def test_gpus_of_unknown_memory_are_in_order():
+    assert bad(seen(second=replace(SECOND, gpus=[GH200] * 2))) == []
 
 
 def test_looking_imports_nothing_heavy():

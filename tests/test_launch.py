@@ -1,17 +1,25 @@
 """What a launch is told: hostfile, variables, options; and what it tells of its ranks' endings."""
 
 import importlib.util
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from data_prep.errors import UserError
+from tests.test_recipe import MINIMAL
+from trainer.cluster import network
 from trainer.cluster.environment import passed_on
 from trainer.cluster.hostfile import Node, read_hostfile
 from trainer.cluster.local import slots_here
 from trainer.cluster.outcome import KILLED, Outcome, RankEnding, outcome
+from trainer.cluster.ssh import launch_folder
 from trainer.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
-from trainer.recipe import TrainConfig
+from trainer.recipe import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -80,6 +88,13 @@ def test_a_line_of_deepspeed_env_that_would_end_its_launcher_is_refused(tmp_path
         passed_on({}, tmp_path)
 
 
+@pytest.mark.parametrize("visible", ["", "-1", "-1,0"])
+def test_ranks_on_cpus_are_shown_no_gpu_where_none_is_visible(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert slots_here(None) == [-1]
+    assert slots_here(2) == [-1, -1]
+
+
 def test_devices_are_those_that_are_visible(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f,7")
     assert slots_here(None) == [2, "GPU-5f", 7]
@@ -113,16 +128,71 @@ def test_bad_options_of_a_launch_are_refused(supervise, arguments, told):
 
 
 @pytest.mark.parametrize(
-    ("answering", "least", "batch", "expected"),
-    [(8, 1, 128, 8), (7, 1, 128, 4), (7, 5, 128, 7), (3, 2, 128, 2), (6, 1, 96, 6), (1, 1, 128, 1)],
+    ("answering", "least", "batch", "experts", "expected"),
+    [
+        (8, 1, 128, 1, 8),
+        (7, 1, 128, 1, 4),
+        (7, 5, 128, 1, 7),
+        (3, 2, 128, 1, 2),
+        (6, 1, 96, 1, 6),
+        (1, 1, 128, 1, 1),
+        (3, 1, 96, 16, 2),
+        (3, 1, 96, 8, 3),
+        (3, 3, 96, 16, 3),
+    ],
 )
-def test_of_the_nodes_that_answer_as_many_are_taken_as_the_batch_can_be_cut_for(
-    supervise, answering, least, batch, expected
+def test_of_the_nodes_that_answer_as_many_are_taken_as_batch_and_experts_can_be_cut_for(
+    supervise, answering, least, batch, experts, expected
 ):
     """Nodes of 8 ranks, micro-batches of 2; none of 5 to 7 nodes divides 128, so all 7 come, and the ranks refuse."""
-    train = TrainConfig(steps=1, global_batch_size=batch, micro_batch_size=2)
+    recipe = Recipe.model_validate(
+        yaml.safe_load(MINIMAL)
+        | {
+            "train": {"steps": 1, "global_batch_size": batch, "micro_batch_size": 2},
+            "adapter": {"num_experts": 16},
+            "experts": {"parallel_size": experts, "across_nodes": experts > 1},
+        }
+    )
     nodes = [Node(f"node-{number}", 8) for number in range(answering)]
-    assert supervise.dividing_nodes(nodes, least, train) == expected
+    assert supervise.dividing_nodes(nodes, least, recipe) == expected
+
+
+def test_a_link_on_the_way_to_the_checkout_stays_in_what_nodes_are_told(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(REPOSITORY)
+    program = f"import runpy; print(runpy.run_path('{link}/launch/supervise.py')['SCRIPT'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{link}/launch/train.sh"
+
+
+@pytest.mark.parametrize(("told", "expected"), [("link", "link"), ("elsewhere", "real"), ("none", "real")])
+def test_the_folder_of_a_launch_is_named_as_in_the_shell(tmp_path, monkeypatch, told, expected):
+    for name in ("real", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "link")
+    monkeypatch.setenv("PWD", str(tmp_path / told))
+    assert launch_folder() == tmp_path / expected
+
+
+@pytest.mark.parametrize(
+    ("ssh", "outward", "interfaces", "expected"),
+    [
+        ("10.0.0.9 1 10.0.0.2 22", "10.1.0.2", ["127.0.0.1"], "10.0.0.2"),
+        ("127.0.0.1 1 127.0.1.1 22", "10.1.0.2", ["127.0.0.1", "172.17.0.1", "10.1.0.2"], "10.1.0.2"),
+        (None, None, ["127.0.0.1", "169.254.3.1", "10.1.0.2"], "10.1.0.2"),
+        (None, None, ["127.0.0.1", "169.254.3.1"], "169.254.3.1"),
+        (None, None, ["127.0.0.1"], "127.0.0.1"),
+    ],
+)
+def test_a_machine_is_reached_where_ssh_reached_it_or_where_it_goes_out(
+    monkeypatch, ssh, outward, interfaces, expected
+):
+    monkeypatch.setenv("SSH_CONNECTION", ssh or "")
+    found = [SimpleNamespace(family=socket.AF_INET, address=address) for address in interfaces]
+    monkeypatch.setattr(network.psutil, "net_if_addrs", lambda: {"all": found})
+    monkeypatch.setattr(network, "_address_towards", lambda _: outward)
+    assert network.reached_at() == expected
 
 
 def ended(rank: int, status: int, line: str = "", followed: bool = False, stuck: bool = False) -> RankEnding:

@@ -10,6 +10,7 @@ from tests.distributed import scene
 from trainer import rundir
 from trainer.checkpoint import files
 from trainer.checkpoint.checkpoints import FACTS, FOLDER
+from trainer.launch_protocol import AGAIN
 from trainer.recipe import Recipe, differences
 from trainer.resume import HARMLESS, accept_changes, find_beginning
 
@@ -108,6 +109,13 @@ def test_a_best_of_another_run_is_no_best_of_this_one(run, keep_best, known):
     assert begin(run, "auto").facts["held_out"] == told["held_out"]
     changes = {"run__output_dir": str(run.parent), "run__name": "fork", "train__resume": str(facts)}
     assert find_beginning(scene.recipe(BASE, checkpoint__keep_best=keep_best, **changes)).facts["held_out"] == known
+
+
+def test_never_is_for_the_first_start_of_a_launch(run, monkeypatch):
+    with pytest.raises(UserError, match=r"^train\.resume=never: .* holds an unfinished run"):
+        begin(run, "never")
+    monkeypatch.setenv(AGAIN, "1")
+    assert begin(run, "never").step == 4
 
 
 def test_a_start_that_was_killed_at_once_is_in_no_later_ones_way(tmp_path):

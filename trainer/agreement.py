@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from data_prep.errors import UserError
 from data_prep.fingerprint import code_hash
-from trainer.cluster.network import interface_to
+from trainer.cluster.network import interface_to, machine
 from trainer.launch_protocol import LAUNCH_ID
 from trainer.recipe import Recipe, differences
 from trainer.rundir import versions
@@ -25,9 +25,13 @@ from trainer.rundir import versions
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank is. Those of all ranks are to agree, but for host and local_rank."""
+    """What one rank is. Those of all ranks are to agree, but for host, machine and local_rank.
+
+    host: a name for a person, which cloned machines may share. machine: the same text on the same machine only.
+    """
 
     host: str
+    machine: str
     local_rank: int
     launch: str | None
     versions: dict[str, str]
@@ -39,6 +43,7 @@ def own_facts(recipe: Recipe) -> RankFacts:
     """The facts of this process."""
     return RankFacts(
         socket.gethostname(),
+        machine(),
         int(os.environ.get("LOCAL_RANK", "0")),
         os.environ.get(LAUNCH_ID),
         {"python": platform.python_version(), **versions()},
@@ -79,18 +84,18 @@ def check_agreement(ranks: Sequence[RankFacts], nodes: int | None) -> None:
             raise UserError(
                 f"{where} has {key}={found!r}, rank 0 on {first.host} has {wanted!r}; give every node the same recipe"
             )
-    hosts = Counter(rank.host for rank in ranks)
-    if nodes is not None and len(hosts) != nodes:
+    by_node = _by_node(ranks)
+    if nodes is not None and len(by_node) != nodes:
         raise UserError(
-            f"run.nodes={nodes}, and the ranks are on {len(hosts)}: {_listed(hosts)}; give the launcher a hostfile "
+            f"run.nodes={nodes}, and the ranks are on {len(by_node)}: {_listed(by_node)}; give the launcher a hostfile "
             "that is there and lists every node, or correct run.nodes"
         )
 
 
 def describe(ranks: Sequence[RankFacts], seconds: float) -> str:
     """A line for a person. seconds: that the ranks took to meet."""
-    hosts = Counter(rank.host for rank in ranks)
-    place = f"{len(ranks)} on {len(hosts)} node{'s' if len(hosts) > 1 else ''}: {_listed(hosts)}"
+    by_node = _by_node(ranks)
+    place = f"{len(ranks)} on {len(by_node)} node{'s' if len(by_node) > 1 else ''}: {_listed(by_node)}"
     found = ranks[0].versions
     versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "deepspeed"))
     return f"ranks           {place}; {interface()}; met in {seconds:.1f} s; {versions}"
@@ -104,5 +109,10 @@ def interface() -> str:
     return interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1")) or "no interface"
 
 
-def _listed(hosts: Counter[str]) -> str:
-    return ", ".join(f"{host} ({count})" for host, count in hosts.items())
+def _by_node(ranks: Sequence[RankFacts]) -> Counter[tuple[str, str]]:
+    """Ranks on each node, by (machine, host)."""
+    return Counter((rank.machine, rank.host) for rank in ranks)
+
+
+def _listed(by_node: Counter[tuple[str, str]]) -> str:
+    return ", ".join(f"{host} ({count})" for (_, host), count in by_node.items())

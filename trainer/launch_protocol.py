@@ -11,6 +11,7 @@ STOPPED = 75  # exit status of a run that saved and ended as a signal asked: sys
 INTERRUPTED = 130  # exit status after Ctrl-C where there is nothing to save: 128 and the signal's number
 
 ENDINGS = "TEAMLORA_ENDINGS"  # variable: folder in which each rank leaves its `Ending`, which no launcher passes on
+AGAIN = "TEAMLORA_AGAIN"  # variable: this launch has started ranks before, so what it finds is its own
 LAUNCH_ID = "TEAMLORA_LAUNCH_ID"  # variable: a name that all ranks of one launch share, and no other launch has
 
 

@@ -1,5 +1,6 @@
 """Where a run begins: at its first step, from a checkpoint of its own or another's, or not at all, being finished."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from data_prep.errors import UserError
 from trainer import rundir
 from trainer.checkpoint import files
 from trainer.checkpoint.checkpoints import FOLDER, read_facts
+from trainer.launch_protocol import AGAIN
 from trainer.recipe import Recipe, differences
 
 # Keys that may change between the parts of a run: they alter where and how fast it computes, not what.
@@ -73,6 +75,8 @@ def find_beginning(recipe: Recipe) -> Beginning:
 def _find_beginning(recipe: Recipe) -> Beginning:
     found = rundir.find(recipe)
     resume, directory = recipe.train.resume, recipe.run.directory
+    if resume == "never" and AGAIN in os.environ:  # what the first start of this launch has left
+        resume = "auto"
     notes: list[str] = []
     if found is not None:
         notes += accept_changes(

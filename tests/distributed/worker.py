@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from torch import Tensor
 import trainer.train
 from data_prep.errors import UserError
 from tests.distributed import scene
-from tests.estimate.engine_bytes import learning_bytes
+from tests.estimate.engine_bytes import copied_bytes, learning_bytes
 from tests.tiny_models import FAMILIES
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.held import merge_own
@@ -30,6 +31,8 @@ from trainer.base.load import load_opened
 from trainer.base.match import open_base
 from trainer.base.zero3 import ZeroShards
 from trainer.batches import plan_batches
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.state import TrainedState
 from trainer.engine import gather_trainable, read_deepspeed_config
 from trainer.faults import TrainingFault
 from trainer.launch_protocol import LAUNCH_ID
@@ -109,6 +112,7 @@ HELD: dict[str, dict[str, Any]] = {
         "base__dtype": "bf16",
     },
     "replicated": {"experts__parallel_size": 2, "experts__replicate": True},
+    "eight_bits": {"train__optimizer": "adamw_8bit"},
 }
 # (ZeRO stage, compute dtype, what is spoilt)
 FAULTS = [
@@ -213,9 +217,11 @@ def held(base: Path, folder: Path, device: torch.device) -> None:
     for name, changes in HELD.items():
         recipe = scene.recipe(base, **changes)
         model, parts = build(recipe, device, plan_rows(recipe), [])
+        saver = Saver(TrainedState(parts.engine, model), timedelta(seconds=60))
         run_step(parts, 1)
         stage = parts.engine.zero_optimization_stage()
-        mine = [bytes_on_this_rank(model, stage, dist.get_world_size()), learning_bytes(parts.engine)]
+        told = bytes_on_this_rank(model, stage, dist.get_world_size())
+        mine = [told, learning_bytes(parts.engine), copied_bytes(saver)]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         keep(folder / "held" / f"{name}.json", everyone)

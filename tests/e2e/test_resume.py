@@ -133,7 +133,7 @@ def test_a_signal_before_the_first_step_ends_it_with_75_and_the_next_start_begin
 
 
 def test_retries_start_again_from_the_last_checkpoint_after_a_kill(workplace, unbroken):
-    run = Launched(workplace, "killed", "retries=2")
+    run = Launched(workplace, "killed", "retries=2", "train.resume=never")
     for step in (70, 115):
         run.come_to(step)
         os.kill(ranks_of(run.run)[step % 2], signal.SIGKILL)

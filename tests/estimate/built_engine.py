@@ -5,14 +5,17 @@ python -m tests.estimate.built_engine BASE FOLDER      (with RANK, WORLD_SIZE, .
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from tests.distributed import scene
 from tests.distributed.worker import build, plan_rows
-from tests.estimate.engine_bytes import learning_bytes, storage_bytes
+from tests.estimate.engine_bytes import copied_bytes, learning_bytes, storage_bytes
 from trainer.base.nf4 import NF4Linear
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.state import TrainedState
 from trainer.loop import run_step
 from trainer.process_group import process_group
 from trainer.quiet import quiet_libraries
@@ -34,6 +37,7 @@ def recipe_of(base: Path, folder: Path, stage: int, dtype: str) -> Recipe:
 def held(recipe: Recipe, stage: int, device: torch.device) -> dict[str, int]:
     """Bytes after a step by category, as the run tells them or as the engine's tensors say."""
     model, parts = build(recipe, device, plan_rows(recipe), [])
+    saver = Saver(TrainedState(parts.engine, model), timedelta(seconds=60))
     run_step(parts, 1)
     told, learning = bytes_on_this_rank(model, stage, 1), learning_bytes(parts.engine)
     second = [m.second for m in model.modules() if isinstance(m, NF4Linear)]
@@ -42,6 +46,7 @@ def held(recipe: Recipe, stage: int, device: torch.device) -> dict[str, int]:
         **{category: learning[category] for category in ("master copy", "optimizer moments")},
         "absmax, second level": storage_bytes(t for level in second for t in (level.absmax, level.code, level.offset)),
         "buffers": storage_bytes(model.buffers()),
+        "checkpoint copy": copied_bytes(saver),
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint.saver import Saver
 from trainer.engine import fp32_copies
 
 
@@ -15,13 +16,19 @@ def learning_bytes(engine: Any) -> dict[str, int]:
         wrapper, "single_partition_of_fp32_groups", None
     )
     masters = list(flat) if flat is not None else list(fp32_copies(wrapper).values())
-    moments = [t for s in engine.basic_optimizer.state.values() for t in s.values() if t.dim()]
+    state = [item for tensors in engine.basic_optimizer.state.values() for item in tensors.items()]
+    moments = [t for name, t in state if torch.is_tensor(t) and t.dim() and not name.startswith("qmap")]  # a constant
     gradients = [getattr(wrapper, "grad_partitions_flat_buffer", None), *(m.grad for m in masters)]
     return {
         "master copy": storage_bytes(masters),
         "optimizer moments": storage_bytes(moments),
         "gradients": storage_bytes(g for g in gradients if g is not None),
     }
+
+
+def copied_bytes(saver: Saver) -> int:
+    """Copies for checkpoints: what a save is written from, and moments in 8 bits once more in fp32."""
+    return storage_bytes([*saver._copies, *(moment.copy for moment in saver.state._eight_bits)])
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -1,8 +1,12 @@
 """What is said to be kept for backward is what a real model keeps, on real rows of packed documents."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from tests.distributed import scene
 from tests.tiny_models import tiny_llama, tiny_model
@@ -25,10 +29,8 @@ def kept_by_a_real_forward(recipe):
             storages[storage.data_ptr()] = storage
         return tensor
 
-    positions = torch.arange(LENGTH) % (LENGTH // 2)  # two documents a row
-    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.get_base_model().get_decoder()(input_ids=ids, position_ids=positions.expand(ROWS, -1), use_cache=False)
+        model.get_base_model().get_decoder()(**rows(), use_cache=False)
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -46,9 +48,53 @@ def test_other_families(tmp_path, family):
     check(tiny_model(tmp_path, family), adapter__target_modules=targets)
 
 
-def check(folder, **changes):
-    recipe = scene.recipe(
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("gemma3_text", "sdpa"), ("gemma3_text", "eager")]
+)
+def test_with_checkpointing_what_layers_share_stays_beside_their_inputs(tmp_path, family, attention):
+    recipe = of(tiny_model(tmp_path, family), base__attention=attention)
+    model = attach_adapter(load_base(recipe.base, "cpu"), recipe.adapter).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    seen = []
+
+    def see(_layer, _positional, named):
+        seen.extend(weakref.ref(each) for each in tree_leaves(named) if torch.is_tensor(each))
+
+    decoder = model.get_base_model().get_decoder()
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(see, with_kwargs=True)
+    hidden = decoder(**rows(), use_cache=False)
+    gc.collect()
+    storages = (tensor.untyped_storage() for each in seen if (tensor := each()) is not None)
+    alive = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    estimated = activations(parse_config_alone(recipe.base), recipe).saved(checkpointing=True)
+    assert estimated == len(decoder.layers) * hidden.last_hidden_state.nbytes + alive
+
+
+def test_flash_attention_keeps_neither_masks_nor_repeated_keys(recipe_of):
+    """Llama-3-8B: 32 heads of 128 on 8 of keys and values; sdpa keeps a mask a layer, in the compute dtype."""
+    sizes = {}
+    for attention, length in [("flash_attention_2", 64), ("flash_attention_2", 128), ("sdpa", 128)]:
+        recipe = recipe_of("llama-3-8b", base__attention=attention, data__seq_len=length, train__global_batch_size=1)
+        sizes[attention, length] = activations(parse_config_alone(recipe.base), recipe)
+    short, flash, sdpa = sizes.values()
+    assert flash.saved(False) == 2 * short.saved(False)
+    assert flash.saved(True) == 2 * short.saved(True)
+    assert sdpa.layer - flash.layer == 2 * (32 - 8) * 128 * 128 * 2 + 128 * 128 * 2
+
+
+def rows():
+    positions = torch.arange(LENGTH) % (LENGTH // 2)  # two documents a row
+    return {"input_ids": torch.arange(ROWS * LENGTH).view(ROWS, LENGTH), "position_ids": positions.repeat(ROWS, 1)}
+
+
+def of(folder, **changes):
+    return scene.recipe(
         folder, data__seq_len=LENGTH, train__micro_batch_size=ROWS, train__global_batch_size=ROWS, **changes
     )
+
+
+def check(folder, **changes):
+    recipe = of(folder, **changes)
     estimated = activations(parse_config_alone(recipe.base), recipe).saved(checkpointing=False)
     assert estimated == pytest.approx(kept_by_a_real_forward(recipe), rel=0.02)

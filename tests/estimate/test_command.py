@@ -7,6 +7,7 @@ import pytest
 
 from trainer.cli import main
 from trainer.estimate.estimate import Estimator
+from trainer.estimate.measured import LIBRARIES
 from trainer.estimate.sizes import GIB, parse_size
 from trainer.recipe import dump_recipe, load_recipe
 
@@ -79,13 +80,20 @@ def test_a_deepspeed_file_that_training_refuses_is_refused(path, tmp_path, capsy
 
 
 def test_a_gpus_memory_makes_it_an_estimate_for_a_gpu(path, capsys):
-    assert asked(capsys, path, "--gpu-memory", "900GiB")["device_kind"] == "cuda"
+    found = asked(capsys, path, "--gpu-memory", "900GiB")
+    assert found["device_kind"] == "cuda" and found["peak"] == found["peak_on"]["cuda"]
+
+
+def test_json_tells_the_peak_on_each_kind_of_device(path, capsys):
+    on = asked(capsys, path, "deepspeed.config=ds_configs/zero2.json")["peak_on"]  # whose buckets are of one size
+    assert on["cuda"]["device"] - on["cpu"]["device"] == LIBRARIES["cuda"] - LIBRARIES["cpu"]
+    assert on["cuda"]["host"] == on["cpu"]["host"]
 
 
 def test_offload_moves_bytes_to_the_host(path, capsys):
     on_device = asked(capsys, path)["peak"]
     found = asked(capsys, path, "deepspeed.config=ds_configs/zero3_offload.json", "--host-memory", "1GiB")
-    assert on_device["host"] == 0
+    assert on_device["host"] < 4 * GIB
     assert found["peak"]["host"] > 4 * GIB and found["peak"]["device"] < on_device["device"]
     assert not found["fits"]
 

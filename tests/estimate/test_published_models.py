@@ -68,6 +68,17 @@ def test_eight_bit_moments_take_a_byte_each_and_a_maximum_a_block(recipe_of):
     assert found["optimizer moments"] == 2 * (elements + 4 * math.ceil(elements / 256))
 
 
+@pytest.mark.parametrize(("stage", "world", "share"), [(0, 2, 1), (2, 2, 2), (3, 1, 1), (3, 2, 2)])
+@pytest.mark.parametrize(("optimizer", "size"), [("adamw", 12), ("adamw_8bit", 20)])
+def test_a_checkpoint_is_copied_on_the_host_whole_or_by_shards(recipe_of, stage, world, share, optimizer, size):
+    config = f"ds_configs/zero{stage}.json" if stage else "ds_configs/single.json"
+    recipe = recipe_of("llama-3-8b", deepspeed__config=config, train__optimizer=optimizer)
+    found = Estimator(recipe).estimate(recipe, world)
+    (row,) = (row for row in found.resident if row.name == "checkpoint copy")
+    expected = pytest.approx(size * found.trained / share, rel=1e-4)  # stage 0 keeps small tensors out of the 8 bits
+    assert (row.device, row.host) == (0, expected)
+
+
 @pytest.mark.parametrize(("kind", "elements"), [("cuda", 50_000_000), ("cpu", None)])
 def test_the_reduce_bucket_is_reserved_on_a_gpu_and_filled_by_gradients_on_a_cpu(recipe_of, kind, elements):
     recipe = recipe_of("llama-3-8b", adapter__expert_rank=1, train__global_batch_size=WORLD)

@@ -22,7 +22,7 @@ from trainer.cluster.in_order import counted
 from trainer.cluster.local import visible_gpus
 from trainer.cluster.probe import Request
 from trainer.cluster.seen import ALL, Finding, Need, Seen
-from trainer.cluster.ssh import REPOSITORY
+from trainer.cluster.ssh import REPOSITORY, launch_folder
 from trainer.launch_protocol import MISTAKE
 from trainer.recipe import CheckpointConfig, load_recipe
 
@@ -89,15 +89,15 @@ def check_launch(
     """
     started = time.monotonic()
     recipe = load_recipe(recipe_path, tuple(overrides))
-    request = Request(os.getcwd(), str(recipe_path), tuple(overrides), master_port or 0)
+    environment, problems = _passed_on() if nodes is not None else ({}, [])
+    request = Request(str(launch_folder()), str(recipe_path), tuple(overrides), master_port or 0, environment)
     hosts = tuple(nodes) if nodes is not None else (Node(socket.gethostname(), _gpus_here() or 1),)
     with _estimating(recipe_path, overrides, sum(node.slots for node in hosts)) as estimating:
         seen = Seen(recipe, hosts, *_answers(hosts, request, over_ssh=nodes is not None))
-        environment = list(_bad_variables()) if len(hosts) > 1 else []
-        found = [*environment, *findings(seen)]
+        found = [*problems, *findings(seen)]
         if not any(finding.level == "error" for finding in found):  # else they are told at once
             need, problem = _estimated(estimating, seen, started, limit)
-            found = [*environment, *findings(replace(seen, need=need)), *problem]
+            found = [*findings(replace(seen, need=need)), *problem]
     return Report(tuple(found), hosts, time.monotonic() - started)
 
 
@@ -112,7 +112,7 @@ def _answers(nodes: Sequence[Node], request: Request, over_ssh: bool) -> tuple[l
     if not over_ssh:
         return [ask_here(nodes[0].name, request, SILENCE)], None
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask_here, socket.gethostname(), replace(request, port=None), SILENCE)
+        asked = pool.submit(ask_here, socket.gethostname(), replace(request, port=None, environment={}), SILENCE)
         answers, here = ask_all([node.name for node in nodes], request, SILENCE), asked.result()
     machines = {answer.facts.machine for answer in answers if answer.facts is not None}
     is_a_node = here.facts is None or here.facts.machine in machines
@@ -136,7 +136,7 @@ def _estimating(recipe: Path, overrides: Sequence[str], ranks: int) -> Iterator[
 def _estimated(
     estimating: subprocess.Popen, seen: Seen, started: float, limit: float
 ) -> tuple[Need | None, list[Finding]]:
-    """What a rank needs, or why that is not known."""
+    """What a rank needs on the nodes' kind of device, or why that is not known."""
     try:
         out, err = estimating.communicate(timeout=max(0.0, started + limit - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -148,7 +148,8 @@ def _estimated(
     found = json.loads(out)
     state = found["trained_parameters"] * STATE
     disk = state * _checkpoints(seen.recipe.checkpoint, seen.recipe.train.steps)
-    return Need(**found["peak"], disk=disk), []
+    kind = "cuda" if any(facts.gpus for facts in seen.facts.values()) else "cpu"
+    return Need(**found["peak_on"][kind], disk=disk), []
 
 
 def _level(status: int, seen: Seen) -> Literal["warning", "error"]:
@@ -163,8 +164,9 @@ def _checkpoints(config: CheckpointConfig, steps: int | None) -> int:
     return config.keep_last + config.keep_best + for_good + 1
 
 
-def _bad_variables() -> Iterator[Finding]:
+def _passed_on() -> tuple[dict[str, str], list[Finding]]:
+    """What ranks on other nodes are given, or why that is not known."""
     try:
-        passed_on(os.environ, Path.cwd())
+        return passed_on(os.environ, Path.cwd()), []
     except UserError as error:
-        yield Finding("error", socket.gethostname(), "environment", str(error))
+        return {}, [Finding("error", socket.gethostname(), "environment", str(error))]

@@ -19,12 +19,12 @@ def passed_on(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
     found = {
         name: value
         for name, value in environment.items()
-        if name not in OF_ONE_NODE and (name.startswith(PREFIXES) or name in NAMES or name.lower() in NAMES)
+        if name.startswith(PREFIXES) or name in NAMES or name.lower() in NAMES
     }
     for path in (Path.home() / FILE, folder / FILE):
         if path.is_file():
             found |= read_file(path)
-    return found
+    return {name: value for name, value in found.items() if name not in OF_ONE_NODE}
 
 
 def read_file(path: Path) -> dict[str, str]:

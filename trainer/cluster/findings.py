@@ -89,7 +89,7 @@ def _slots(seen: Seen) -> _Found:
     for host, facts in seen.facts.items():
         slots, gpus = seen.slots[host], facts.gpus
         if gpus is None:
-            yield "error", host, f"its GPUs cannot be used: {facts.problems['gpus']}", "repair the driver there"
+            yield "error", host, f"its GPUs cannot be used: {facts.problems['gpus']}", "see nvidia-smi there"
         elif with_gpus and not gpus:
             yield "error", host, f"has no GPU, as {with_gpus[0]} has", "see nvidia-smi there, or take it off the list"
         elif gpus and slots > len(gpus):
@@ -216,9 +216,9 @@ def _memory(seen: Seen) -> _Found:
         return
     for host, facts in seen.facts.items():
         slots = seen.slots[host]
-        for number, gpu in enumerate((facts.gpus or [])[:slots]):
+        for gpu in (facts.gpus or [])[:slots]:
             if gpu.free is not None and gpu.total is not None and seen.need.device > gpu.free:
-                yield "error", host, *_lacks(seen.need.device, gpu.free, gpu.total, f"GPU {number}", seen)
+                yield "error", host, *_lacks(seen.need.device, gpu.free, gpu.total, f"GPU {gpu.index}", seen)
         each = seen.need.host if facts.gpus else seen.need.host + seen.need.device
         if each * slots > facts.memory:
             need = "rank needs" if slots == 1 else "ranks need"

@@ -5,6 +5,7 @@ return, and waits for ever for a rank that is halted.
 """
 
 import base64
+import itertools
 import json
 import os
 import signal
@@ -40,17 +41,19 @@ def launcher_command(
 
 
 def visible_gpus() -> list[int | str] | None:
-    """Ids that CUDA_VISIBLE_DEVICES names, up to a -1, as CUDA reads it; None where it is not set or empty."""
+    """Ids that CUDA_VISIBLE_DEVICES names, up to a -1 or an empty one, as CUDA reads it; None where it is not set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else []
-    seen = names[: names.index("-1")] if "-1" in names else names
-    return [int(name) if name.isdecimal() else name for name in seen] if names else None
+    if visible is None:
+        return None
+    names = itertools.takewhile(lambda name: name not in ("-1", ""), map(str.strip, visible.split(",")))
+    return [int(name) if name.isdecimal() else name for name in names]
 
 
 def slots_here(count: int | None) -> list[int | str]:
     """Ids of this machine's GPUs that are to be used, `count` of them; without a GPU `count` ranks on the CPU, or one.
 
-    CUDA_VISIBLE_DEVICES is kept to. Raises UserError where there are fewer.
+    CUDA_VISIBLE_DEVICES is kept to; for ranks on the CPU DeepSpeed's launcher makes -1 of it, and so hides what GPUs
+    there are. Raises UserError where there are fewer.
     """
     ids = visible_gpus()
     if ids is None:
@@ -58,7 +61,7 @@ def slots_here(count: int | None) -> list[int | str]:
 
         ids = list(range(torch.cuda.device_count()))
     if not ids:
-        return list(range(count or 1))
+        return [-1] * (count or 1)
     if count is not None and count > len(ids):
         raise UserError(f"num_gpus={count}: {len(ids)} are here; lower it, or see CUDA_VISIBLE_DEVICES")
     return ids[:count]

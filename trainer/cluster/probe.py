@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 
 from data_prep.fingerprint import code_hash, file_states, tokenizer_files
-from trainer.cluster.network import reached_at
+from trainer.cluster.local import visible_gpus
+from trainer.cluster.network import machine, reached_at
 from trainer.cluster.ssh import REPOSITORY
 from trainer.recipe import Recipe, load_recipe
 from trainer.rundir import PACKAGES
@@ -40,19 +41,22 @@ DRIVER = 6.0  # seconds for nvidia-smi, which wakes the GPUs
 class Request:
     """What a machine is to look at. Paths are those of the launch, and relative ones are seen from `folder`.
 
-    port: where the first node is to listen; 0 for a free one; None: it does not.
+    port: where the first node is to listen; 0 for a free one; None: it does not. environment: variables that the ranks
+    there will be given.
     """
 
     folder: str
     recipe: str
     overrides: tuple[str, ...]
     port: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bytes of its memory; None where the driver does not tell them."""
+    """Its memory in bytes; None where the driver does not tell it. index: nvidia-smi's; None for a part (MIG)."""
 
+    index: int | None
     name: str
     total: int | None
     free: int | None
@@ -92,7 +96,7 @@ def facts(request: Request) -> Facts:
     """Everything but whether others are reached."""
     found = Facts(
         hostname=socket.gethostname(),
-        machine=_machine(),
+        machine=machine(),
         address=reached_at(),
         python=platform.python_version(),
         versions={name: _version(name) for name in PACKAGES},
@@ -122,23 +126,40 @@ def connect(address: str, port: int, hostname: str) -> str | None:
 
 
 def gpus() -> list[Gpu]:
-    """Those that the driver shows. Raises OSError where there are some and the driver does not work."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    """Those that ranks will see. Raises OSError where there are some and the driver does not work, or has not all."""
+    visible = visible_gpus()
+    if visible == [] or not any(Path("/dev").glob("nvidia[0-9]*")):
         return []
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER)
     except subprocess.TimeoutExpired:
         raise OSError(f"nvidia-smi does not answer in {DRIVER:.0f} s") from None
     if done.returncode != 0:
         raise OSError(f"nvidia-smi: {_last_line(done.stdout + done.stderr)}")
-    return gpus_in(done.stdout)
+    return gpus_in(done.stdout, visible)
 
 
-def gpus_in(table: str) -> list[Gpu]:
-    """From nvidia-smi's lines `name, MiB, MiB`, where a number may be `[N/A]`."""
-    rows = csv.reader(table.splitlines(), skipinitialspace=True)
-    return [Gpu(name, *(int(mib) * 2**20 if mib.isdecimal() else None for mib in sizes)) for name, *sizes in rows]
+def gpus_in(table: str, visible: Sequence[int | str] | None = None) -> list[Gpu]:
+    """From nvidia-smi's lines `index, uuid, name, MiB, MiB`, where a size may be `[N/A]`.
+
+    visible: as CUDA_VISIBLE_DEVICES names those to give, in its order; None: all. Raises OSError for one that is not
+    there.
+    """
+    found = {}
+    for index, uuid, name, *sizes in csv.reader(table.splitlines(), skipinitialspace=True):
+        found[uuid] = Gpu(int(index), name, *(int(mib) * 2**20 if mib.isdecimal() else None for mib in sizes))
+    return list(found.values()) if visible is None else [_named(wanted, found) for wanted in visible]
+
+
+def _named(wanted: int | str, gpus: Mapping[str, Gpu]) -> Gpu:
+    """The one of that number, or of the uuid (a key) that begins so."""
+    if str(wanted).startswith("MIG-"):
+        return Gpu(None, str(wanted), None, None)
+    for uuid, gpu in gpus.items():
+        if wanted == gpu.index or (isinstance(wanted, str) and uuid.startswith(wanted)):
+            return gpu
+    raise OSError(f"CUDA_VISIBLE_DEVICES names {wanted}, and nvidia-smi shows no such GPU")
 
 
 def _look_at_recipe(found: Facts, recipe: Recipe) -> None:
@@ -160,12 +181,6 @@ def _told(found: Facts, name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:  # UserError is a ValueError
         found.problems[name] = " ".join(str(error).split())
-
-
-def _machine() -> str:
-    """Hosts that share a kernel, such as containers, differ in their network or name."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/net')} {socket.gethostname()}"
 
 
 def _version(package: str) -> str | None:
@@ -241,8 +256,14 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it failed"])[-1]
 
 
+def _as_ranks_see(**request: Any) -> dict[str, Any]:
+    asked = Request(**request)
+    os.environ.update(asked.environment | {"HF_HUB_OFFLINE": "1"})  # a base that is not there is not fetched now
+    return asdict(facts(asked))
+
+
 _ANSWERS: dict[str, Callable[..., Any]] = {
-    "facts": lambda **request: asdict(facts(Request(**request))),
+    "facts": _as_ranks_see,
     "clock": time.time,
     "connect": connect,
 }
@@ -250,7 +271,6 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 
 def main() -> None:
     """Answers each line of stdin with one of stdout, until stdin ends."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a base that is not there is not fetched now
     answers = sys.stdout
     with redirect_stdout(sys.stderr):
         for line in sys.stdin:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shlex
 import shutil
@@ -12,8 +13,16 @@ from typing import Any
 
 from data_prep.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+# Links are kept: on another machine the path may be there, and what a link here leads to may not.
+REPOSITORY = Path(os.path.abspath(__file__)).parent.parent.parent
 CONNECT = 10  # seconds to reach a node's sshd
+
+
+def launch_folder() -> Path:
+    """The current folder by the name under which the shell entered it, links kept as in REPOSITORY."""
+    named = os.environ.get("PWD", "")
+    same = os.path.isabs(named) and os.path.exists(named) and os.path.samefile(named, os.curdir)
+    return Path(named) if same else Path.cwd()
 
 
 def ssh_command(host: str, module: str, arguments: Sequence[str] = (), silence: float = CONNECT) -> list[str]:

@@ -23,7 +23,7 @@ from trainer.recipe import Recipe
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank; all ranks hold equally much. trained: elements of the whole adapter.
+    """Bytes of one rank; all hold equally much, but for the first's checkpoint copy. trained: elements of the adapter.
 
     resident: from the first step to the last. transient: device bytes at the highest moment of a step. loading: the
     highest moment before the first step. sent: in one optimizer step.
@@ -69,8 +69,11 @@ class Estimator:
         self._models: dict[tuple, RankModel] = {}
         self._activations: dict[tuple, Activations] = {}
 
-    def estimate(self, recipe: Recipe, world_size: int) -> Estimate:
-        """Raises UserError where a run of this recipe on so many ranks would be refused."""
+    def estimate(self, recipe: Recipe, world_size: int, kind: DeviceKind | None = None) -> Estimate:
+        """kind: of device, where it is not the estimator's own.
+
+        Raises UserError where a run of this recipe on so many ranks would be refused.
+        """
         plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, world_size)
         config = read_deepspeed_config(recipe, plan)
         check_config(config, recipe.deepspeed.config)
@@ -80,7 +83,7 @@ class Estimator:
             check_placement(recipe.experts, range(world_size), config, recipe.deepspeed.config)
         zero = zero_settings(config)
         model = self._model(recipe, world_size)
-        held = tuple(resident(model, zero, recipe.train.optimizer, world_size, self.kind))
+        held = tuple(resident(model, zero, recipe.train.optimizer, world_size, kind or self.kind))
         return Estimate(
             recipe=recipe,
             world_size=world_size,

@@ -8,7 +8,7 @@ from trainer.estimate.resident import Held
 from trainer.recipe import ExpertsConfig
 
 # What is there only once the first step begins.
-NOT_YET = ("gradients", "optimizer moments", "reduce bucket", "kept whole (persistence)")
+NOT_YET = ("gradients", "optimizer moments", "checkpoint copy", "reduce bucket", "kept whole (persistence)")
 LEARNING = ("adapter", "master copy")
 
 

@@ -57,7 +57,7 @@ def build_rank_model(config: PretrainedConfig, recipe: Recipe, world_size: int) 
 
 
 def build_base(config: PretrainedConfig, base: BaseModelConfig) -> nn.Module:
-    """The frozen base; flash_attention_2, which needs a GPU to be built with, keeps what sdpa keeps."""
+    """The frozen base; with sdpa for flash_attention_2, which needs a GPU to be built with and has the same weights."""
     attention = "sdpa" if base.attention == "flash_attention_2" else base.attention
     model = skeleton(config, base.model_copy(update={"attention": attention}))
     if base.quantization == "nf4":

@@ -4,7 +4,7 @@ import json
 
 from data_prep.errors import UserError
 from trainer.estimate.estimate import Estimate, Estimator
-from trainer.estimate.measured import DeviceKind
+from trainer.estimate.measured import LIBRARIES, DeviceKind
 from trainer.estimate.sizes import GIB
 from trainer.estimate.suggest import Change, suggestions
 from trainer.recipe import Recipe
@@ -20,7 +20,8 @@ def report(recipe: Recipe, world_size: int, device: int | None, host: int | None
     found = estimator.estimate(recipe, world_size)
     others = [] if found.fits(device, host) else suggestions(estimator, found, device, host)
     if as_json:
-        print(json.dumps(_as_object(found, estimator.kind, device, host, others)))
+        on = {kind: estimator.estimate(recipe, world_size, kind) for kind in LIBRARIES}
+        print(json.dumps(_as_object(found, estimator.kind, on, device, host, others)))
     else:
         print("\n".join([*_table(found, estimator.kind), *_verdict(found, device, host, others)]))
     if not found.fits(device, host):
@@ -78,9 +79,14 @@ def _settings(change: Change) -> str:
 
 
 def _as_object(
-    found: Estimate, kind: DeviceKind, device: int | None, host: int | None, others: list[tuple[Change, Estimate]]
+    found: Estimate,
+    kind: DeviceKind,
+    on: dict[DeviceKind, Estimate],
+    device: int | None,
+    host: int | None,
+    others: list[tuple[Change, Estimate]],
 ) -> dict[str, object]:
-    """Bytes throughout, but for `trained_parameters`."""
+    """Bytes throughout, but for `trained_parameters`. on: the same on each kind of device, for `peak_on`."""
     return {
         "world_size": found.world_size,
         "trained_parameters": found.trained,
@@ -89,6 +95,7 @@ def _as_object(
         "resident": {row.name: {"device": row.device, "host": row.host} for row in found.resident},
         "transient": found.transient.by_name,
         "peak": {"device": found.device, "host": found.host},
+        "peak_on": {name: {"device": each.device, "host": each.host} for name, each in on.items()},
         "loading": {"device": found.loading.device, "host": found.loading.host},
         "sent_a_step": found.sent,
         "limits": {"device": device, "host": host},

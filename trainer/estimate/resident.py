@@ -11,6 +11,9 @@ What DeepSpeed 0.19.8 keeps, n being the elements of the adapter whose optimizer
 Offloading the optimizer puts all of these on the host, and 4 n for the gradients in fp32 beside them. Stages 1 and 2
 cut the adapter as one flat tensor, into even numbers of elements; stage 3 cuts each parameter, so that a rank has
 ceil(numel / ranks) of it.
+
+The copy from which a checkpoint is written (trainer/checkpoint/saver.py) is rank 0's, which has the most: 12 n on the
+host, of what replicas hold whole all of it. Moments in 8 bits add an fp32 copy of both, 8 n, on every rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -85,7 +88,7 @@ def _learning(
     world_size: int,
     elements: Callable[[nn.Parameter], int],
 ) -> Iterator[Held]:
-    """Gradients and optimizer state; all on the host where the optimizer is offloaded."""
+    """Gradients and optimizer state, all on the host where the optimizer is offloaded; and copies for checkpoints."""
     whole = sum(map(elements, trained))
     learned = 2 * -(-whole // (2 * world_size)) if zero.stage in (1, 2) else whole
     width = rank_model.dtype.itemsize
@@ -103,6 +106,9 @@ def _learning(
     }
     for name, size in sizes.items():
         yield Held(name, host=size) if offloaded else Held(name, device=size)
+    in_eight_bits = sum(numel for numel in tensors if _in_eight_bits(numel, optimizer))
+    copied = 3 * min(learned, whole) + 2 * in_eight_bits  # learned is padded in stages 1 and 2
+    yield Held("checkpoint copy", host=FP32 * copied)
 
 
 def _reduce_bucket(trained: Iterable[nn.Parameter], rank_model: RankModel, zero: ZeroSettings, kind: DeviceKind) -> int:
@@ -141,9 +147,13 @@ def moment_bytes(numel: int, optimizer: str) -> int:
 
     bitsandbytes keeps tensors below 4096 elements in fp32.
     """
-    if optimizer == "adamw" or numel < 4096:
+    if not _in_eight_bits(numel, optimizer):
         return 2 * FP32 * numel
     return 2 * (numel + FP32 * -(-numel // 256))
+
+
+def _in_eight_bits(numel: int, optimizer: str) -> bool:
+    return optimizer != "adamw" and numel >= 4096
 
 
 def _second_level(model: nn.Module) -> int:
