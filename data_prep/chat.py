@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from data_prep.documents import Message
+from data_prep.documents import Message, reasoning_of
 from data_prep.errors import UserError
 
 _PLAIN = {"role", "content"}  # the fields of a message of which a skeleton needs to know the role only
@@ -100,7 +100,8 @@ class ChatTemplate:
 
         A span begins where the generation prompt ends and ends with the end token, so it is exactly what the model
         has to write, tool calls included. `tools` are the JSON schemas that the template is given.
-        Raises UserError, naming `origin`, where the template refuses the conversation or leaves out a part of it.
+        Raises UserError, naming `origin`, where the template refuses the conversation or leaves out a part of it; it
+        may leave out reasoning of answers before the last.
         """
         text = self._text(messages, origin, tools)
         roles = tuple([message["role"] for message in messages if message.keys() == _PLAIN])
@@ -113,15 +114,27 @@ class ChatTemplate:
             spans = _walk(text, messages, self._own_skeleton(messages, origin, tools, text, _is_answer))
         if spans is None:
             raise _unreadable(origin)
+        _check_reasoning(text, spans, messages, origin)
         return text, spans
 
-    def lead(self, messages: Sequence[Message], origin: str, tools: list[dict[str, Any]] | None = None) -> str:
-        """What the model has to write itself before the content of an answer to `messages`: between the generation
-        prompt and that, such as Qwen3's empty reasoning block. Raises UserError as `render` does.
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        origin: str,
+        tools: list[dict[str, Any]] | None = None,
+        answer: Message | None = None,
+    ) -> str:
+        """What a model is asked with: what stands before the content of an answer to `messages` when it is trained.
+
+        So it ends with what the template writes before every answer, such as Qwen3's empty reasoning block, unless
+        `answer`, the one that is wanted, has reasoning: then with what stands before the model's turn.
+        Raises UserError as `render` does.
         """
+        if answer and reasoning_of(answer):
+            text, spans = self.render([*messages, answer], origin, tools)
+            return text[: spans[len(messages)][0]]
         text, spans = self.render([*messages, {"role": "assistant", "content": _ANSWER}], origin, tools)
-        start, _ = spans[len(messages)]
-        return text[start : text.index(_ANSWER, start)]
+        return text[: text.index(_ANSWER, spans[len(messages)][0])]
 
     def end_token(self) -> str:
         """The special token that ends an ordinary assistant turn; empty where none does: then a model does not learn
@@ -363,6 +376,16 @@ def _check_complete(places: list[_Place], messages: Sequence[Message], origin: s
             raise UserError(
                 f"{origin}: the tokenizer's chat template leaves out messages[{index}] ({message['role']}) of this "
                 "conversation; remove the turn or correct the template"
+            )
+
+
+def _check_reasoning(text: str, spans: dict[int, Span], messages: Sequence[Message], origin: str) -> None:
+    """Raises UserError where the last answer's reasoning is not in its span."""
+    for index in [*spans][-1:]:
+        if not all(part in text[slice(*spans[index])] for part in reasoning_of(messages[index])):
+            raise UserError(
+                f"{origin}: the tokenizer's chat template leaves out the reasoning of messages[{index}], the last "
+                "answer; name one that writes it under data.chat_template, or remove the reasoning from the record"
             )
 
 

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import unicodedata
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 # {"role": ..., "content": text}; an assistant turn with "tool_calls" may have no content
 Message: TypeAlias = dict[str, Any]
+
+END_OF_REASONING = "</think>"  # within the content of an assistant turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,11 @@ class Document:
         turns = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant" and i not in self.given]
         return turns[-1:] if last_only else turns
 
+    def learnt_mark(self, last_only: bool) -> int:
+        """A number under 2**32 that differs where, of the same turns, others are learnt."""
+        learnt = self.learnt_turns(last_only)
+        return zlib.crc32(bytes(i in learnt for i, turn in enumerate(self.messages) if turn["role"] == "assistant"))
+
     def digest(self, seed: int, system_prompt: str | None) -> bytes:
         """16 bytes that depend on nothing but the seed and the text, normalised; task and source are left out.
 
@@ -40,6 +48,12 @@ class Document:
             turns = turns[1:]
         content = [seed, turns, _normalised(self.text), _normalised(self.tools)]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def reasoning_of(turn: Message) -> list[str]:
+    """What an assistant turn thinks before it answers: in a field of its own, and in its content."""
+    before = (turn.get("content") or "").rpartition(END_OF_REASONING)[0].strip().removeprefix("<think>")
+    return [part for part in ((turn.get("reasoning_content") or "").strip(), before.strip()) if part]
 
 
 def normalised(text: str) -> str:

@@ -9,10 +9,14 @@ import numpy as np
 from data_prep.config import CleaningConfig
 from data_prep.documents import Document, Message, normalised
 from data_prep.errors import UserError
+from data_prep.words import signs_apart
 
 DUPLICATE = "duplicate"
 DUPLICATE_OF_HELD_OUT = "duplicate_of_held_out"
 NEAR_DUPLICATE = "near_duplicate"
+
+SAME_TEXT = ("task", "high", "low")  # fields of DOCUMENT that copies share
+SAME_LESSON = (*SAME_TEXT, "learnt")  # and those from which the same is learnt
 
 _PERMUTATIONS = 128
 _SHINGLE = 5  # words that follow one another
@@ -82,9 +86,9 @@ class NearDuplicates:
         return True
 
 
-def first_of_copies(documents: np.ndarray) -> np.ndarray:
-    """Which documents (DOCUMENT [n]) are the first of their text within their task; bool [n]. All pieces of one are."""
-    text = [documents[name] for name in ("task", "high", "low")]
+def first_of_copies(documents: np.ndarray, same: Sequence[str] = SAME_TEXT) -> np.ndarray:
+    """Which documents (DOCUMENT [n]) are the first with `same` values; bool [n]. All pieces of one are."""
+    text = [documents[name] for name in same]
     order = np.lexsort(text)  # stable: copies stay in the order of the sources
     begins = np.ones(len(documents), bool)
     begins[1:] = np.any([part[order][1:] != part[order][:-1] for part in text], axis=0)
@@ -95,8 +99,12 @@ def first_of_copies(documents: np.ndarray) -> np.ndarray:
 
 
 def _shingles(document: Document) -> list[bytes]:
-    """All that the document says, calls of tools included, in runs of words."""
-    words = normalised("\n".join([document.text or "", *map(_said, document.messages)])).lower().split()
+    """All that the document says, calls of tools included, in runs of words.
+
+    System turns are left out: a long one that many documents share would make them alike.
+    """
+    turns = (turn for turn in document.messages if turn["role"] != "system")
+    words = signs_apart(normalised("\n".join([document.text or "", *map(_said, turns)])).lower()).split()
     count = max(1, len(words) - _SHINGLE + 1)
     return [" ".join(words[start : start + _SHINGLE]).encode() for start in range(count)]
 

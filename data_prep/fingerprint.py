@@ -121,7 +121,7 @@ def preparation_key(config: DataConfig, sources: Sequence[State], tokenizer: dic
 
 def libraries(config: DataConfig) -> dict[str, str]:
     """Versions of the libraries that generate, read, clean, tokenise and render."""
-    near = ["datasketch"] if config.cleaning.near_duplicates is not None else []
+    near = ["datasketch", "regex"] if config.cleaning.near_duplicates is not None else []
     return {name: version(name) for name in [*_DECISIVE_LIBRARIES, *near, *packages_of(config)]}
 
 

@@ -18,8 +18,11 @@ _ROLES = {  # ShareGPT's names, and other spellings in use
     "function_call": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
     "tool_response": "tool", "developer": "system",
 }  # fmt: skip
-_PASSED_ON = ("tool_call_id", "reasoning_content")  # what templates know of beside role, content and tool_calls
+_PASSED_ON = ("tool_call_id",)  # what templates know of beside role, content and tool_calls
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an answer's reasoning, as transformers has them
 _PREFERENCES = (("chosen", "rejected"), ("prompt", "completion", "label"))  # TRL's, in pairs and one by one
+_VERDICTS = ("true", "false", "1", "0")  # what `label` is in those; any other is no preference
+_NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 _ANSWERS = ("output", "completion")
 _EXPECTED = (
     "expected `messages` or `conversations` (chat), `instruction` and `output` (Alpaca), `prompt` and `completion`, or "
@@ -30,11 +33,14 @@ _EXPECTED = (
 def to_document(record: Mapping[str, Any], task: str, origin: str) -> Document:
     """The document that a record holds. Raises UserError, beginning with `origin`, where it holds none."""
     for names in _PREFERENCES:
-        if all(record.get(name) is not None for name in names):
+        is_verdict = "label" not in names or str(record.get("label")).lower() in _VERDICTS
+        if is_verdict and all(record.get(name) is not None for name in names):
             raise UserError(
                 f"{origin}: a preference row ({', '.join(names)}), and this trainer learns from answers; keep the good "
                 "answers as `messages`, or use a preference trainer such as TRL's DPOTrainer"
             )
+    if field := next((field for field in _NO_TEXT if record.get(field)), None):
+        raise UserError(f"{origin}: has `{field}` beside its text; expected text only, remove the field or the record")
     for field, read in _FORMS.items():
         if record.get(field) is not None:
             return read(record, task, origin)
@@ -119,9 +125,12 @@ def _document(
 
 
 def _choices(record: Mapping[str, Any], answer: Message, origin: str) -> tuple[str, ...]:
-    """Two or more different texts, one of them the answer; what else a field of that name may hold is left alone."""
+    """Two or more different texts or numbers, one of them the answer; what else such a field may hold is left alone."""
     choices = _parsed(record.get("choices"))
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+    if not isinstance(choices, list):
+        return ()
+    choices = [_number_as_text(choice) for choice in choices]
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         return ()
     if answer["role"] != "assistant" or answer.get("content") not in choices:
         return ()
@@ -185,7 +194,11 @@ def _turn(turn: Any, where: str) -> Message:
     if content_field in turn or "tool_calls" not in message:
         message["content"] = _content(turn, content_field, where)
     passed_on = _PASSED_ON if message["role"] != "tool" else (*_PASSED_ON, "name")
-    return {**message, **{name: _text(turn, name, where) for name in passed_on if name in turn}}
+    message |= {name: _text(turn, name, where) for name in passed_on if name in turn}
+    given = [name for name in _REASONING if turn.get(name) is not None]
+    if message["role"] == "assistant" and given:
+        message["reasoning_content"] = _text(turn, given[0], where)
+    return message
 
 
 def _content(turn: dict[str, Any], field: str, where: str) -> str:
@@ -244,17 +257,22 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     if field not in record:
         advice = "add it, or name it under the source's `fields`" if field in _ANSWERS else "add the field"
         raise UserError(f"{where}: lacks field `{field}`; it has {_names(record)}, {advice}")
-    value = record[field]
+    value = _number_as_text(record[field])
     if value is None:
         raise UserError(f"{where}: field `{field}` is null; expected text, correct or remove the record")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}: field `{field}` is {value}; expected text, correct or remove the record")
-        return str(value)
+    if isinstance(value, float):
+        raise UserError(f"{where}: field `{field}` is {value}; expected text, correct or remove the record")
     if not isinstance(value, str):
         raise UserError(f"{where}: field `{field}` is {_kind(value)}; expected text, put it in quotes")
     _refuse_surrogates(value, field, where)
     return value
+
+
+def _number_as_text(value: Any) -> Any:
+    """Any other value, infinity included, as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return value if isinstance(value, float) and not math.isfinite(value) else str(value)
 
 
 def _refuse_no_json(value: Any, field: str, where: str) -> None:

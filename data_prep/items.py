@@ -1,10 +1,12 @@
 """Held-out items: a conversation up to its last answer, and that answer, for generation to be asked and scored.
 
-Keys of a line of items.jsonl, of which the last three are there only where there is something to say:
+Keys of a line of items.jsonl, of which the last four are there only where there is something to say:
 
     task      name of the task
     messages  the conversation up to the answer, the recipe's system prompt included: [{"role", "content", ...}, ...]
     answer    text that the model should write
+    reasoning_content
+              text that the model should write before it, where the record has it in a field of its own
     tools     JSON schemas, for the chat template
     choices   two or more different texts, `answer` one of them: which does the model find the likeliest?
     metric    the recipe's for this task: exact_match, choices, token_f1 or rouge_l; absent: choices where the item has
@@ -12,9 +14,10 @@ Keys of a line of items.jsonl, of which the last three are there only where ther
 """
 
 import json
+from typing import Any
 
 from data_prep.config import DataConfig
-from data_prep.documents import Document, with_system_prompt
+from data_prep.documents import Document, Message, with_system_prompt
 from data_prep.errors import UserError
 
 
@@ -26,8 +29,8 @@ def item_of(document: Document, config: DataConfig) -> bytes:
     turns = document.learnt_turns(last_only=True)
     if not turns or turns[-1] == 0:  # nothing is learnt, or nothing is asked
         return b""
-    answer = document.messages[turns[-1]].get("content")
-    if not answer or not answer.strip():
+    answer = document.messages[turns[-1]]
+    if not (answer.get("content") or "").strip():
         return b""
     metric = config.metrics[document.task]
     if metric == "choices" and not document.choices:
@@ -38,9 +41,19 @@ def item_of(document: Document, config: DataConfig) -> bytes:
     item = {
         "task": document.task,
         "messages": with_system_prompt(document.messages[: turns[-1]], config.system_prompt),
-        "answer": answer,
+        "answer": answer["content"],
+        **_reasoning(answer),
         **({"tools": document.tools} if document.tools else {}),
         **({"choices": list(document.choices)} if document.choices else {}),
         **({"metric": metric} if metric else {}),
     }
     return json.dumps(item, ensure_ascii=False).encode() + b"\n"
+
+
+def answer_of(item: dict[str, Any]) -> Message:
+    """The turn that the model should write, reasoning included."""
+    return {"role": "assistant", "content": item["answer"], **_reasoning(item)}
+
+
+def _reasoning(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"reasoning_content": fields["reasoning_content"]} if fields.get("reasoning_content") else {}

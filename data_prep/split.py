@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.config import DataConfig
-from data_prep.duplicates import DUPLICATE, DUPLICATE_OF_HELD_OUT, first_of_copies
+from data_prep.duplicates import DUPLICATE, DUPLICATE_OF_HELD_OUT, SAME_LESSON, first_of_copies
 from data_prep.errors import UserError
 
 
@@ -25,7 +25,8 @@ def split_documents(documents: np.ndarray, config: DataConfig) -> Split:
     """Keeps a fraction, or a count per task, of the different documents (DOCUMENT [n]) from training.
 
     No held-out document is in the training split, under any task, nor twice in the held-out one under the same task.
-    Copies within a task's training documents go as well, unless the recipe keeps them; copies in different tasks stay.
+    Copies within a task's training documents, of which the same is learnt, go as well, unless the recipe keeps them;
+    copies in different tasks stay.
     Raises UserError where a task has too few different documents for the count.
     """
     first = first_of_copies(documents)
@@ -33,7 +34,8 @@ def split_documents(documents: np.ndarray, config: DataConfig) -> Split:
     held_out = chosen & first
     anywhere = _in(documents, documents[held_out])
     leaked = anywhere & ~held_out
-    repeated = ~first & ~anywhere if config.cleaning.duplicates == "drop" else np.zeros(len(documents), bool)
+    drops = config.cleaning.duplicates == "drop"
+    repeated = ~first_of_copies(documents, SAME_LESSON) & ~anywhere if drops else np.zeros(len(documents), bool)
     return Split(
         np.flatnonzero(~anywhere & ~repeated),
         np.flatnonzero(held_out),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import DataConfig
+from data_prep.documents import Document
 from data_prep.duplicates import Signer
 from data_prep.encode import BAD_ROW, Encoded, Encoder, Removed
 from data_prep.errors import UserError
@@ -26,7 +27,7 @@ from data_prep.split import may_be_held_out
 
 _AHEAD = 3  # blocks a worker that are read and not yet handed back
 
-# What preparation keeps in memory of a document (or a piece of one): 65 bytes, some 210 while they are split and drawn.
+# What preparation keeps in memory of a document (or a piece of one): 69 bytes, some 220 while they are split and drawn.
 DOCUMENT = np.dtype(
     [
         ("task", "i4"),  # index into the tasks
@@ -36,6 +37,7 @@ DOCUMENT = np.dtype(
         ("cut", "?"),
         ("high", "u8"),  # the digest, in two halves
         ("low", "u8"),
+        ("learnt", "u4"),  # its mark
         ("tokens", "i4"),
         ("labelled", "i4"),
         ("start", "i8"),  # first token among all tokens
@@ -52,6 +54,16 @@ class Removal:
     task: int
     reason: str
     place: str  # as that of encode.Removed
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What is kept of a document beside its tokens."""
+
+    number: int
+    digest: bytes
+    learnt: int
+    item: bytes  # empty where it is none, or cannot be held out
 
 
 @dataclass(frozen=True)
@@ -81,28 +93,29 @@ class BlockEncoder:
     def __call__(self, block: Block) -> EncodedBlock:
         """Raises UserError for a row that cannot be read, unless the recipe has such rows dropped."""
         task = self._tasks[self._config.sources[block.source].task]
-        numbers, documents, removals = [], [], []
+        rows: dict[str, _Row] = {}  # by the origin of their documents
+        documents, removals = [], []
         for number, document in self._maker.documents(block):
-            if isinstance(document, UserError):
-                if self._config.cleaning.bad_rows == "refuse":
+            try:
+                if isinstance(document, UserError):
                     raise document
-                removals.append(Removal(task, BAD_ROW, str(document)))
-            else:
-                numbers.append(number)
+                rows[document.origin] = self._row(number, document)
                 documents.append(document)
-        number_of = {document.origin: number for number, document in zip(numbers, documents, strict=True)}
+            except UserError as error:
+                if self._config.cleaning.bad_rows == "refuse":
+                    raise
+                removals.append(Removal(task, BAD_ROW, str(error)))
         encoded: list[Encoded] = []
         for result in self._encoder.encode(documents):
             if isinstance(result, Removed):
                 removals.append(Removal(task, result.reason, result.place))
             else:
                 encoded.append(result)
-        seed, prompt = self._config.seed, self._config.system_prompt
-        digests = np.frombuffer(b"".join(e.document.digest(seed, prompt) for e in encoded), ">u8").reshape(-1, 2)
-        items = self._items(encoded, may_be_held_out(digests[:, 0], self._config.held_out))
+        own = [rows[e.document.origin] for e in encoded]
+        items = [b"" if row is before else row.item for row, before in zip(own, [None, *own], strict=False)]
         return EncodedBlock(
             Block(block.source, block.place, block.by_line, []),
-            _describe(encoded, [number_of[e.document.origin] for e in encoded], task, digests, items),
+            _describe(encoded, own, task, items),
             np.concatenate([np.empty(0, np.int32), *(e.input_ids for e in encoded)]),
             np.concatenate([np.empty(0, bool), *(e.scored for e in encoded)]),
             b"".join(items),
@@ -111,22 +124,21 @@ class BlockEncoder:
             Counter(document.form for document in documents),
         )
 
-    def _items(self, encoded: list[Encoded], wanted: np.ndarray) -> list[bytes]:
-        """The items of those wanted; of a document in pieces the first has it."""
-        documents = [e.document for e in encoded]
-        is_first = [document is not before for document, before in zip(documents, [None, *documents], strict=False)]
-        return [
-            item_of(document, self._config) if first and may else b""
-            for document, first, may in zip(documents, is_first, wanted, strict=True)
-        ]
+    def _row(self, number: int, document: Document) -> _Row:
+        config = self._config
+        digest = document.digest(config.seed, config.system_prompt)
+        (may,) = may_be_held_out(np.frombuffer(digest[:8], ">u8"), config.held_out)
+        item = item_of(document, config) if may else b""
+        return _Row(number, digest, document.learnt_mark(config.mask_history), item)
 
 
-def _describe(
-    encoded: list[Encoded], numbers: list[int], task: int, digests: np.ndarray, items: list[bytes]
-) -> np.ndarray:
+def _describe(encoded: list[Encoded], rows: list[_Row], task: int, items: list[bytes]) -> np.ndarray:
     described = np.zeros(len(encoded), DOCUMENT)
-    described["task"], described["number"] = task, numbers
+    digests = np.frombuffer(b"".join(row.digest for row in rows), ">u8").reshape(-1, 2)
+    described["task"] = task
     described["high"], described["low"] = digests[:, 0], digests[:, 1]
+    described["number"] = [row.number for row in rows]
+    described["learnt"] = [row.learnt for row in rows]
     described["piece"] = [e.piece for e in encoded]
     described["cut"] = [e.cut for e in encoded]
     described["tokens"] = [len(e) for e in encoded]

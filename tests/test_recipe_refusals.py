@@ -57,7 +57,10 @@ def test_key_that_resembles_none_is_told_with_those_of_its_section(path):
         ("run.seed=-1", r"run\.seed=-1: input should be greater than or equal to 0"),
         ("report=3", r"report=3: input should be a valid dictionary"),
         ("experts.parallel_size=3", r"parallel_size=3 does not divide adapter\.num_experts=4; use one of 1, 2, 4$"),
-        ("base={model: m, attention: flash_attention_2, dtype: fp32}", r"flash_attention_2 has no kernels for dtype=fp32"),
+        (
+            "base={model: m, attention: flash_attention_2, dtype: fp32}",
+            r"no kernels for dtype=fp32; set dtype=bf16",
+        ),
         ("checkpoint={load_best_at_end: true, keep_best: false}", r"keep_best=false keeps no best checkpoint; set"),
         ("checkpoint.load_best_at_end=true", r"needs held-out losses on the way; set train\.eval_every, such as 100"),
         ("experts.parallel_size=8", r"parallel_size=8 does not divide adapter\.num_experts=4; use one of 1, 2, 4$"),

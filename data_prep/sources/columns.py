@@ -10,6 +10,7 @@ from data_prep.sources.blocks import Row
 from data_prep.sources.text import repeated
 
 _ROWS = 1000  # records made into Python objects at once
+_EXACT = 2**53  # up to here a float holds every whole number
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow, since 2019
 
 
@@ -30,7 +31,7 @@ def hub(source: HubSource, key: str) -> Iterator[Row]:
     try:
         records = load_dataset(source.name, source.subset, split=source.split, revision=source.revision, streaming=True)
         for number, record in enumerate(records):
-            yield number, without_nulls(record)
+            yield number, as_a_record(record)
     except Exception as error:  # of `datasets`, huggingface_hub, fsspec and the network's libraries
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
@@ -53,11 +54,15 @@ def hub_revision(source: HubSource, key: str) -> str:
         ) from error
 
 
-def without_nulls(value: Any) -> Any:
-    """Without the nulls with which tables fill up what some of their records have and others lack."""
+def as_a_record(value: Any) -> Any:
+    """Without what comes of standing in a table: the nulls that fill up what some records have and others lack, and the
+    floats that whole numbers become beside a null or a fraction."""
     if isinstance(value, dict):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {name: as_a_record(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [as_a_record(part) for part in value]
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT
+    return int(value) if is_whole else value
 
 
 def _records(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
@@ -71,7 +76,7 @@ def _records(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
             batch.validate(full=True)  # offsets and UTF-8; wrong offsets would end the process
             for start in range(0, batch.num_rows, _ROWS):
                 for record in batch.slice(start, _ROWS).to_pylist():
-                    yield number, without_nulls(record)
+                    yield number, as_a_record(record)
                     number += 1
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: values of no use
         cause = " ".join(str(error).split())[:200]

@@ -1,35 +1,89 @@
-"""Documents from reasoning-gym's seeded generators: one question and its answer each."""
+"""Documents from reasoning-gym's seeded generators: one question and its answer each.
+
+Some generators go by the order of sets of texts, or by the random state of the whole process, whatever their seed is.
+So all work in a process of their own, in which texts have the same hashes every time, and that state is set before each
+entry. Of one, codeio, a few entries of a thousand differ all the same.
+"""
 
 import contextlib
 import dataclasses
 import difflib
 import io
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
 from typing import Any
+
+import numpy as np
 
 from data_prep.config import QUESTION, ReasoningGymSource
 from data_prep.documents import Document
 from data_prep.errors import UserError
 
+_PROCESS = [sys.executable, "-m", "data_prep.sources.gym"]
 
-class Generator:
-    """One of reasoning-gym's generators, as a source describes it.
 
-    `key` is the recipe's key of the source, for errors. Raises UserError for an unknown generator and for options that
-    the generator refuses, when set or when it generates.
-    """
+class Generators:
+    """The process of reasoning-gym's generators, which ends with this one; begun when it is first asked."""
 
-    def __init__(self, source: ReasoningGymSource, key: str) -> None:
-        self._source, self._key = source, key
-        self._entries = _build(source, key)
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def document(self, index: int, origin: str) -> Document:
-        """Entry `index`, the same for the same seed and options; without an answer where the generator knows none."""
-        question, answer = _entry(self._entries, index, self._source, self._key)
-        messages = [
-            {"role": "user", "content": self._source.prompt.replace(QUESTION, question)},
-            {"role": "assistant", "content": answer},
-        ]
-        return Document(self._source.task, messages, origin, "reasoning-gym")
+    def documents(self, source: ReasoningGymSource, key: str, origins: dict[int, str]) -> list[Document]:
+        """The entries of those indices, with their origins; an entry is the same for the same seed and options, and has
+        no answer where the generator knows none.
+
+        `key` is the recipe's key of the source, for errors. Raises UserError for an unknown generator and for options
+        that the generator refuses, when set or when it generates.
+        """
+        documents = []
+        for origin, (question, answer) in zip(origins.values(), self._entries(source, key, [*origins]), strict=True):
+            messages = [
+                {"role": "user", "content": source.prompt.replace(QUESTION, question)},
+                {"role": "assistant", "content": answer},
+            ]
+            documents.append(Document(source.task, messages, origin, "reasoning-gym"))
+        return documents
+
+    def _entries(self, source: ReasoningGymSource, key: str, indices: list[int]) -> list[tuple[str, str]]:
+        self._process = self._process or _start()
+        try:
+            pickle.dump((source, key, indices), self._process.stdin)
+            self._process.stdin.flush()
+            reply = pickle.load(self._process.stdout)
+        except (BrokenPipeError, EOFError) as error:
+            raise UserError(
+                f"{key}: the process of {source.generator} ended, most likely for want of memory; free some, or use "
+                "fewer cores (taskset)"
+            ) from error
+        if isinstance(reply, UserError):
+            raise reply
+        return reply
+
+
+def _start() -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(_PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def _serve() -> None:
+    """Replies to what `Generators` asks on the standard input, until that ends."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with none to reply to it ends without a word
+    built: dict[str, Any] = {}
+    while sys.stdin.buffer.peek(1):
+        source, key, indices = pickle.load(sys.stdin.buffer)
+        described = source.model_dump_json()
+        try:
+            if described not in built:
+                built[described] = _build(source, key)
+            reply = [_entry(built[described], index, source, key) for index in indices]
+        except UserError as error:
+            reply = error
+        pickle.dump(reply, sys.stdout.buffer)
+        sys.stdout.flush()
 
 
 def _build(source: ReasoningGymSource, key: str) -> Any:
@@ -52,6 +106,8 @@ def _build(source: ReasoningGymSource, key: str) -> Any:
 
 
 def _entry(generator: Any, index: int, source: ReasoningGymSource, key: str) -> tuple[str, str]:
+    random.seed(source.seed + index)
+    np.random.seed((source.seed + index) % 2**32)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some generators print their progress
             entry = generator[index]
@@ -64,3 +120,7 @@ def _entry(generator: Any, index: int, source: ReasoningGymSource, key: str) -> 
 def _refusal(source: ReasoningGymSource, key: str, what: str, error: Exception) -> str:
     cause = " ".join(str(error).split()) or type(error).__name__
     return f"{key}.options: {source.generator} {what} {source.options}: {cause}; correct the options"
+
+
+if __name__ == "__main__":
+    _serve()

@@ -12,7 +12,7 @@ from data_prep.forms import renamed, to_document
 from data_prep.sources.blocks import Block, Row, Unreadable, in_blocks
 from data_prep.sources.columns import arrow, hub, parquet
 from data_prep.sources.finding import DAMAGE, files_of, format_of, is_compressed, open_file, unreadable
-from data_prep.sources.gym import Generator
+from data_prep.sources.gym import Generators
 from data_prep.sources.text import json_array, json_lines, parse_object, plain_text, refuse_other_encodings, table
 from data_prep.suite.tasks import records
 
@@ -38,29 +38,24 @@ def blocks_of(config: DataConfig) -> Iterator[Block]:
 
 
 class DocumentMaker:
-    """Makes documents of blocks; keeps generators, which are slow to build."""
+    """Makes documents of blocks; keeps the process of generators, which is slow to start."""
 
     def __init__(self, config: DataConfig) -> None:
         self._sources = config.sources
-        self._generators: dict[int, Generator] = {}
+        self._generators = Generators()
 
     def documents(self, block: Block) -> Iterator[tuple[int, Document | UserError]]:
         """Number and document of each row, in order; where a row holds none, the reason, with its place."""
         source = self._sources[block.source]
         if isinstance(source, ReasoningGymSource):
-            generator = self._generator(source, block.source)
-            yield from ((number, generator.document(number, block.origin(number))) for number, _ in block.rows)
+            origins = {number: block.origin(number) for number, _ in block.rows}
+            yield from zip(origins, self._generators.documents(source, source_key(block.source), origins), strict=True)
             return
         for number, row in block.rows:
             try:
                 yield number, _document(source, row, block.origin(number), block.by_line)
             except UserError as error:
                 yield number, error
-
-    def _generator(self, source: ReasoningGymSource, index: int) -> Generator:
-        if index not in self._generators:
-            self._generators[index] = Generator(source, source_key(index))
-        return self._generators[index]
 
 
 def _document(

@@ -1,4 +1,4 @@
-"""The chat templates of six model families, in essentials: which characters of a conversation are scored.
+"""The chat templates of eight model families, in essentials: which characters of a conversation are scored.
 
 Expectations are texts written by hand, with ⟦ ⟧ around what is scored.
 """
@@ -92,12 +92,29 @@ PHI3 = (
     ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     "<|endoftext|>",
 )
+R1 = (  # what stands before </think> is dropped from every answer, and the prompt opens a thought
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ '<|User|>' + m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
+    ("<bos>", "<|User|>", "<|Assistant|>", "<eos>"),
+    "<eos>",
+)
+GPT_OSS = (  # the last answer alone has its reasoning, in a message of its own, and another end token
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+    ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+    "<|return|>",
+)
 REMINDING = (  # the system prompt is written after every question
     "{{ bos_token }}{% for m in messages[1:] %}{% if m.role == 'user' %}"
     "{{ '[INST] ' + m.content + ' ' + messages[0].content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}",
     *MISTRAL[1:],
 )
+THOUGHTFUL = {"role": "assistant", "reasoning_content": "r"}
 REASONED = {"role": "assistant", "reasoning_content": "<|im_end|>\n<<turn:0>>"}
 
 
@@ -171,6 +188,13 @@ def marked(style, messages, tools=None) -> str:
         (OPEN_THINKING, turns("user: a", "assistant: b", "user: c", "assistant: <think>\nr</think>d<|im_end|>"),
          "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think></think>⟦b<|im_end|>⟧\n"
          "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\n⟦r</think>d<|im_end|><|im_end|>⟧\n"),
+        (R1, turns("user: a", "assistant: <think>\nr\n</think>\n\nb", "user: c", "assistant: d"),
+         "<bos><|User|>a<|Assistant|>⟦\n\nb<eos>⟧<|User|>c<|Assistant|>⟦d<eos>⟧"),
+        (GPT_OSS, [*turns("user: a"), {**THOUGHTFUL, "content": "b"}, *turns("user: c"),
+                   {**THOUGHTFUL, "content": "d"}],
+         "<|start|>user<|message|>a<|end|><|start|>assistant⟦<|channel|>final<|message|>b<|end|>⟧"
+         "<|start|>user<|message|>c<|end|><|start|>assistant⟦<|channel|>analysis<|message|>r<|end|>"
+         "<|start|>assistant<|channel|>final<|message|>d<|return|>⟧"),
         (PHI3, turns("user: a", "assistant: b"), "<|user|>\na<|end|>\n<|assistant|>\n⟦b<|end|>⟧\n<|endoftext|>"),
         (PHI3, turns("system: S", "user: a", "assistant: b", "user: c", "assistant: d"),
          "<|system|>\nS<|end|>\n<|user|>\na<|end|>\n<|assistant|>\n⟦b<|end|>⟧\n<|user|>\nc<|end|>\n<|assistant|>\n"
@@ -179,7 +203,7 @@ def marked(style, messages, tools=None) -> str:
     ids=["smollm2", "smollm2 system, tool as a turn", "llama3", "llama3 system", "mistral", "mistral turns",
          "mistral system in the last turn", "mistral system in the first turn", "system in every turn", "gemma",
          "gemma turns", "qwen3", "qwen3 system", "qwen3 reasoning apart", "qwen3 rewrites what looks like turns",
-         "prompt opens a thought", "phi3", "phi3 system"],
+         "prompt opens a thought", "r1", "gpt-oss", "phi3", "phi3 system"],
 )  # fmt: skip
 def test_every_familys_answers_are_found(style, messages, expected):
     assert marked(style, messages) == expected
@@ -204,10 +228,43 @@ def test_contents_may_be_empty_or_look_like_markers(style, answer):
         (GEMMA, turns("user: a", "assistant: b", "tool: 5", "assistant: c"),
          r"refuses turns of user, assistant, tool, assistant: Conversation roles must alternate; correct"),
         (PHI3, turns("user: a", "assistant: b", "tool: 5", "assistant: c"), r"leaves out messages\[2\] \(tool\)"),
+        (R1, turns("user: a", "assistant: <think>\nr\n</think>\n\nb"),
+         r"leaves out the reasoning of messages\[1\], the last answer; name one that writes it under data\.chat_temp"),
+        (R1, [*turns("user: a"), {**REASONED, "content": "b"}, *turns("user: c")], r"leaves out the reasoning of mess"),
+        (LLAMA3, [*turns("user: a"), {**REASONED, "content": "b"}],
+         r"leaves out the reasoning of messages\[1\], the last answer; .* or remove the reasoning from the record$"),
+        (QWEN3, turns("user: a", "assistant: lost <think>r</think>b"), r"leaves out the reasoning of messages\[1\]"),
     ],
-    ids=["gemma system", "mistral system", "gemma tool", "phi3 tool"],
+    ids=["gemma system", "mistral system", "gemma tool", "phi3 tool", "r1 reasoning", "r1 reasoning apart",
+         "llama3 reasoning", "qwen3 words before reasoning"],
 )  # fmt: skip
 def test_what_a_family_cannot_write_is_refused_in_one_line(style, messages, message):
     with pytest.raises(UserError, match=rf"^file\.jsonl:7: the tokenizer's chat template {message}") as caught:
         marked(style, messages)
     assert "\n" not in str(caught.value)
+
+
+QWEN3_PROMPT = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("style", "answer", "expected"),
+    [
+        (QWEN3, None, QWEN3_PROMPT + "<think>\n\n</think>\n\n"),
+        (QWEN3, {"role": "assistant", "content": "b"}, QWEN3_PROMPT + "<think>\n\n</think>\n\n"),
+        (QWEN3, {"role": "assistant", "content": "<think>\nr\n</think>\n\nb"}, QWEN3_PROMPT),
+        (QWEN3, {**REASONED, "content": "b"}, QWEN3_PROMPT),
+        (GPT_OSS, None, "<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>"),
+        (GPT_OSS, {**THOUGHTFUL, "content": "b"}, "<|start|>user<|message|>a<|end|><|start|>assistant"),
+        (R1, None, "<bos><|User|>a<|Assistant|>"),
+        (OPEN_THINKING, None, QWEN3_PROMPT + "<think></think>"),
+        (OPEN_THINKING, {"role": "assistant", "content": "<think>\nr</think>b"}, QWEN3_PROMPT + "<think>\n"),
+        (MISTRAL, None, "<s>[INST] a[/INST] "),
+        (PHI3, None, "<|user|>\na<|end|>\n<|assistant|>\n"),
+    ],
+)
+def test_a_prompt_is_what_training_writes_before_the_answer(style, answer, expected):
+    template, question = ChatTemplate(tiny_tokenizer(*style)), turns("user: a")
+    assert template.prompt(question, "file.jsonl:7", answer=answer) == expected
+    written, _ = template.render([*question, answer or {"role": "assistant", "content": "b"}], "file.jsonl:7")
+    assert written.startswith(expected)

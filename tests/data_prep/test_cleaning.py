@@ -102,6 +102,19 @@ def test_a_system_turn_that_is_the_recipes_makes_no_other_document():
     assert spelt_out.digest(0, "Be brief.") != plain.digest(0, "Be brief.")
 
 
+def test_copies_of_which_other_answers_are_learnt_stay(config_of, tokenizer):
+    def weighted(first: int, second: int) -> dict:
+        answers = ({"role": "assistant", "content": c, "weight": w} for c, w in (("one", first), ("two", second)))
+        question = {"role": "user", "content": "Count."}
+        return {"messages": [turn for answer in answers for turn in (question, answer)]}
+
+    records = [weighted(0, 1), weighted(1, 0), weighted(0, 1), weighted(1, 0)]
+    manifest = prepare(config_of({"words": records}, held_out=NEVER), tokenizer).manifest
+    assert lines_of(manifest, "words", "duplicate") == [3, 4]
+    config = config_of({"words": [*records, asked("a")]}, held_out=1)  # which are the copies, by their hash
+    assert removed(prepare(config, tokenizer).manifest, "words") == {"duplicate_of_held_out": 3}
+
+
 def test_near_copies_are_told_by_what_is_called_as_well():
     question = {"role": "user", "content": "Turn it on"}
     calls = [
@@ -111,6 +124,25 @@ def test_near_copies_are_told_by_what_is_called_as_well():
     signatures = Signer().sign([Document("task", [question, call], "file:1") for call in calls])
     same, other = (np.mean(signatures[0] == signatures[i]) for i in (2, 1))
     assert same == 1 and other < 0.8
+
+
+def likeness(first: Document, second: Document) -> float:
+    signatures = Signer().sign([first, second])
+    return np.mean(signatures[0] == signatures[1])
+
+
+def test_a_long_system_turn_makes_no_near_copies():
+    system = ("system", " ".join(f"rule {i}" for i in range(100)))
+    asked = [conversation(system, ("user", f"Is {n} odd?"), ("assistant", a)) for n, a in ((3, "yes"), (4, "no"))]
+    assert likeness(*asked) < 0.2
+    assert likeness(asked[0], conversation(("user", "Is 3 odd?"), ("assistant", "yes"))) == 1
+
+
+@pytest.mark.parametrize("text", ["风很大我们明天不去公园了", "วันนี้อากาศดีมากเราไปกินข้าวกัน", "ថ្ងៃនេះអាកាសធាតុល្អណាស់"])
+def test_near_copies_are_found_in_scripts_without_blanks(text):
+    other = [conversation(("user", said), ("assistant", "4")) for said in (text * 2 + text[::-1], text[::-1] * 3)]
+    near = conversation(("user", text * 2 + text[::-1] + text[:1]), ("assistant", "4"))
+    assert likeness(near, other[0]) > 0.8 > 0.5 > likeness(near, other[1])
 
 
 @pytest.mark.parametrize("choice", ["drop", "keep"])

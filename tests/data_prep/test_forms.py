@@ -112,7 +112,9 @@ def test_a_bad_alpaca_record_is_refused(record, expected):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(4, "4"), (-0.5, "-0.5"), (10**400, "1" + "0" * 400)], ids=["whole", "fraction", "huge"]
+    ("number", "text"),
+    [(4, "4"), (4.0, "4.0"), (-0.5, "-0.5"), (10**400, "1" + "0" * 400)],
+    ids=["whole", "float", "fraction", "huge"],
 )
 def test_numbers_are_answers(number, text):
     assert turns({"instruction": "a", "output": number}) == [("user", "a"), ("assistant", text)]
@@ -169,6 +171,18 @@ def test_turns_stay_as_they_stand_and_fields_that_no_template_knows_go():
     ]
     found = document({"messages": [{**turn, "name": "x", "refusal": None} for turn in messages], "id": 1})
     assert (found.messages, found.form) == (messages, "chat")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_an_answers_reasoning_is_kept_under_any_of_its_names(name):
+    found = document({"messages": [{**USER, "thinking": "Hm?"}, {**ASSISTANT, name: "Hm."}]})
+    assert found.messages == [USER, {**ASSISTANT, "reasoning_content": "Hm."}]
+    assert refusal({"messages": [USER, {**ASSISTANT, name: []}]}).startswith(f"messages[1]: field `{name}` is an empty")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_an_answer_without_reasoning_may_say_so(name):
+    assert to_document({"messages": [USER, {**ASSISTANT, name: None}]}, "task", "here").messages == [USER, ASSISTANT]
 
 
 @pytest.mark.parametrize("system", ["Be brief.", None])
@@ -391,12 +405,28 @@ def test_a_record_of_no_form_is_refused_with_its_fields(record, expected):
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]},
         {"prompt": "a", "messages": [USER, ASSISTANT], "chosen": [ASSISTANT], "rejected": [ASSISTANT]},
-        {"prompt": "a", "completion": "b", "label": False},
+        *({"prompt": "a", "completion": "b", "label": label} for label in (False, True, 0, 1, "true", "False", "1")),
     ],
 )
 def test_preference_rows_are_refused(record):
     names = "chosen, rejected" if "chosen" in record else "prompt, completion, label"
     assert refusal(record).startswith(f"a preference row ({names}), and this trainer learns from answers; ")
+
+
+@pytest.mark.parametrize("label", ["positive", "2", 2, 0.5, [True], None])
+def test_a_label_that_is_no_verdict_makes_no_preference(label):
+    assert turns({"prompt": "a", "completion": "b", "label": label}) == [("user", "a"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize("field", ["image", "images", "video", "videos", "audio", "audios"])
+@pytest.mark.parametrize("record", [{"messages": [USER, ASSISTANT]}, {"text": "a"}], ids=["chat", "text"])
+def test_what_is_no_text_beside_it_is_refused_where_there_is_any(record, field):
+    for value in ("a.png", ["a.png"], {"path": "a.png", "bytes": b""}):
+        assert refusal({**record, field: value}) == (
+            f"has `{field}` beside its text; expected text only, remove the field or the record"
+        )
+    for none in (None, "", []):
+        assert document({**record, field: none})
 
 
 def test_columns_for_preferences_that_are_null_are_no_preference():
@@ -498,10 +528,15 @@ def test_choices_that_hold_the_answer_are_kept_with_any_conversation(record, cho
     assert named(record, choices="options").choices == ()
 
 
+@pytest.mark.parametrize("choices", [[3, 4], "[3, 4]", ["3", 4]])
+def test_choices_may_be_numbers_as_answers_may(choices):
+    assert document({"instruction": "2 + 2?", "output": 4, "choices": choices}).choices == ("3", "4")
+
+
 @pytest.mark.parametrize(
     "choices",
-    [["a", "b"], ["4"], ["4", "4"], ["4", 5], ["4", " "], {"text": ["4", "5"]}, "4", None],
-    ids=["without the answer", "one", "twice", "a number", "blank", "an object", "a text", "null"],
+    [["a", "b"], ["4"], ["4", 4], ["4", float("inf")], ["4", True], ["4", " "], {"text": ["4", "5"]}, "4", None],
+    ids=["without the answer", "one", "twice", "infinity", "true", "blank", "an object", "a text", "null"],
 )
 def test_a_field_choices_of_another_meaning_is_left_alone(choices):
     assert document({"instruction": "2 + 2?", "output": "4", "choices": choices}).choices == ()

@@ -5,9 +5,11 @@ import pytest
 
 from data_prep.config import DataConfig
 from data_prep.errors import UserError
+from data_prep.items import answer_of
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
 from tests.data_prep.conftest import SUMS, WORDS
+from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 TURNS = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
@@ -92,6 +94,18 @@ def test_held_out_documents_become_items_with_the_turns_before_the_last_answer(c
         assert {"messages": [*item["messages"], {"role": "assistant", "content": item["answer"]}]} in WORDS
 
 
+def test_items_keep_the_answers_reasoning_where_it_has_a_field_of_its_own(config_of):
+    template = CHATML_TEMPLATE.replace("+ message['content']", "+ message.get('thinking', '') + message['content']")
+    tokenizer = tiny_tokenizer(template)
+    answers = [{"role": "assistant", "content": f"{i}", "reasoning_content": f"half of {2 * i}"} for i in range(8)]
+    records = [{"messages": [{"role": "user", "content": f"{2 * i} / 2?"}, a]} for i, a in enumerate(answers)]
+    config = config_of({"halves": records})
+    prepare(config, tokenizer)
+    found = open_prepared(config, tokenizer).items
+    assert len(found) == 2
+    assert all(answer_of(item) in answers and answer_of(item)["content"] == item["answer"] for item in found)
+
+
 def test_items_have_the_records_choices_and_the_recipes_metric_where_there_are_any(config_of, tokenizer):
     chosen = [{"instruction": f"{i}?", "output": str(i), "choices": ["x", str(i)]} for i in range(4)]
     config = config_of({"chosen": chosen, "words": WORDS})
@@ -113,6 +127,17 @@ def test_a_document_without_the_choices_that_the_metric_needs_is_refused_with_it
         UserError, match=r"sums\.jsonl:\d+: metric `choices` of task 'sums' needs a field `choices`, a li"
     ):
         prepare(config.model_copy(update={"sources": [source]}), tokenizer)
+
+
+def test_a_document_without_those_choices_is_a_bad_row_where_such_are_dropped(config_of, tokenizer):
+    chosen = [{**record, "choices": ["x", record["output"]]} for record in SUMS]
+    without = {"instruction": "word " * 99, "output": "4"}
+    config = config_of({"sums": [*chosen, without]}, seq_len=64, over_long="split", cleaning={"bad_rows": "drop"})
+    source = config.sources[0].model_copy(update={"metric": "choices"})
+    manifest = prepare(config.model_copy(update={"sources": [source]}), tokenizer).manifest
+    (reason, found), *others = manifest["removed"]["sums"].items()
+    assert (reason, found["documents"], others) == ("bad_row", 1, [])
+    assert "sums.jsonl:13: metric `choices` of task 'sums' needs a field `choices`" in found["first"][0]
 
 
 def test_sources_of_a_task_with_two_metrics_are_refused():

@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 
 from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig
+from tests.data_prep.test_chat_templates import QWEN3
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 from tests.tiny_models import tiny_llama
 from trainer.base.load import load_base
@@ -18,6 +19,8 @@ THINKING = CHATML_TEMPLATE.replace(
     "+ message['content'] +",
     "+ ('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '') + message['content'] +",
 )
+# As DeepSeek-R1-Distill's: the generation prompt opens a thought that is not written with an answer.
+OPENED = CHATML_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 SPACED = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -27,6 +30,7 @@ PROMPTS = {
     CHATML_TEMPLATE: "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nword<|im_end|>\n<|im_start|>assistant\n",
     SPACED: "system: S<|im_end|>user: word<|im_end|>assistant:",
 }
+PROMPTS[OPENED] = PROMPTS[CHATML_TEMPLATE]
 PROMPTS[THINKING] = PROMPTS[CHATML_TEMPLATE] + "<think>\n\n</think>\n\n"
 
 
@@ -35,11 +39,15 @@ def item(choices=("word", "letter")) -> dict:
     return {"task": "t", "messages": turns, "answer": choices[0], "choices": list(choices)}
 
 
+def data_config() -> DataConfig:
+    source = {"type": "files", "task": "t", "path": "unused"}
+    return DataConfig(prepared_dir="unused", sources=[source], seq_len=512)
+
+
 @pytest.mark.parametrize("template", PROMPTS)
 def test_an_answer_and_each_choice_stand_where_training_puts_them(template):
     tokenizer = tiny_tokenizer(template)
-    config = DataConfig(prepared_dir="unused", sources=[{"type": "files", "task": "t", "path": "unused"}], seq_len=512)
-    asked = questions([item()], tokenizer, config)
+    asked = questions([item()], tokenizer, data_config())
     (prompt,), (wanted,), (choices,) = asked.prompts, asked.wanted, asked.choices
     assert tokenizer.decode(prompt) == PROMPTS[template]
     blank = " " if template == SPACED else ""
@@ -50,6 +58,21 @@ def test_an_answer_and_each_choice_stand_where_training_puts_them(template):
     assert trained == PROMPTS[template] + blank + "word<|im_end|>"
     assert wanted.ids[: len(choices[0].ids)] == choices[0].ids
     assert asked.ends == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"answer": "<think>\nletter\n</think>\n\nword"}, {"answer": "word", "reasoning_content": "letter"}]
+)
+def test_reasoning_is_asked_for_and_scored_as_it_is_learnt_and_choices_stand_where_there_is_none(wanted):
+    tokenizer = tiny_tokenizer(*QWEN3)
+    asked = questions([{**item(), **wanted}], tokenizer, data_config())
+    before = PROMPTS[CHATML_TEMPLATE]
+    assert tokenizer.decode(asked.prompts[0]) == before
+    learnt = asked.wanted[0]
+    assert tokenizer.decode(learnt.ids[: learnt.start]) == before
+    assert tokenizer.decode(learnt.ids[learnt.start :]) == "<think>\nletter\n</think>\n\nword<|im_end|>"
+    for text, choice in zip(asked.choices[0], item()["choices"], strict=True):
+        assert tokenizer.decode(text.ids) == PROMPTS[THINKING] + choice
 
 
 def test_an_answer_ends_where_the_template_ends_it_whatever_the_base_names(run, items):

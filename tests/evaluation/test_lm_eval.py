@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_prep.chat import ChatTemplate
 from trainer.evaluation.answers import prompt_text
 from trainer.evaluation.likelihood import choices_of, log_likelihoods
 from trainer.evaluation.metrics import likeliest
@@ -16,8 +17,9 @@ def test_lm_eval_runs_on_a_loaded_run_and_agrees_on_choices(run, items, tmp_path
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    template = ChatTemplate(run.tokenizer)
     rows = [
-        {"prompt": prompt_text(run.tokenizer, item), "choices": item["choices"], "gold": item["choices"].index(
+        {"prompt": prompt_text(template, item), "choices": item["choices"], "gold": item["choices"].index(
             item["answer"])}
         for item in items
     ]  # fmt: skip
@@ -38,7 +40,8 @@ def test_lm_eval_runs_on_a_loaded_run_and_agrees_on_choices(run, items, tmp_path
     told = lm_eval.simple_evaluate(
         model=model, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
     )
-    totals = [log_likelihoods(run.model, choices_of(item, run.tokenizer), run.tokenizer.pad_token_id) for item in items]
+    texts = [choices_of(item, run.tokenizer, template) for item in items]
+    totals = [log_likelihoods(run.model, own, run.tokenizer.pad_token_id) for own in texts]
     right = [likeliest(found) == row["gold"] for found, row in zip(totals, rows, strict=True)]
     assert 0 < sum(right) < len(items)
     assert told["results"]["local"]["acc,none"] == pytest.approx(sum(right) / len(items))

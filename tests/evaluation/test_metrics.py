@@ -18,6 +18,14 @@ def test_an_exact_match_may_differ_in_outer_white_space_and_one_full_stop():
     assert exact_match("6 September..", "6 September") == 0
 
 
+@pytest.mark.parametrize("score", [exact_match, token_f1, rouge_l])
+@pytest.mark.parametrize("thought", ["<think>\na b c\n</think>\n\n", "a </think> b </think>"])
+def test_reasoning_before_an_answer_does_not_count(score, thought):
+    assert score(f"{thought}cat", "cat") == score("cat", f"{thought}cat") == 1
+    assert score(f"{thought}cat", f"{thought}dog") == 0
+    assert score("<think>\ncat", "cat") < 1  # reasoning that has not ended is no answer
+
+
 @pytest.mark.parametrize(
     ("given", "wanted", "expected"),
     [
@@ -43,6 +51,8 @@ def test_token_f1_is_that_of_squad(given, wanted, expected):
         ("ветер дует", "Ветер дует!", 1),  # any script
         ("की", "का", 0),  # differ in a combining mark
         ("风很大", "风大", 4 / 5),  # 风 大
+        ("コーラ", "コラ", 4 / 5),
+        ("กินข้าว", "กินน้ำ", 4 / 9),  # กิ น, of กิ น ข้ า ว and กิ น น้ ำ
         ("", "a", 0),
     ],
 )

@@ -59,6 +59,14 @@ def test_losses_are_nats_over_all_tokens_of_a_task(summary):
     assert summary["mean"].differences["base"]["score"].mean == pytest.approx((0.5 + 0.5) / 2)
 
 
+def test_a_question_without_words_of_its_own_is_shown_by_the_last_words_before_it(summary):
+    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    *tasks, mean = summary.values()
+    for messages, shown in (([{"role": "user", "content": "1 + 1"}, called], "1 + 1"), ([called], "")):
+        items = [{**ITEMS[0], "messages": messages, "models": {n: FOUND[n][0] for n in ("base", "adapter")}}]
+        assert f"[sums] {shown}" in str(Evaluation({"base": None}, tasks, mean, items)).splitlines()
+
+
 def test_the_table_has_a_line_a_task_and_the_mean_with_intervals(summary):
     *tasks, mean = summary.values()
     items = [{**item, "models": {n: FOUND[n][i] for n in ("base", "adapter")}} for i, item in enumerate(ITEMS)]

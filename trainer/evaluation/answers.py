@@ -9,21 +9,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.chat import ChatTemplate
 from data_prep.documents import with_system_prompt
+from data_prep.items import answer_of
 from trainer.evaluation.models import LoadedRun
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any]) -> str:
-    """The item's `messages`, given its `tools`, and the generation prompt, as the chat template writes them."""
-    turns = list(item["messages"])
-    return tokenizer.apply_chat_template(turns, tools=item.get("tools"), tokenize=False, add_generation_prompt=True)
+def prompt_text(template: ChatTemplate, item: dict[str, Any]) -> str:
+    """What stands before the item's answer, or any where it has none, when a model is trained on it."""
+    answer = answer_of(item) if "answer" in item else None
+    return template.prompt(item["messages"], "the prompt", item.get("tools"), answer)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], lead: str = "") -> list[int]:
-    """lead: `ChatTemplate.lead`, for a model that is to begin with its answer.
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], template: ChatTemplate | None = None
+) -> list[int]:
+    """Of `prompt_text`, by the tokenizer's own template if none is given.
 
     A blank at the end is the model's to write, as in training: tokenizers join it to the word that follows.
     """
-    return tokenizer((prompt_text(tokenizer, item) + lead).rstrip(" "), add_special_tokens=False)["input_ids"]
+    text = prompt_text(template or ChatTemplate(tokenizer), item)
+    return tokenizer(text.rstrip(" "), add_special_tokens=False)["input_ids"]
 
 
 def ends_of(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
@@ -78,5 +82,6 @@ def named_ends(model: PreTrainedModel | PeftModel) -> list[int]:
 def answer(run: LoadedRun, prompt: str, max_new_tokens: int) -> str:
     """The answer to one prompt, asked as the prepared set asks."""
     turns = with_system_prompt([{"role": "user", "content": prompt}], run.recipe.data.system_prompt)
-    ends = ends_of(run.tokenizer, ChatTemplate(run.tokenizer))
-    return greedy(run.model, run.tokenizer, [prompt_ids(run.tokenizer, {"messages": turns})], max_new_tokens, ends)[0]
+    template = ChatTemplate(run.tokenizer)
+    asked = prompt_ids(run.tokenizer, {"messages": turns}, template)
+    return greedy(run.model, run.tokenizer, [asked], max_new_tokens, ends_of(run.tokenizer, template))[0]

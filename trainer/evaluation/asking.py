@@ -59,17 +59,16 @@ def some_of_each_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[
 def questions(items: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Questions:
     """What stands before an answer by the chat template stands there already when a model is asked."""
     template = ChatTemplate(tokenizer)
-    leads = [template.lead(item["messages"], f"item {i}", item.get("tools")) for i, item in enumerate(items, 1)]
     wanted = wanted_answers(items, tokenizer, config)
     longest: Counter[str] = Counter()
     for item, text in zip(items, wanted, strict=True):
         longest[item["task"]] = max(longest[item["task"]], text.scored)
     return Questions(
         items,
-        [prompt_ids(tokenizer, item, lead) for item, lead in zip(items, leads, strict=True)],
+        [prompt_ids(tokenizer, item, template) for item in items],
         [longest[item["task"]] + MARGIN for item in items],
         wanted,
-        [choices_of(i, tokenizer, lead) if i.get("choices") else [] for i, lead in zip(items, leads, strict=True)],
+        [choices_of(item, tokenizer, template) if item.get("choices") else [] for item in items],
         ends_of(tokenizer, template),
     )
 

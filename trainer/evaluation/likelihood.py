@@ -11,11 +11,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig
 from data_prep.documents import Document
 from data_prep.encode import Encoder, Removed
 from data_prep.errors import UserError
-from trainer.evaluation.answers import prompt_text
+from data_prep.items import answer_of
 
 NEVER_CUT = 1 << 30  # tokens
 
@@ -40,7 +41,7 @@ def wanted_answers(
     encoder = Encoder(tokenizer, config.model_copy(update={"mask_history": True, "seq_len": NEVER_CUT}))
     documents = []
     for index, item in enumerate(items):
-        turns = [*item["messages"], {"role": "assistant", "content": item["answer"]}]
+        turns = [*item["messages"], answer_of(item)]
         documents.append(Document(item["task"], turns, f"item {index + 1}", tools=item.get("tools")))
     return [_last_turn(encoded) for encoded in encoder.encode(documents)]
 
@@ -52,12 +53,12 @@ def _last_turn(encoded: Any) -> Continuation:
     return Continuation(encoded.input_ids[: scored[-1] + 1].tolist(), int(scored[0]))
 
 
-def choices_of(item: dict[str, Any], tokenizer: PreTrainedTokenizerBase, lead: str = "") -> list[Continuation]:
-    """Each of the item's choices after its messages and `lead`, without an end token, as lm-eval scores them.
+def choices_of(item: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[Continuation]:
+    """Each of the item's choices where an answer without reasoning stands, with no end token, as lm-eval scores them.
 
-    lead: as `answers.prompt_ids` takes it; a blank at the end of the prompt is scored with the choice.
+    A blank at the end of the prompt is scored with the choice.
     """
-    prompt = prompt_text(tokenizer, item) + lead
+    prompt = template.prompt(item["messages"], "the prompt", item.get("tools"))
     texts = [prompt.rstrip(" "), *(prompt + choice for choice in item["choices"])]
     before, *whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [Continuation(ids, min(len(before), len(ids) - 1)) for ids in whole]

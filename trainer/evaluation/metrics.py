@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from data_prep.documents import END_OF_REASONING
+from data_prep.words import signs_apart
+
 EXACT_MATCH, CHOICES, TOKEN_F1, ROUGE_L = "exact_match", "choices", "token_f1", "rouge_l"
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_CHINESE_OR_JAPANESE = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -26,12 +28,16 @@ def metrics_of(items: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 
 def exact_match(given: str, wanted: str) -> float:
-    """1 where the two are the same but for outer white space and one full stop at the end."""
+    """1 where the two are the same but for reasoning, outer white space and one full stop at the end."""
     return float(normalised(given) == normalised(wanted))
 
 
 def normalised(text: str) -> str:
-    return text.strip().removesuffix(".").rstrip()
+    return _without_reasoning(text).strip().removesuffix(".").rstrip()
+
+
+def _without_reasoning(text: str) -> str:
+    return text.rpartition(END_OF_REASONING)[2]
 
 
 def token_f1(given: str, wanted: str) -> float:
@@ -44,13 +50,13 @@ def token_f1(given: str, wanted: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    return _ARTICLES.sub(" ", _without_reasoning(text).lower().translate(_PUNCTUATION)).split()
 
 
 def rouge_l(given: str, wanted: str) -> float:
     """ROUGE-L's F-measure by the package rouge-score, with words of any script that puts blanks or the like between
-    them; each Chinese character and Japanese sign is a word."""
-    return _rouge().score(wanted, given)["rougeL"].fmeasure
+    them; each sign of the others, such as Chinese and Thai, is a word."""
+    return _rouge().score(_without_reasoning(wanted), _without_reasoning(given))["rougeL"].fmeasure
 
 
 @cache
@@ -64,7 +70,7 @@ class _AnyScript:
     """rouge-score's own tokenizer knows the letters a to z only. Combining marks, such as Hindi's vowels, stay."""
 
     def tokenize(self, text: str) -> list[str]:
-        apart = _CHINESE_OR_JAPANESE.sub(r" \g<0> ", text.lower())
+        apart = signs_apart(text.lower())
         return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in apart).split()
 
 

@@ -102,7 +102,8 @@ def _examples(items: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str
         mine = [item for item in items if item["task"] == task]
         item = next(filter(_is_learnt, mine), mine[0])
         given = {"answer": item["answer"], **{name: scores["given"] for name, scores in item["models"].items()}}
-        lines.append(f"[{task}] {item['messages'][-1]['content'].strip()}")
+        question = next((turn["content"] for turn in reversed(item["messages"]) if turn.get("content")), "")
+        lines.append(f"[{task}] {question.strip()}")
         lines += [f"  {name:{width}}{' '.join(given[name].split())}" for name in names]
     return lines
 

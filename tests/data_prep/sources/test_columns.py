@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from data_prep.config import HubSource
 from data_prep.errors import UserError
-from data_prep.sources.columns import hub, without_nulls
+from data_prep.sources.columns import as_a_record, hub
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
 TURNS = [
@@ -60,9 +60,20 @@ def test_nulls_with_which_a_table_fills_up_records_are_not_there(tmp_path, name,
     assert texts([alpaca]) == [["a", "b"]]
 
 
-def test_without_nulls_leaves_values_that_are_merely_empty():
+def test_a_record_keeps_values_that_are_merely_empty():
     value = {"a": None, "b": [{"c": None, "d": 0}, None, []], "e": "", "f": {"g": None}}
-    assert without_nulls(value) == {"b": [{"d": 0}, None, []], "e": "", "f": {}}
+    assert as_a_record(value) == {"b": [{"d": 0}, None, []], "e": "", "f": {}}
+
+
+@each_format
+def test_whole_numbers_that_a_table_holds_as_floats_are_learnt_as_whole_numbers(tmp_path, name, write):
+    numbers = [4.0, -0.0, 2.5, 1e300, None]
+    choices = [[4.0, 5.0]] * len(numbers)
+    columns = {"instruction": list("abcde"), "output": numbers, "choices": choices}
+    write(tmp_path / name, pyarrow.table(columns))
+    *documents, _ = rows_of(tmp_path / name)
+    assert texts(documents) == [["a", "4"], ["b", "0"], ["c", "2.5"], ["d", "1e+300"]]
+    assert [document.choices for document in documents] == [("4", "5"), (), (), ()]
 
 
 @each_format

@@ -1,18 +1,24 @@
 """Generated documents: repeatable by seed, and a bad generator or option is told in one line."""
 
+import sys
+
 import pytest
 
 from data_prep.config import ReasoningGymSource
 from data_prep.errors import UserError
-from data_prep.sources.gym import Generator
+from data_prep.sources import gym
+from data_prep.sources.gym import Generators
 
 ARITHMETIC = {"min_terms": 2, "max_terms": 2, "max_digits": 1, "operators": ["+"], "allow_parentheses": False}
 
 
+GENERATORS = Generators()  # which take a second to start
+
+
 def read(generator="basic_arithmetic", **keys):
     source = {"type": "reasoning_gym", "task": "sums", "generator": generator, "count": 5, **keys}
-    generator_of = Generator(ReasoningGymSource(**source), "data.sources.2")
-    return [generator_of.document(index, f"{generator}[{index}]") for index in range(source["count"])]
+    origins = {index: f"{generator}[{index}]" for index in range(source["count"])}
+    return GENERATORS.documents(ReasoningGymSource(**source), "data.sources.2", origins)
 
 
 def contents(documents):
@@ -34,6 +40,23 @@ def test_documents_are_a_question_and_its_answer():
 def test_same_seed_gives_the_same_documents_and_another_seed_others():
     assert contents(read(seed=7)) == contents(read(seed=7))
     assert contents(read(seed=7)) != contents(read(seed=8))
+
+
+@pytest.mark.parametrize(
+    "generator", ["isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder"]
+)
+def test_what_goes_by_the_order_of_sets_or_the_random_state_is_the_same_in_every_process_and_order(generator):
+    source = ReasoningGymSource(type="reasoning_gym", task="sums", generator=generator, count=20)
+    backwards = Generators().documents(source, "data.sources.2", dict.fromkeys(reversed(range(20)), ""))
+    assert contents(read(generator, count=20)) == contents(backwards[::-1])
+
+
+def test_a_process_that_was_killed_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(gym, "_PROCESS", [sys.executable, "-c", ""])
+    source = ReasoningGymSource(type="reasoning_gym", task="sums", generator="basic_arithmetic", count=5)
+    with pytest.raises(UserError, match=r"^data\.sources\.2: the process of basic_arithmetic ended, most") as caught:
+        Generators().documents(source, "data.sources.2", {0: ""})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_larger_count_only_adds_documents():
