@@ -128,7 +128,7 @@ def test_model_with_parts_for_images(tmp_path, base_of):
 
 def test_flash_attention_without_its_package_or_gpu(tmp_path, base_of):
     refused(
-        base_of(tiny_llama(tmp_path), attention="flash_attention_2"),
+        base_of(tiny_llama(tmp_path), attention="flash_attention_2", dtype="bf16"),
         r"base\.attention: flash_attention_2 needs .*set base\.attention: sdpa",
     )
 
@@ -168,6 +168,7 @@ def test_damaged_file(tmp_path, base_of):
 def test_one_name_in_two_files(tmp_path, base_of):
     folder = tiny_llama(tmp_path)
     (folder / "copy.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").rename(folder / "one.safetensors")  # by its own name it would be taken
     refused(base_of(folder), r"as another file of the folder does", loading)
 
 

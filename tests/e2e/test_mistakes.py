@@ -27,7 +27,7 @@ TRAIN = {
     "GPU optimizer on a CPU": (["train.optimizer=adamw_8bit"], "train.optimizer=adamw_8bit: needs a GPU"),
     "no adapter to start from": (["adapter.init_from=base"], "adapter.init_from: base holds no adapter"),
     "rows that flash attention would mix": (
-        ["base.attention=flash_attention_2", "train.micro_batch_size=2"],
+        ["base.attention=flash_attention_2", "base.dtype=bf16", "train.micro_batch_size=2"],
         "packed documents stay apart in one row only",
     ),
     "warm-up that never ends": (
@@ -35,7 +35,10 @@ TRAIN = {
         "so it would end before the learning rate is reached",
     ),
     "beta of 1": (["train.betas=[0.9, 1.0]"], "train.betas"),
-    "attention that is missing": (["base.attention=flash_attention_2"], "set base.attention: sdpa"),
+    "attention that is missing": (
+        ["base.attention=flash_attention_2", "base.dtype=bf16"],
+        "set base.attention: sdpa",
+    ),
     "more nodes than there are": (["run.nodes=2"], "run.nodes=2, and the ranks are on 1: "),
     "argument without a value": (["train.steps"], "expected key.path=value"),
 }
