@@ -21,6 +21,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_prep.chat import ChatTemplate
 from trainer.adapters import TeamLoraConfig
 from trainer.adapters.layer import Experts, freeze_experts
 from trainer.base.load import load_base
@@ -38,7 +39,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def prompts_of(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """A batch of questions of unequal length."""
     asked = [f"What are these numbers in words: {', '.join(map(str, range(i, 2 * i + 3)))}?" for i in range(BATCH)]
-    return [prompt_ids(tokenizer, {"messages": [{"role": "user", "content": text}]}) for text in asked]
+    template = ChatTemplate(tokenizer)
+    return [prompt_ids(tokenizer, {"messages": [{"role": "user", "content": text}]}, template) for text in asked]
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel
 from data_prep.errors import UserError
 from tests.adapters.parts import adapted, logits, plain_model
 from tests.distributed import scene
+from tests.full_disk import files_up_to
 from tests.tiny_models import tiny_llama
 from trainer.adapters.attach import attach_adapter, check_adapter
 from trainer.adapters.layer import Experts
@@ -105,3 +106,12 @@ def test_what_cannot_be_changed_is_refused(run, keep, said):
 def test_an_existing_folder_is_left_alone(run):
     with pytest.raises(UserError, match=r"--to: .* exists"):
         change_experts(run, [0], 0, run / "adapter")
+
+
+def test_a_disk_that_refuses_is_told_in_one_line_and_leaves_nothing(run):
+    with (
+        files_up_to(2_000),
+        pytest.raises(UserError, match=r"^--to: cannot write .*adapter-5experts .*; give a folder"),
+    ):
+        change_experts(run, None, 1, None)
+    assert not [path for path in run.iterdir() if "5experts" in path.name]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
@@ -21,6 +21,7 @@ from data_prep.publish import publishing, told_as
 from trainer import rundir
 from trainer.adapters.config import ExpertLoraConfig, TeamLoraConfig
 from trainer.report.metrics import METRICS
+from trainer.tensor_files import write_tensors
 
 
 def list_experts(run: Path) -> str:
@@ -92,7 +93,7 @@ def _write(source: Path, target: Path, config: ExpertLoraConfig, tensors: dict[s
     """Under one rename, with what else lies beside the adapter."""
     with told_as("--to", target), publishing(target) as staging:
         shutil.copytree(source, staging, dirs_exist_ok=True)
-        save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        write_tensors(tensors, staging / SAFETENSORS_WEIGHTS_NAME)
         config.save_pretrained(str(staging))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from data_prep.errors import UserError
@@ -23,7 +22,6 @@ from trainer.adapters.routing import Routing
 from trainer.adapters.save import save_adapter
 from trainer.agreement import RankFacts, check_agreement, describe, everyones_facts
 from trainer.base.fingerprint import check_base_file, write_base_file
-from trainer.base.folder import one_line
 from trainer.base.load import bytes_to_read, load_opened
 from trainer.base.match import OpenedBase, open_base
 from trainer.base.packing import check_positions
@@ -245,9 +243,9 @@ def restore(beginning: Beginning, saver: Saver, engine: Any, routing: Routing) -
 def _publish(model: PeftModel, parameters: dict[str, torch.Tensor], folder: Path, also: Callable[[Path], None]) -> None:
     try:
         save_adapter(model, parameters, folder, also)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise TrainingFault(
-            f"all steps are done, and {folder} cannot be written ({one_line(error)}); make room and start again: the "
+            f"all steps are done, and {folder} cannot be written ({error.strerror}); make room and start again: the "
             "run goes on from its newest checkpoint"
         ) from error
     print(f"adapter         {folder}", flush=True)

@@ -9,13 +9,13 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import os
-import pickle
 import random
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -51,17 +51,16 @@ class Generators:
     def _entries(self, source: ReasoningGymSource, key: str, indices: list[int]) -> list[tuple[str, str]]:
         self._process = self._process or _start()
         try:
-            pickle.dump((source, key, indices), self._process.stdin)
-            self._process.stdin.flush()
-            reply = pickle.load(self._process.stdout)
-        except (BrokenPipeError, EOFError) as error:
+            _send({"source": source.model_dump(mode="json"), "key": key, "indices": indices}, self._process.stdin)
+            reply = json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, ValueError) as error:
             raise UserError(
                 f"{key}: the process of {source.generator} ended, most likely for want of memory; free some, or use "
                 "fewer cores (taskset)"
             ) from error
-        if isinstance(reply, UserError):
-            raise reply
-        return reply
+        if "mistake" in reply:
+            raise UserError(reply["mistake"])
+        return reply["entries"]
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -69,21 +68,26 @@ def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(_PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
+def _send(message: dict[str, Any], stream: BinaryIO) -> None:
+    stream.write(json.dumps(message).encode() + b"\n")
+    stream.flush()
+
+
 def _serve() -> None:
-    """Replies to what `Generators` asks on the standard input, until that ends."""
+    """Replies to what `Generators` asks on the standard input, a line each, until that ends."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with none to reply to it ends without a word
     built: dict[str, Any] = {}
-    while sys.stdin.buffer.peek(1):
-        source, key, indices = pickle.load(sys.stdin.buffer)
-        described = source.model_dump_json()
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        source, key = ReasoningGymSource(**asked["source"]), asked["key"]
+        described = json.dumps(asked["source"])
         try:
             if described not in built:
                 built[described] = _build(source, key)
-            reply = [_entry(built[described], index, source, key) for index in indices]
+            reply = {"entries": [_entry(built[described], index, source, key) for index in asked["indices"]]}
         except UserError as error:
-            reply = error
-        pickle.dump(reply, sys.stdout.buffer)
-        sys.stdout.flush()
+            reply = {"mistake": str(error)}
+        _send(reply, sys.stdout.buffer)
 
 
 def _build(source: ReasoningGymSource, key: str) -> Any:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data_prep.chat import ChatTemplate
 from trainer.evaluation.answers import answer, greedy, like_lengths, prompt_ids
 
 NEW_TOKENS = 12
@@ -21,7 +22,7 @@ def one_by_one(run, prompt: list[int]) -> str:
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_answers_are_those_of_one_question_at_a_time_whatever_the_batch(run, items, size):
-    prompts = [prompt_ids(run.tokenizer, item) for item in items]
+    prompts = [prompt_ids(run.tokenizer, item, ChatTemplate(run.tokenizer)) for item in items]
     found = {}
     for batch in like_lengths([len(p) for p in prompts], size):
         given = greedy(run.model, run.tokenizer, [prompts[i] for i in batch], NEW_TOKENS)
@@ -30,7 +31,7 @@ def test_answers_are_those_of_one_question_at_a_time_whatever_the_batch(run, ite
 
 
 def test_the_adapter_takes_part(run, items):
-    prompts = [prompt_ids(run.tokenizer, item) for item in items]
+    prompts = [prompt_ids(run.tokenizer, item, ChatTemplate(run.tokenizer)) for item in items]
     adapted = greedy(run.model, run.tokenizer, prompts, NEW_TOKENS)
     with run.model.disable_adapter():
         assert greedy(run.model, run.tokenizer, prompts, NEW_TOKENS) != adapted
@@ -38,7 +39,8 @@ def test_the_adapter_takes_part(run, items):
 
 def test_a_prompt_is_asked_with_the_recipes_system_prompt(run):
     turns = [{"role": "system", "content": "Give only the answer."}, {"role": "user", "content": "Sort b, a"}]
-    assert answer(run, "Sort b, a", NEW_TOKENS) == one_by_one(run, prompt_ids(run.tokenizer, {"messages": turns}))
+    prompt = prompt_ids(run.tokenizer, {"messages": turns}, ChatTemplate(run.tokenizer))
+    assert answer(run, "Sort b, a", NEW_TOKENS) == one_by_one(run, prompt)
 
 
 def test_batches_hold_every_index_once_and_like_lengths():

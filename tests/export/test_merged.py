@@ -1,7 +1,6 @@
 """Merged folders: transformers alone computes base plus update, on either base."""
 
 import json
-import resource
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data_prep.errors import UserError
 from tests.adapters.parts import logits, plain_model
+from tests.full_disk import files_up_to
 from trainer.base.load import load_base
 from trainer.base.match import open_base
 from trainer.evaluation.models import load_run
@@ -123,11 +123,9 @@ def test_a_merged_model_stops_where_its_template_ends_an_answer(make_run):
 
 def test_a_disk_that_refuses_a_file_is_told_in_one_line_and_leaves_nothing(make_run):
     run = make_run()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"^--output: cannot write .*export-merged .*; give a folder that can"):
-            export(Request(run.folder, "merged"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        files_up_to(50_000),
+        pytest.raises(UserError, match=r"^--output: cannot write .*export-merged .*; give a folder that can"),
+    ):
+        export(Request(run.folder, "merged"))
     assert not [path for path in run.folder.iterdir() if "export" in path.name]

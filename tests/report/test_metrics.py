@@ -1,23 +1,11 @@
 """metrics.jsonl through a disk that fills, and the start of a run's later part."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
+from tests.full_disk import files_up_to
 from trainer.report.metrics import METRICS, MetricsWriter
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def steps(path) -> list[int]:

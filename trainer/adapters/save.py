@@ -9,6 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from data_prep.publish import publishing
+from trainer.tensor_files import telling_the_disk
 
 
 def save_adapter(
@@ -21,7 +22,8 @@ def save_adapter(
     where what was written differs, OSError where the disk refuses.
     """
     with publishing(folder) as staging:
-        model.save_pretrained(str(staging), state_dict=parameters, save_embedding_layers=False)
+        with telling_the_disk(staging):
+            model.save_pretrained(str(staging), state_dict=parameters, save_embedding_layers=False)
         written = load_file(staging / SAFETENSORS_WEIGHTS_NAME)
         if len(written) != len(parameters):
             raise RuntimeError(f"{staging}: {len(written)} tensors were written of {len(parameters)}")

@@ -19,15 +19,12 @@ def prompt_text(template: ChatTemplate, item: dict[str, Any]) -> str:
     return template.prompt(item["messages"], "the prompt", item.get("tools"), answer)
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], template: ChatTemplate | None = None
-) -> list[int]:
-    """Of `prompt_text`, by the tokenizer's own template if none is given.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], template: ChatTemplate) -> list[int]:
+    """Of `prompt_text`; template: the tokenizer's.
 
     A blank at the end is the model's to write, as in training: tokenizers join it to the word that follows.
     """
-    text = prompt_text(template or ChatTemplate(tokenizer), item)
-    return tokenizer(text.rstrip(" "), add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt_text(template, item).rstrip(" "), add_special_tokens=False)["input_ids"]
 
 
 def ends_of(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from trainer.adapters.layer import Experts
 from trainer.export.gates import adapted_by_experts
-from trainer.export.tensors import write_tensors
+from trainer.tensor_files import write_tensors
 
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 

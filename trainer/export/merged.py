@@ -15,7 +15,7 @@ from trainer.base.match import DTYPES, OpenedBase
 from trainer.base.nf4 import NF4Linear
 from trainer.base.weights import Weights
 from trainer.export.lora import LowRank
-from trainer.export.tensors import write_tensors
+from trainer.tensor_files import write_tensors
 
 SHARD = 2 * 10**9  # bytes of a file, about; a larger tensor has one of its own
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
