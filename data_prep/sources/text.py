@@ -18,7 +18,8 @@ DEEPEST = 100  # lists and objects within one another
 _LARGEST = 2**26  # bytes of one plain text, or of one string in an array
 _CHUNK = 2**20  # bytes read at once
 _BLANK = b" \t\r\n"  # to JSON
-_UP_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)  # or up to a string without end
+# Or up to a string without end. Possessive within strings only: Python before 3.11.5 gets it wrong around them.
+_UP_TO_BRACKET = re.compile(rb'[^"\[\]{}]*(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*)*', re.DOTALL)
 _ZERO_BYTE = "holds a zero byte, so it is no text; remove the byte"
 
 
