@@ -75,7 +75,10 @@ def manifest_for(config: DataConfig) -> dict[str, Any]:
 
 
 def _check_config(config: DataConfig, manifest: dict[str, Any], directory: Path) -> None:
-    made_with = {key: value for key, value in manifest["config"].items() if key != "prepared_dir"}
+    try:
+        made_with = config_as_compared(DataConfig.model_validate(manifest["config"]))  # newer keys: their defaults
+    except ValueError as error:
+        raise UserError(f"data.prepared_dir: {directory} was prepared by code of another age; {_REPAIR}") from error
     for key, wanted, found in _differences(config_as_compared(config), made_with, "data"):
         raise UserError(f"{key}: the recipe says {wanted!r}, but {directory} was prepared with {found!r}; {_REPAIR}")
 
