@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 from benchmarks.memory import PeakWatch, anonymous_bytes, settled_bytes
 from data_prep.reader import PreparedSet
-from trainer.base.load import load_opened
-from trainer.base.match import open_base
-from trainer.batches import plan_batches
-from trainer.engine import read_deepspeed_config
-from trainer.loop import Parts, run_step
-from trainer.process_group import process_group
-from trainer.quiet import quiet_libraries
+from trainer.base.loader import load_opened
+from trainer.base.weight_map import open_base
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.engine import read_deepspeed_config
+from trainer.distributed.process_group import process_group
+from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe, load_recipe
-from trainer.train import assemble, shards_for
+from trainer.training.loop import Parts, run_step
+from trainer.training.train import assemble, sharding_for
 
 STEPS = 2
 
@@ -29,11 +29,11 @@ STEPS = 2
 def build(recipe: Recipe, device: torch.device) -> Parts:
     plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.get_world_size())
     config = read_deepspeed_config(recipe, plan)
-    base = load_opened(open_base(recipe.base), shards_for(config, device))
-    _, routing, engine = assemble(recipe, base, config, num_tasks=1, steps=STEPS)
+    base = load_opened(open_base(recipe.base), sharding_for(config, device))
+    _, router_stats, engine = assemble(recipe, base, config, num_tasks=1, steps=STEPS)
     rows = labelled_rows(plan.global_batch_size, recipe.data.seq_len)
     prepared = PreparedSet(Path("unused"), {"tasks": ["text"]}, rows, [], [])
-    return Parts(engine, routing, prepared, plan, device, recipe.run.seed, router_every=1, held_out_rows=0)
+    return Parts(engine, router_stats, prepared, plan, device, recipe.run.seed, router_every=1, held_out_rows=0)
 
 
 def labelled_rows(count: int, length: int) -> list[dict[str, np.ndarray]]:
@@ -61,7 +61,7 @@ def measure(recipe: Recipe) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
+    silence_libraries()
     import deepspeed  # noqa: F401 (imports are not measured)
 
     print(json.dumps(measure(load_recipe(Path(sys.argv[1])))))

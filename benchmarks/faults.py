@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from benchmarks.ranks import run_ranks
 from tests.e2e.conftest import REPOSITORY, Workplace, make_workplace
-from trainer.checkpoint import files
+from trainer.checkpoint import storage
 
 STEPS, SAVE_EVERY = 2400, 20
 WORLD = 2
@@ -78,7 +78,7 @@ def kill_again_and_again(place: Workplace, kills: int, seed: int) -> tuple[Found
             kill_once(chance, found, ranks, run)
             while any(psutil.pid_exists(pid) for pid in ranks):
                 time.sleep(0.05)
-            published = max(files.steps_in(run / "checkpoints"), default=0)
+            published = max(storage.steps_in(run / "checkpoints"), default=0)
             done = last_step(run)
             starts = wait_for_start(launch, log, starts)
             began = resumed_at(log)

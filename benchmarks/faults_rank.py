@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.placement_rank import Shape, Variant, engine_of
-from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.state import TrainedState
-from trainer.process_group import process_group
-from trainer.quiet import quiet_libraries
+from trainer.checkpoint.async_saver import AsyncSaver
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.trained_state import TrainedState
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.process_group import process_group
 from trainer.recipe import CheckpointConfig
 
 LARGE = Shape(1024, 2816, 4, ("gate_proj", "up_proj", "down_proj"), expert_rank=544)  # 100 M parameters
@@ -24,8 +24,8 @@ REPETITIONS = 5
 def measure(folder: Path) -> dict[str, Any]:
     engine = engine_of(Variant(), LARGE)
     state = TrainedState(engine, engine.module.model)
-    saver = Saver(state, timedelta(seconds=300))
-    checkpoints = Checkpoints(saver, folder, CheckpointConfig(keep_last=1))
+    saver = AsyncSaver(state, timedelta(seconds=300))
+    checkpoints = CheckpointManager(saver, folder, CheckpointConfig(keep_last=1))
     waits, saves = [], []
     for step in range(1, REPETITIONS + 1):
         dist.barrier()
@@ -42,7 +42,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: str, output: str) -> None:
-    quiet_libraries()
+    silence_libraries()
     with process_group():
         found = measure(Path(folder))
         if dist.get_rank() == 0:

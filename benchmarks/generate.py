@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_prep.chat import ChatTemplate
 from trainer.adapters import TeamLoraConfig
 from trainer.adapters.layer import Experts, freeze_experts
-from trainer.base.load import load_base
-from trainer.base.source import load_tokenizer
-from trainer.evaluation.answers import greedy, prompt_ids
+from trainer.base.loader import load_base
+from trainer.base.model_config import load_tokenizer
+from trainer.evaluation.generation import greedy, prompt_ids
 from trainer.recipe import BaseModelConfig
 
 DEFAULT_BASE = "bases/smollm2-135m-instruct"

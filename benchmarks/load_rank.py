@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.memory import PeakWatch, anonymous_bytes
 from benchmarks.usual import usual_quantization
-from trainer.base.load import load_opened
-from trainer.base.match import open_base
+from trainer.base.loader import load_opened
 from trainer.base.nf4 import NF4Linear
-from trainer.base.zero3 import ZeroShards
-from trainer.process_group import process_group
-from trainer.quiet import quiet_libraries
+from trainer.base.weight_map import open_base
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.process_group import process_group
+from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.recipe import BaseModelConfig
 
 CONFIG = {
@@ -44,7 +44,7 @@ def usual(folder: str, _device: torch.device) -> nn.Module:
 
 def ours(folder: str, device: torch.device) -> nn.Module:
     opened = open_base(BaseModelConfig(model=folder))
-    model = load_opened(opened, ZeroShards(CONFIG, device))
+    model = load_opened(opened, Zero3Sharding(CONFIG, device))
     model.bytes_read = opened.weights.bytes_read
     return model
 
@@ -93,7 +93,7 @@ def measure(way: str, folder: str, device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
+    silence_libraries()
     with process_group() as device:
         found = measure(sys.argv[1], sys.argv[2], device)
         everyone: list[Any] = [None] * dist.get_world_size()

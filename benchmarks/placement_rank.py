@@ -20,12 +20,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.adapters.calibrate import calibrate
-from trainer.adapters.config import TeamLoraConfig
-from trainer.adapters.placement import Placement
-from trainer.expert_groups import make_groups, tag_experts
-from trainer.process_group import process_group
-from trainer.quiet import quiet_libraries
+from trainer.adapters.adapter_config import TeamLoraConfig
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.autotune import autotune
+from trainer.distributed.expert_groups import make_groups, tag_experts
+from trainer.distributed.expert_parallel import ExpertParallel
+from trainer.distributed.process_group import process_group
 from trainer.recipe import ExpertsConfig
 
 VOCABULARY, NUM_EXPERTS, EXPERT_RANK = 256, 4, 32
@@ -109,7 +109,7 @@ def engine_of(variant: Variant, shape: Shape) -> Any:
 
     model = adapted(shape)
     if variant.experts is not None:
-        placement = Placement(model, make_groups(variant.experts), variant.experts.dispatch)
+        placement = ExpertParallel(model, make_groups(variant.experts), variant.experts.dispatch)
         tag_experts(placement.by_expert, variant.experts.parallel_size)
     trainable = [p for p in model.parameters() if p.requires_grad]
     config = {
@@ -127,7 +127,7 @@ def engine_of(variant: Variant, shape: Shape) -> Any:
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
     engine, *_ = deepspeed.initialize(model=Trained(model), optimizer=optimizer, config=config)
     if variant.experts is not None and variant.experts.dispatch == "auto":
-        calibrate(placement)
+        autotune(placement)
         if dist.get_rank() == 0:
             print("auto:", placement.describe(), flush=True)
     return engine
@@ -246,7 +246,7 @@ def keep_gradients(engine: Any, ids: Tensor) -> None:
 
 
 def main(mode: str, argument: str, output: str) -> None:
-    quiet_libraries()
+    silence_libraries()
     with process_group():
         given = json.loads(argument)
         found = times(**given) if mode == "times" else bytes_and_state(**given)

@@ -72,9 +72,9 @@ def measured(side: str, recipe: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.prepare_side", side, str(recipe)]
     threads = {**os.environ, "TOKENIZERS_PARALLELISM": str(side == "tokenizer").lower()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=threads) as process:
-        peak, watched = 0, psutil.Process(process.pid)
+        peak, observe_routers = 0, psutil.Process(process.pid)
         while process.poll() is None:
-            peak = max(peak, anonymous_memory(watched))
+            peak = max(peak, anonymous_memory(observe_routers))
             time.sleep(SAMPLED_EVERY)
         output = process.stdout.read()
     if process.returncode:

@@ -11,11 +11,11 @@ BATCH = 1000  # texts that the tokenizer gets at once; more make it no faster
 
 def main() -> None:
     side, recipe = sys.argv[1:]
-    from trainer.base.source import load_tokenizer
-    from trainer.quiet import quiet_libraries
+    from trainer.base.model_config import load_tokenizer
+    from trainer.console.library_logs import silence_libraries
     from trainer.recipe import load_recipe
 
-    quiet_libraries()
+    silence_libraries()
     loaded = load_recipe(Path(recipe), [])
     tokenizer = load_tokenizer(loaded.base)
     print(json.dumps({"prepare": run_prepare, "tokenizer": run_tokenizer}[side](loaded, tokenizer)))
@@ -24,7 +24,7 @@ def main() -> None:
 def run_prepare(recipe, tokenizer) -> dict[str, float]:
     from data_prep.fingerprint import tokenizer_files
     from data_prep.prepare import prepare
-    from trainer.base.folder import resolve_folder
+    from trainer.base.model_folder import resolve_folder
 
     files = tokenizer_files(resolve_folder(recipe.base), recipe.data)
     shutil.rmtree(recipe.data.prepared_dir, ignore_errors=True)

@@ -11,15 +11,15 @@ from datasets import Dataset, load_from_disk
 
 from benchmarks.step import TARGETS, Setting
 from data_prep.reader import PreparedSet
-from trainer.base.load import load_opened
-from trainer.base.match import open_base
-from trainer.batches import plan_batches, rows_of_step
-from trainer.engine import read_deepspeed_config
-from trainer.loop import Parts, StepReport, run_step
-from trainer.process_group import process_group
-from trainer.quiet import quiet_libraries
+from trainer.base.loader import load_opened
+from trainer.base.weight_map import open_base
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.engine import read_deepspeed_config
+from trainer.distributed.process_group import process_group
+from trainer.objective.batches import plan_batches, rows_of_step
 from trainer.recipe import Recipe
-from trainer.train import assemble, shards_for
+from trainer.training.loop import Parts, StepReport, run_step
+from trainer.training.train import assemble, sharding_for
 
 EXPERTS = 4
 
@@ -58,7 +58,7 @@ def in_order_of_steps(rows: Dataset, seed: int) -> Dataset:
 
 
 def main(base: str, rows: str, setting: Setting, output: Path) -> None:
-    quiet_libraries()
+    silence_libraries()
     with process_group() as device:
         reports = train(base, rows, setting, device)
         if dist.get_rank() == 0:
@@ -72,11 +72,11 @@ def train(base: str, rows: str, setting: Setting, device: torch.device) -> list[
     plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
     config = read_deepspeed_config(recipe, plan)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = setting.persistence_threshold
-    model = load_opened(open_base(recipe.base), shards_for(config, device))
-    _, routing, engine = assemble(recipe, model, config, 1, setting.steps)
+    model = load_opened(open_base(recipe.base), sharding_for(config, device))
+    _, router_stats, engine = assemble(recipe, model, config, 1, setting.steps)
     train = in_order_of_steps(load_from_disk(rows), recipe.run.seed).with_format("numpy")
     prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, train, [])
-    parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
+    parts = Parts(engine, router_stats, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
     return [run_step(parts, step) for step in range(1, setting.steps + 1)]
 
 

@@ -94,7 +94,7 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
             task_type="CAUSAL_LM",
         ),
     )
-    trainer.train()
+    trainer.training.train()
     if config.process_index == 0:
         output.write_text(json.dumps({"seconds": clock.seconds(), "losses": clock.losses}))
     dist.barrier()

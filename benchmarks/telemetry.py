@@ -5,7 +5,7 @@
 One engine trains TeamLoRA (k=4) on q, k, v, o, gate, up and down of an NF4 base under ZeRO-3, with six tasks in the
 rows; every other step measures its routers, and all write their metrics and TensorBoard's as a run does. Pictures are
 drawn several times to learn what one drawing costs. The step's overhead is (measured - plain) / interval / plain; the
-pictures' is what `RouterPictures` lets them take at that cost: at most its SHARE, and the first import of matplotlib,
+pictures' is what `RouterImages` lets them take at that cost: at most its SHARE, and the first import of matplotlib,
 which it counts too. The balance loss is off, so that all of the measuring is there for seeing.
 """
 

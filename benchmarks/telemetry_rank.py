@@ -15,17 +15,17 @@ from benchmarks.step import Setting
 from benchmarks.step_ours import recipe_of
 from benchmarks.telemetry import DRAWINGS, NEVER, TASKS, WARM_UP
 from data_prep.reader import PreparedSet
-from trainer.base.load import load_opened
-from trainer.base.match import open_base
-from trainer.batches import plan_batches
-from trainer.engine import read_deepspeed_config
-from trainer.loop import Parts, StepReport, run_step
-from trainer.process_group import process_group
-from trainer.quiet import quiet_libraries
+from trainer.base.loader import load_opened
+from trainer.base.weight_map import open_base
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.engine import read_deepspeed_config
+from trainer.distributed.process_group import process_group
+from trainer.objective.batches import plan_batches
 from trainer.recipe import ReportConfig
-from trainer.report.board import SHARE, RouterPictures
-from trainer.report.metrics import MetricsWriter, step_record
-from trainer.train import assemble, shards_for
+from trainer.telemetry.metrics import MetricsWriter, step_record
+from trainer.telemetry.router_images import SHARE, RouterImages
+from trainer.training.loop import Parts, StepReport, run_step
+from trainer.training.train import assemble, sharding_for
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = [f"task {index}" for index in range(TASKS)]
@@ -46,18 +46,18 @@ class Rows:
 
 
 def main(base: str, rows: str, steps: int, folder: Path) -> None:
-    quiet_libraries()
+    silence_libraries()
     with process_group() as device:
         setting = Setting(steps=WARM_UP + steps)
         recipe = recipe_of(base, setting, dist.get_world_size())
         recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"target_modules": TARGETS})})
         plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
         config = read_deepspeed_config(recipe, plan)
-        model = load_opened(open_base(recipe.base), shards_for(config, device))
-        _, routing, engine = assemble(recipe, model, config, TASKS, setting.steps)
+        model = load_opened(open_base(recipe.base), sharding_for(config, device))
+        _, router_stats, engine = assemble(recipe, model, config, TASKS, setting.steps)
         data = Rows(load_from_disk(rows).with_format("numpy"))
         prepared = PreparedSet(Path(rows), {"tasks": NAMES}, data, data, [])
-        parts = Parts(engine, routing, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
+        parts = Parts(engine, router_stats, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
         writer = MetricsWriter(folder, tensorboard=True) if dist.get_rank() == 0 else None
         found, last = timed(parts, steps, writer)
         if writer is not None:
@@ -87,7 +87,7 @@ def timed(parts: Parts, steps: int, writer: MetricsWriter | None) -> tuple[dict[
 
 def drawn(report: StepReport, writer: MetricsWriter) -> list[float]:
     """Seconds of each drawing, the import of matplotlib in the first."""
-    pictures, seconds = RouterPictures(NAMES), []
+    pictures, seconds = RouterImages(NAMES), []
     for _ in range(DRAWINGS):
         pictures.see(report.router)
         started = time.perf_counter()

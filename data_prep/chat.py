@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from data_prep.documents import Message, reasoning_of
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 _PLAIN = {"role", "content"}  # the fields of a message of which a skeleton needs to know the role only
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from data_prep.config import CleaningConfig
 from data_prep.documents import Document, Message, normalised
-from data_prep.errors import UserError
-from data_prep.words import signs_apart
+from data_prep.user_error import UserError
+from data_prep.word_splitting import signs_apart
 
 DUPLICATE = "duplicate"
 DUPLICATE_OF_HELD_OUT = "duplicate_of_held_out"

@@ -9,7 +9,7 @@ import numpy as np
 from data_prep.chat import ChatTemplate, Span, check_offsets
 from data_prep.config import DataConfig
 from data_prep.documents import Document, with_system_prompt
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 IGNORED = -100  # label of a token that is not scored; torch's and transformers' convention
 

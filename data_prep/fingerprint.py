@@ -9,11 +9,11 @@ from typing import Any
 
 from data_prep.chat import check_offsets
 from data_prep.config import DataConfig, FilesSource, HubSource
-from data_prep.errors import UserError
 from data_prep.sources.columns import hub_revision
 from data_prep.sources.finding import files_of, unreadable
 from data_prep.sources.read import source_key
 from data_prep.suite.tasks import packages_of
+from data_prep.user_error import UserError
 
 State = dict[str, Any]
 PACKAGE = Path(__file__).parent

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.config import DataConfig
 from data_prep.documents import Document, Message, with_system_prompt
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 
 def item_of(document: Document, config: DataConfig) -> bytes:

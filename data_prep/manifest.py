@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import DataConfig
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

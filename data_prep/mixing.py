@@ -9,8 +9,8 @@ import bisect
 import numpy as np
 
 from data_prep.config import MixingConfig
-from data_prep.errors import UserError
 from data_prep.split import in_order
+from data_prep.user_error import UserError
 
 
 def shares(counts: np.ndarray, tasks: list[str], mixing: MixingConfig) -> np.ndarray:

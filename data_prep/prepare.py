@@ -13,7 +13,6 @@ import numpy as np
 from data_prep.config import DataConfig, FilesSource
 from data_prep.duplicates import DUPLICATE, NEAR_DUPLICATE, NearDuplicates, first_of_copies, refuse_missing_library
 from data_prep.encode import NO_LABELS_AFTER_CUT, OVER_LONG, Encoder
-from data_prep.errors import UserError
 from data_prep.fingerprint import (
     code_hash,
     file_states,
@@ -26,14 +25,15 @@ from data_prep.fingerprint import (
 from data_prep.manifest import FORMAT_VERSION, SPLITS, describe_split, read_manifest, write_manifest
 from data_prep.mixing import draw
 from data_prep.plots import write_plots
-from data_prep.publish import publishing, told_as
-from data_prep.report import PrepareReport, write_report
+from data_prep.prepare_report import PrepareReport, write_report
+from data_prep.prepared_folder import alone, refuse_foreign_folder, write_items, write_rows
+from data_prep.publish import blame_option, publish_atomically
 from data_prep.sources.finding import files_of
 from data_prep.sources.read import blocks_of, source_key
 from data_prep.split import in_order, split_documents
 from data_prep.spool import Removals, Spool
-from data_prep.storage import alone, refuse_foreign_folder, write_items, write_rows
 from data_prep.suite.tasks import refuse_unknown_tasks
+from data_prep.user_error import UserError
 from data_prep.workers import encode_blocks
 
 _NO_END_TOKEN = (
@@ -71,7 +71,7 @@ def prepare(
             "libraries": libraries(config),
             "code": code_hash(),
         }
-        with told_as("data.prepared_dir", config.prepared_dir), publishing(config.prepared_dir) as folder:
+        with blame_option("data.prepared_dir", config.prepared_dir), publish_atomically(config.prepared_dir) as folder:
             manifest = made_from | _make(config, tokenizer, folder)
             write_manifest(manifest, folder)
             write_report(manifest, folder)

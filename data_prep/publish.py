@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 
 @contextlib.contextmanager
-def publishing(folder: Path) -> Iterator[Path]:
+def publish_atomically(folder: Path) -> Iterator[Path]:
     """Gives an empty folder beside `folder` that takes its place when the block ends without an error.
 
     Everything is on the disk before a rename makes it visible. Whatever stops the process, `folder` is what it was,
@@ -56,7 +56,7 @@ def sweep(folder: Path, locked: bool = False) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Writes a file in UTF-8 under one rename. Raises OSError where the disk refuses; an older file is then left."""
     part = path.with_name(f".{path.name}.part")
     try:
@@ -67,7 +67,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def told_as(option: str, folder: Path) -> Iterator[None]:
+def blame_option(option: str, folder: Path) -> Iterator[None]:
     """Turns an OSError into a UserError that names the option by which `folder` was given."""
     try:
         yield

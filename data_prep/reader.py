@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.config import DataConfig, FilesSource
-from data_prep.errors import UserError
 from data_prep.fingerprint import config_as_compared, file_states, tokenizer_hashes
 from data_prep.manifest import SPLITS, read_manifest
+from data_prep.prepared_folder import ITEMS
 from data_prep.sources.finding import files_of
 from data_prep.sources.read import source_key
-from data_prep.storage import ITEMS
+from data_prep.user_error import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

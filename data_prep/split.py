@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep.config import DataConfig
 from data_prep.duplicates import DUPLICATE, DUPLICATE_OF_HELD_OUT, SAME_LESSON, first_of_copies
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 
 @dataclass(frozen=True)

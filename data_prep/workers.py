@@ -19,11 +19,11 @@ from data_prep.config import DataConfig
 from data_prep.documents import Document
 from data_prep.duplicates import Signer
 from data_prep.encode import BAD_ROW, Encoded, Encoder, Removed
-from data_prep.errors import UserError
 from data_prep.items import item_of
 from data_prep.sources.blocks import Block
 from data_prep.sources.read import DocumentMaker
 from data_prep.split import may_be_held_out
+from data_prep.user_error import UserError
 
 _AHEAD = 3  # blocks a worker that are read and not yet handed back
 

@@ -17,18 +17,18 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(os.path.abspath(__file__)).parent.parent))  # links kept, see trainer.cluster.ssh
 
-from data_prep.errors import UserError
-from trainer.cluster.check import check_launch
-from trainer.cluster.environment import passed_on
+from data_prep.user_error import UserError
 from trainer.cluster.hostfile import Node, read_hostfile
-from trainer.cluster.local import LocalRanks, launcher_command, slots_here
-from trainer.cluster.network import LAST_PORT, free_port
-from trainer.cluster.outcome import Outcome
-from trainer.cluster.remote import Reached, RemoteRanks
+from trainer.cluster.launch_environment import passed_on
+from trainer.cluster.launch_outcome import Outcome
+from trainer.cluster.local_ranks import LocalRanks, launcher_command, slots_here
+from trainer.cluster.preflight import check_launch
+from trainer.cluster.remote_ranks import Reached, RemoteRanks
 from trainer.cluster.ssh import REPOSITORY, launch_folder
-from trainer.launch_protocol import AGAIN, FAULT, INTERRUPTED, LAUNCH_ID, MISTAKE, STOPPED
-from trainer.output import outlasting_readers
+from trainer.console.streams import survive_closed_streams
+from trainer.distributed.network import LAST_PORT, free_port
 from trainer.recipe import Recipe, load_recipe
+from trainer.run.launch_protocol import AGAIN, FAULT, INTERRUPTED, LAUNCH_ID, MISTAKE, STOPPED
 
 SCRIPT = REPOSITORY / "launch" / "train.sh"
 LOOK_EVERY = 0.2  # seconds
@@ -244,7 +244,7 @@ def _truth(key: str, value: str) -> bool:
 
 
 if __name__ == "__main__":
-    with outlasting_readers():
+    with survive_closed_streams():
         try:
             sys.exit(main(sys.argv[1:]))
         except UserError as error:

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from data_prep.errors import UserError
-from trainer.agreement import RankFacts, check_agreement, describe, interface, own_facts
-from trainer.launch_protocol import LAUNCH_ID
+from data_prep.user_error import UserError
+from trainer.distributed.rank_check import RankFacts, check_ranks_agree, describe, interface, own_facts
+from trainer.run.launch_protocol import LAUNCH_ID
 
 RECIPE = {"run": {"name": "a", "seed": 0}, "train": {"steps": 10}}
 VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"}
@@ -16,14 +16,14 @@ SECOND = replace(FIRST, host="b", machine="b's boot")
 
 def refusal(*ranks: RankFacts, nodes: int | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        check_agreement(ranks, nodes)
+        check_ranks_agree(ranks, nodes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_ranks_that_differ_in_their_place_only_agree():
-    check_agreement([FIRST, replace(FIRST, local_rank=1), SECOND], nodes=2)
-    check_agreement([FIRST], nodes=None)
+    check_ranks_agree([FIRST, replace(FIRST, local_rank=1), SECOND], nodes=2)
+    check_ranks_agree([FIRST], nodes=None)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_another_number_of_nodes_than_the_recipe_says_is_refused(nodes, found):
 
 def test_machines_of_one_name_are_as_many_nodes():
     clone = replace(FIRST, machine="another boot")
-    check_agreement([FIRST, clone], nodes=2)
+    check_ranks_agree([FIRST, clone], nodes=2)
     assert "the ranks are on 2: a (1), a (1); " in refusal(FIRST, clone, nodes=1)
 
 
@@ -63,7 +63,7 @@ def test_facts_of_this_process_agree_with_themselves_and_follow_the_launch(monke
     monkeypatch.setenv(LAUNCH_ID, "one")
     facts = own_facts(Recipe())
     monkeypatch.setenv(LAUNCH_ID, "two")
-    check_agreement([facts, facts], nodes=1)
+    check_ranks_agree([facts, facts], nodes=1)
     assert "another launch" in refusal(facts, own_facts(Recipe()))
 
 

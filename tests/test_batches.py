@@ -5,8 +5,16 @@ import random
 import pytest
 import torch
 
-from data_prep.errors import UserError
-from trainer.batches import BatchPlan, collate, empty_batch, micro_batches_of, plan_batches, rows_of_step, steps_in
+from data_prep.user_error import UserError
+from trainer.objective.batches import (
+    BatchPlan,
+    collate,
+    empty_batch,
+    micro_batches_of,
+    plan_batches,
+    rows_of_step,
+    steps_in,
+)
 
 
 @pytest.mark.parametrize(("num_rows", "batch"), [(12, 4), (10, 4), (7, 3), (3, 8), (1, 1)])

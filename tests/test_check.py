@@ -14,14 +14,14 @@ from safetensors.numpy import save_file
 
 from tests.test_recipe import MINIMAL
 from trainer.cli import main
-from trainer.cluster import check
-from trainer.cluster.ask import Answer, Clock, Failure, ask, ask_here
-from trainer.cluster.check import Report
-from trainer.cluster.findings import findings
+from trainer.cluster import preflight
 from trainer.cluster.hostfile import Node
-from trainer.cluster.local import visible_gpus
+from trainer.cluster.local_ranks import visible_gpus
+from trainer.cluster.preflight import Report
+from trainer.cluster.preflight_checks import findings
+from trainer.cluster.preflight_facts import ALL, ClusterFacts, Finding, Need
 from trainer.cluster.probe import Facts, Gpu, Request, connect, facts, gpus_in
-from trainer.cluster.seen import ALL, Finding, Need, Seen
+from trainer.cluster.probe_client import Answer, Clock, Failure, ask, ask_here
 from trainer.cluster.ssh import REPOSITORY
 from trainer.estimate.sizes import GIB
 from trainer.recipe import Recipe
@@ -59,16 +59,16 @@ H100, FULL = (Gpu(i, "NVIDIA H100 80GB HBM3", 81559 * 2**20, mib * 2**20) for i,
 GH200 = Gpu(2, "NVIDIA GH200", None, None)
 
 
-def seen(first: Facts = FIRST, second: Facts = SECOND, **more) -> Seen:
+def seen(first: Facts = FIRST, second: Facts = SECOND, **more) -> ClusterFacts:
     answers = (Answer("a", first, clock=EXACT), Answer("b", second, clock=EXACT))
-    return Seen(**{"recipe": RECIPE, "nodes": NODES, "answers": answers, "need": NEED, **more})
+    return ClusterFacts(**{"recipe": RECIPE, "nodes": NODES, "answers": answers, "need": NEED, **more})
 
 
-def bad(of: Seen) -> list[Finding]:
+def bad(of: ClusterFacts) -> list[Finding]:
     return [finding for finding in findings(of) if finding.level != "ok"]
 
 
-def only(of: Seen) -> tuple[str, str, str, str]:
+def only(of: ClusterFacts) -> tuple[str, str, str, str]:
     (finding,) = bad(of)
     assert finding.remedy and "\n" not in finding.text
     return finding.level, finding.host, finding.what, finding.text
@@ -233,10 +233,10 @@ def test_the_estimate_is_of_the_kind_of_device_that_the_nodes_have(tmp_path, mon
     (tmp_path / "recipe.yaml").write_text(MINIMAL)
     on = {"cpu": {"device": GIB, "host": 0}, "cuda": {"device": 2 * GIB, "host": 0}}
     told = json.dumps({"trained_parameters": 1, "peak": on["cpu"], "peak_on": on})
-    monkeypatch.setattr(check, "_estimating", lambda *_: subprocess.Popen(python(f"print('{told}')"), **PIPES))
+    monkeypatch.setattr(preflight, "_estimating", lambda *_: subprocess.Popen(python(f"print('{told}')"), **PIPES))
     facts = replace(FIRST, gpus=gpus)
-    monkeypatch.setattr(check, "ask_here", lambda host, *_: Answer(host, facts, clock=EXACT))
-    texts = {found.what: found.text for found in check.check_launch(tmp_path / "recipe.yaml", (), None).findings}
+    monkeypatch.setattr(preflight, "ask_here", lambda host, *_: Answer(host, facts, clock=EXACT))
+    texts = {found.what: found.text for found in preflight.check_launch(tmp_path / "recipe.yaml", (), None).findings}
     assert texts["memory"].startswith(f"a rank needs {device / GIB:.2f} GiB and ")
 
 
@@ -251,9 +251,9 @@ def test_nodes_are_told_the_variables_of_their_ranks_and_this_machine_has_its_ow
         asked[request.port is None] = request
         return [Answer(host, failure=Failure(255, "gone")) for host in hosts]
 
-    monkeypatch.setattr(check, "ask_all", ask)
-    monkeypatch.setattr(check, "ask_here", lambda host, *more: ask([host], *more)[0])
-    check.check_launch(tmp_path / "recipe.yaml", (), NODES if over_ssh else None)
+    monkeypatch.setattr(preflight, "ask_all", ask)
+    monkeypatch.setattr(preflight, "ask_here", lambda host, *more: ask([host], *more)[0])
+    preflight.check_launch(tmp_path / "recipe.yaml", (), NODES if over_ssh else None)
     assert asked[False].environment.get("HF_HOME") == ("/shared/hf" if over_ssh else None)
     assert "CUDA_VISIBLE_DEVICES" not in asked[False].environment  # the slots say it
     assert not over_ssh or asked[True].environment == {}
@@ -299,7 +299,7 @@ def test_gpus_of_unknown_memory_are_in_order():
 
 
 def test_looking_imports_nothing_heavy():
-    program = "import sys, trainer.cluster.probe, trainer.base.fingerprint, data_prep.reader; print(*sys.modules)"
+    program = "import sys, trainer.cluster.probe, trainer.base.base_fingerprint, data_prep.reader; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "datasets", "pyarrow"} & set(done.stdout.split())
 
@@ -349,7 +349,7 @@ def reported(monkeypatch, tmp_path):
             handed.extend(given)
             return Report(found, NODES, 1.0)
 
-        monkeypatch.setattr(check, "check_launch", check_launch)
+        monkeypatch.setattr(preflight, "check_launch", check_launch)
         return main(["check", *arguments]), handed
 
     return run

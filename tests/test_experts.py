@@ -6,14 +6,14 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.adapters.parts import adapted, logits, plain_model
 from tests.distributed import scene
 from tests.full_disk import files_up_to
 from tests.tiny_models import tiny_llama
 from trainer.adapters.attach import attach_adapter, check_adapter
 from trainer.adapters.layer import Experts
-from trainer.experts import change_experts, list_experts
+from trainer.analysis.expert_editing import change_experts, list_experts
 from trainer.recipe import AdapterConfig, dump_recipe
 
 

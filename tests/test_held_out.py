@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from tests.adapters.parts import METHODS, adapted
 from tests.distributed.scene import TASKS, rows
 from tests.tiny_models import tiny_llama
-from trainer.adapters.gates import experts_of, watched
-from trainer.held_out import first_documents, score
-from trainer.report.use import RouterWatch
+from trainer.adapters.router_observer import find_experts, observe_routers
+from trainer.analysis.document_scores import first_documents, score
+from trainer.analysis.router_usage import RouterWatch
 
 TASK_COUNT = len(TASKS)
 
@@ -66,9 +66,9 @@ def test_scores_are_those_of_each_document_alone_with_whole_logits(llama, docume
 @pytest.mark.parametrize("method", METHODS)
 def test_use_is_that_of_a_loop_over_tokens(llama, documents, method):
     model = adapted(llama, method).eval()
-    adapters = experts_of(model)
+    adapters = find_experts(model)
     watch = RouterWatch(list(adapters.values()), TASK_COUNT)
-    with watched(model, watch.see):
+    with observe_routers(model, watch.see):
         score(model, documents, before=watch.begin)
     use = watch.use()
     inputs = {}

@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.test_recipe import MINIMAL
-from trainer.cluster import network
-from trainer.cluster.environment import passed_on
 from trainer.cluster.hostfile import Node, read_hostfile
-from trainer.cluster.local import slots_here
-from trainer.cluster.outcome import KILLED, Outcome, RankEnding, outcome
+from trainer.cluster.launch_environment import passed_on
+from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
+from trainer.cluster.local_ranks import slots_here
 from trainer.cluster.ssh import launch_folder
-from trainer.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
+from trainer.distributed import network
 from trainer.recipe import Recipe
+from trainer.run.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
 
 REPOSITORY = Path(__file__).parent.parent
 

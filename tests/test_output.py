@@ -8,8 +8,8 @@ import pytest
 PRINTING = """
 import sys
 from rich.console import Console
-from trainer.output import outlasting_readers
-with outlasting_readers():
+from trainer.console.streams import survive_closed_streams
+with survive_closed_streams():
     for _ in range(2):
         print("to nobody")
         print("to nobody", file=sys.stderr, flush=True)
@@ -19,7 +19,7 @@ sys.exit(75)
 STOPPED = """
 import sys
 from trainer import cli
-from trainer.faults import Stopped
+from trainer.errors import Stopped
 def stop(options):
     print("step 1", flush=True)
     raise Stopped("saved")

@@ -3,9 +3,9 @@
 import pytest
 import torch.distributed as dist
 
-from data_prep.errors import UserError
-from trainer.faults import LostRank, TrainingFault
-from trainer.process_group import naming_lost_ranks, process_group
+from data_prep.user_error import UserError
+from trainer.distributed.process_group import process_group, translate_peer_errors
+from trainer.errors import LostRank, TrainingFault
 
 SYSTEM = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run with \
 NCCL_DEBUG=INFO for details), NCCL version 2.27.5
@@ -37,7 +37,7 @@ def test_gloo_is_always_left():
 )
 def test_the_cause_that_nccl_tells_last_is_told_and_no_other_rank_is_blamed_for_ones_own(monkeypatch, cause, kind):
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(TrainingFault) as caught, naming_lost_ranks("step 3"):
+    with pytest.raises(TrainingFault) as caught, translate_peer_errors("step 3"):
         raise dist.DistBackendError(SYSTEM + cause)
     assert type(caught.value) is kind
     assert str(caught.value).startswith("step 3, rank 1: ")

@@ -18,8 +18,8 @@ from benchmarks.quality.settings import METHODS, STEPS, TRAINED, TRIALS, Cell, r
 from benchmarks.quality.speed import LOOP, NEW_TOKENS, Side, WithLoop, measure
 from benchmarks.quality.tables import Compared, all_tables, numbers
 from tests.tiny_models import tiny_llama
+from trainer.adapters.adapter_config import TeamLoraConfig
 from trainer.adapters.attach import attach_adapter
-from trainer.adapters.config import TeamLoraConfig
 from trainer.adapters.layer import Experts
 
 TASKS = {"sums": 5, "dates": 8}

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.distributed import scene
-from trainer import rundir
-from trainer.checkpoint import files
-from trainer.checkpoint.checkpoints import FACTS, FOLDER
-from trainer.launch_protocol import AGAIN
+from trainer.checkpoint import storage
+from trainer.checkpoint.manager import FACTS, FOLDER
 from trainer.recipe import Recipe, differences
-from trainer.resume import HARMLESS, accept_changes, find_beginning
+from trainer.run import run_dir
+from trainer.run.launch_protocol import AGAIN
+from trainer.training.resume import HARMLESS, accept_recipe_changes, find_resume_point
 
 BASE = "base"
 
 
 def accept(**changes):
-    return accept_changes(scene.recipe(BASE), scene.recipe(BASE, **changes), "refused", "think again")
+    return accept_recipe_changes(scene.recipe(BASE), scene.recipe(BASE, **changes), "refused", "think again")
 
 
 def test_what_only_changes_how_it_computes_is_told_and_accepted():
@@ -51,9 +51,9 @@ def test_every_harmless_key_is_a_key_of_the_recipe():
 def run(tmp_path):
     """A run that was stopped, with checkpoints of steps 2 and 4."""
     recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
-    rundir.create(recipe, {})
+    run_dir.create(recipe, {})
     for step in (2, 4):
-        draft = files.Draft(recipe.run.directory / FOLDER, step)
+        draft = storage.CheckpointWriter(recipe.run.directory / FOLDER, step)
         facts = {"step": step, "recipe": recipe.model_dump(mode="json"), "metrics_bytes": 10 * step}
         draft.add(FACTS, json.dumps(facts).encode())
         draft.publish()
@@ -62,15 +62,15 @@ def run(tmp_path):
 
 def begin(run, resume, name="test"):
     changes = {"run__output_dir": str(run.parent), "run__name": name, "train__resume": str(resume)}
-    return find_beginning(scene.recipe(BASE, **changes))
+    return find_resume_point(scene.recipe(BASE, **changes))
 
 
 def test_a_run_goes_on_from_its_newest_whole_checkpoint(run):
     assert (begin(run, "auto").step, begin(run, "auto").metrics_bytes(run)) == (4, 40)
     (run / FOLDER / "step-000004" / FACTS).write_text("{}")
-    beginning = begin(run, "auto")
-    assert (beginning.step, beginning.metrics_bytes(run)) == (2, 20)
-    assert "step-000004 is passed over: run.json has 2 bytes" in "".join(beginning.notes)
+    resume_point = begin(run, "auto")
+    assert (resume_point.step, resume_point.metrics_bytes(run)) == (2, 20)
+    assert "step-000004 is passed over: run.json has 2 bytes" in "".join(resume_point.notes)
 
 
 def test_a_run_is_recognised_by_whatever_path_its_checkpoint_is_given(run, monkeypatch):
@@ -90,12 +90,12 @@ def test_a_run_begun_from_another_goes_on_with_its_own_checkpoints(run):
     """The same command again, as retries and a requeued job give it."""
     other = run / FOLDER / "step-000002"
     recipe = scene.recipe(BASE, run__output_dir=str(run.parent), run__name="fork", train__resume=str(other))
-    rundir.create(recipe, {})
-    assert find_beginning(recipe).checkpoint == other
-    draft = files.Draft(recipe.run.directory / FOLDER, 3)
+    run_dir.create(recipe, {})
+    assert find_resume_point(recipe).checkpoint == other
+    draft = storage.CheckpointWriter(recipe.run.directory / FOLDER, 3)
     draft.add(FACTS, json.dumps({"step": 3, "recipe": recipe.model_dump(mode="json"), "metrics_bytes": 7}).encode())
     draft.publish()
-    found = find_beginning(recipe)
+    found = find_resume_point(recipe)
     assert (found.checkpoint, found.step) == (recipe.run.directory / FOLDER / "step-000003", 3)
 
 
@@ -103,12 +103,12 @@ def test_a_run_begun_from_another_goes_on_with_its_own_checkpoints(run):
 def test_a_best_of_another_run_is_no_best_of_this_one(run, keep_best, known):
     facts = run / FOLDER / "step-000004"
     told = {**json.loads((facts / FACTS).read_text()), "held_out": {"best_loss": 1.0, "best_step": 2, "since": 1}}
-    draft = files.Draft(run / FOLDER, 4)
+    draft = storage.CheckpointWriter(run / FOLDER, 4)
     draft.add(FACTS, json.dumps(told).encode())
     draft.publish()
     assert begin(run, "auto").facts["held_out"] == told["held_out"]
     changes = {"run__output_dir": str(run.parent), "run__name": "fork", "train__resume": str(facts)}
-    assert find_beginning(scene.recipe(BASE, checkpoint__keep_best=keep_best, **changes)).facts["held_out"] == known
+    assert find_resume_point(scene.recipe(BASE, checkpoint__keep_best=keep_best, **changes)).facts["held_out"] == known
 
 
 def test_never_is_for_the_first_start_of_a_launch(run, monkeypatch):
@@ -122,10 +122,10 @@ def test_a_start_that_was_killed_at_once_is_in_no_later_ones_way(tmp_path):
     recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
     recipe.run.directory.mkdir()
     (recipe.run.directory / ".recipe.yaml.part").write_text("ru")
-    assert rundir.find(recipe) is None
+    assert run_dir.find(recipe) is None
     (recipe.run.directory / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files that belong to no run"):
-        rundir.find(recipe)
+        run_dir.find(recipe)
 
 
 def test_differences_are_found_at_any_depth():

@@ -8,7 +8,7 @@ import pytest
 # A signal comes when Python is past giving handlers back, as it takes its modules down.
 LATE = """
 import os, signal, sys
-from trainer.signals import StopSignal
+from trainer.run.stop_signal import StopSignal
 class Late:
     def __del__(self, kill=os.kill, me=os.getpid(), number=signal.{name}):
         kill(me, number)

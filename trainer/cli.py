@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.errors import UserError
-from trainer.cluster.network import LAST_PORT
+from data_prep.user_error import UserError
+from trainer.console.library_logs import silence_libraries
+from trainer.console.streams import survive_closed_streams
+from trainer.distributed.network import LAST_PORT
+from trainer.errors import LostRank, Stopped, TrainingFault
 from trainer.estimate.sizes import parse_size
-from trainer.faults import LostRank, Stopped, TrainingFault
-from trainer.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
-from trainer.output import outlasting_readers
-from trainer.quiet import quiet_libraries
-from trainer.signals import StopSignal
+from trainer.run.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
+from trainer.run.stop_signal import StopSignal
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; a mistake is one line on the first rank of each machine."""
-    with outlasting_readers():
+    with survive_closed_streams():
         try:
             ending = _run(_parsed(arguments))
         except BaseException as error:  # which Python tells by its traceback, and argparse by its usage
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Ending:
-    quiet_libraries()
+    silence_libraries()
     try:
         options.run(options)
     except (UserError, TrainingFault) as error:
@@ -186,12 +186,12 @@ def _prepare(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from data_prep.fingerprint import tokenizer_files
     from data_prep.prepare import kept, prepare
-    from trainer.base.folder import resolve_folder
+    from trainer.base.model_folder import resolve_folder
 
     files = tokenizer_files(resolve_folder(recipe.base), recipe.data)
     report = kept(recipe.data, files)
     if report is None or options.show:  # a tokenizer takes seconds to load
-        from trainer.base.source import load_tokenizer
+        from trainer.base.model_config import load_tokenizer
 
         tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
         report = report or prepare(recipe.data, tokenizer, files)
@@ -206,7 +206,7 @@ def _train(options: argparse.Namespace) -> None:
     stop = StopSignal()  # first of all: imports take seconds, in which a scheduler may ask
     try:
         recipe = _recipe(options)
-        from trainer.train import train
+        from trainer.training.train import train
 
         train(recipe, stop)
     finally:
@@ -215,15 +215,15 @@ def _train(options: argparse.Namespace) -> None:
 
 def _estimate(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    from trainer.estimate.report import report
+    from trainer.estimate.estimate_report import report
 
     report(recipe, options.world_size, options.gpu_memory, options.host_memory, options.json)
 
 
 def _check(options: argparse.Namespace) -> None:
-    from trainer.cluster.check import LIMIT, check_launch
     from trainer.cluster.hostfile import read_hostfile
-    from trainer.cluster.in_order import counted
+    from trainer.cluster.preflight import LIMIT, check_launch
+    from trainer.cluster.preflight_summary import counted
 
     nodes = read_hostfile(options.hostfile) if options.hostfile is not None else None
     report = check_launch(options.recipe, options.overrides, nodes, options.master_port, options.limit or LIMIT)
@@ -233,23 +233,23 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from trainer.evaluation.answers import answer
-    from trainer.evaluation.models import load_run
+    from trainer.evaluation.generation import answer
+    from trainer.evaluation.loaded_models import load_run
 
     print(answer(load_run(options.directory), options.prompt, options.max_new_tokens))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from trainer.evaluation.evaluate import Wanted, evaluate
+    from trainer.evaluation.evaluate import EvaluateRequest, evaluate
 
     sizes = options.items_per_task, options.batch_size
-    found = evaluate(Wanted(options.directory, options.recipe, options.against, *sizes, options.deepspeed))
+    found = evaluate(EvaluateRequest(options.directory, options.recipe, options.against, *sizes, options.deepspeed))
     if found is not None:  # on the first rank
         print(found.as_json() if options.json else found, flush=True)
 
 
 def _experts(options: argparse.Namespace) -> None:
-    from trainer.experts import change_experts, list_experts
+    from trainer.analysis.expert_editing import change_experts, list_experts
 
     if options.keep is None and options.add is None:
         print(list_experts(options.directory))
@@ -265,6 +265,6 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _router(options: argparse.Namespace) -> None:
-    from trainer.router import show_routers
+    from trainer.analysis.router_analysis import show_routers
 
     print(show_routers(options.directory, options.items_per_task, options.examples, options.to))

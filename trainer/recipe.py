@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource, Section, SuiteSource
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 _SOURCES = {  # by the tag that tells them apart
     "files": FilesSource,
@@ -114,7 +114,7 @@ class AdapterConfig(Section):
 
 
 class ExpertsConfig(Section):
-    """On which ranks the experts live (trainer.adapters.placement). Without placement ZeRO shards them as the rest."""
+    """On which ranks the experts live (trainer.distributed.expert_parallel); by default ZeRO shards them too."""
 
     parallel_size: PositiveInt = Field(1, description="ranks that share a layer's experts out; 1: no placement")
     replicate: bool = Field(False, description="each replica of a rank keeps its experts whole; else cut by ZeRO-3")

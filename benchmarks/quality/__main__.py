@@ -32,7 +32,7 @@ from benchmarks.quality.plan import compared_cells, trial_cells, tuning_cells
 from benchmarks.quality.prepared import prepare_for
 from benchmarks.quality.settings import TRAINED, Cell
 from benchmarks.quality.tables import Compared, all_tables, numbers
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 DEFAULT_BASE = "bases/smollm2-135m-instruct"
 CELL_BYTES = 3 * 2**30  # of memory, about

@@ -18,23 +18,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.quality.settings import METHODS, TRIALS, VALIDATION, WORK, Cell, recipe_of
 from data_prep.reader import open_prepared
-from trainer import rundir
+from trainer.adapters.adapter_writer import save_adapter
 from trainer.adapters.attach import attach_adapter
-from trainer.adapters.gates import experts_of
 from trainer.adapters.layer import Experts
-from trainer.adapters.save import save_adapter
-from trainer.base.match import open_base
-from trainer.base.source import load_tokenizer
-from trainer.evaluation.answers import like_lengths
-from trainer.evaluation.asking import Asking, Questions, ask, questions
+from trainer.adapters.router_observer import find_experts
+from trainer.base.model_config import load_tokenizer
+from trainer.base.weight_map import open_base
+from trainer.console.library_logs import silence_libraries
+from trainer.evaluation.generation import like_lengths
 from trainer.evaluation.likelihood import log_likelihoods
-from trainer.evaluation.metrics import metrics_of
-from trainer.evaluation.models import load_whole, wearing
-from trainer.quiet import quiet_libraries
+from trainer.evaluation.loaded_models import load_whole, with_adapter
+from trainer.evaluation.runner import Questions, RunnerOptions, ask, questions
+from trainer.evaluation.scoring import metrics_of
 from trainer.recipe import Recipe
-from trainer.report.metrics import METRICS
-from trainer.signals import StopSignal
-from trainer.train import train
+from trainer.run import run_dir
+from trainer.run.stop_signal import StopSignal
+from trainer.telemetry.metrics import METRICS
+from trainer.training.train import train
 
 BATCH = 16
 
@@ -47,18 +47,18 @@ def run(cell: Cell, base: str) -> dict[str, Any]:
     if METHODS[cell.method].adapter is not None:
         shutil.rmtree(recipe.run.directory, ignore_errors=True)
         if cell.trial and (start := TRIALS[cell.trial].start):
-            recipe = beginning(recipe, start)
+            recipe = resume_point(recipe, start)
         started = time.monotonic()
         train(recipe, StopSignal())
         found = {"train_seconds": time.monotonic() - started, **trained(recipe.run.directory)}
-        adapter = recipe.run.directory / rundir.ADAPTER
+        adapter = recipe.run.directory / run_dir.ADAPTER
     started = time.monotonic()
     tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
     prepared, opened = open_prepared(recipe.data, tokenizer), open_base(recipe.base)
     found |= {"prepared_key": prepared.manifest["key"], "base_fingerprint": opened.fingerprint}
     asked = questions(chosen(prepared.items, cell.tuning), tokenizer, recipe.data)
     base_model = load_whole(opened, "cuda" if torch.cuda.is_available() else "cpu")
-    with wearing(base_model, adapter) as model:
+    with with_adapter(base_model, adapter) as model:
         if adapter is not None:
             found["parameters"] = sum(p.numel() for name, p in model.named_parameters() if is_adapters(name))
         found |= (losses if cell.tuning else scores)(model, asked, tokenizer)
@@ -67,11 +67,11 @@ def run(cell: Cell, base: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def beginning(recipe: Recipe, change: Callable[[Experts], Any]) -> Recipe:
+def resume_point(recipe: Recipe, change: Callable[[Experts], Any]) -> Recipe:
     """The recipe, beginning with a fresh adapter's values changed."""
     torch.manual_seed(recipe.run.seed)
     model = attach_adapter(load_whole(open_base(recipe.base), "cpu"), recipe.adapter)
-    for adapter in experts_of(model).values():
+    for adapter in find_experts(model).values():
         change(adapter)
     folder = WORK / f"{recipe.run.name}-start"
     save_adapter(model, {name: p for name, p in model.named_parameters() if p.requires_grad}, folder)
@@ -112,7 +112,7 @@ def losses(model: PreTrainedModel | PeftModel, asked: Questions, tokenizer: PreT
 
 def scores(model: PreTrainedModel | PeftModel, asked: Questions, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """scores: by task, each item's score by the task's metric, from 0 to 1; losses as above."""
-    given = ask(model, asked, Asking(tokenizer, BATCH, sharded=False))
+    given = ask(model, asked, RunnerOptions(tokenizer, BATCH, sharded=False))
     of_items: dict[str, list[float]] = {}
     metrics = metrics_of(asked.items)
     for item, one in zip(asked.items, given, strict=True):
@@ -128,7 +128,7 @@ def by_task(items: Sequence[dict[str, Any]], nats: Sequence[float], tokens: Sequ
 
 
 def main(cell: str, base: str, output: str) -> None:
-    quiet_libraries()
+    silence_libraries()
     found = run(Cell(**json.loads(cell)), base)
     Path(output).write_text(json.dumps(found))
 

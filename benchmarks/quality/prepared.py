@@ -3,8 +3,8 @@
 from benchmarks.quality.settings import Cell, recipe_of
 from data_prep.fingerprint import tokenizer_files
 from data_prep.prepare import kept, prepare
-from trainer.base.folder import resolve_folder
-from trainer.base.source import load_tokenizer
+from trainer.base.model_config import load_tokenizer
+from trainer.base.model_folder import resolve_folder
 
 
 def prepare_for(cell: Cell, base: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.quality.plan import LEARNING_RATES, tuning_cells
 from benchmarks.quality.settings import TRAINED, Cell, recipe_hash
-from data_prep.publish import write_whole
+from data_prep.publish import write_atomically
 
 FOLDER = Path("benchmarks/results/quality")
 SPEED = Path("benchmarks/results/quality_speed.json")
@@ -46,7 +46,7 @@ MADE_OF = {
 def save(cell: Cell, found: dict[str, Any], made: dict[str, Any], folder: Path = FOLDER) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"cell": cell.as_dict(), "made": made, "found": found}, separators=(",", ":"))
-    write_whole(folder / f"{cell.name}.json", text + "\n")
+    write_atomically(folder / f"{cell.name}.json", text + "\n")
 
 
 def load(folder: Path = FOLDER) -> dict[str, Result]:

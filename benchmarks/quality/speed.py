@@ -23,16 +23,16 @@ from benchmarks.layer import MoeLoraLoop
 from benchmarks.quality import results
 from benchmarks.quality.prepared import prepare_for
 from benchmarks.quality.settings import EXPERTS, TOTAL_RANK, TRAINED, Cell, recipe_of
-from data_prep.errors import UserError
 from data_prep.reader import open_prepared
+from data_prep.user_error import UserError
 from trainer.adapters.attach import attach_adapter
-from trainer.adapters.gates import experts_of
 from trainer.adapters.layer import freeze_experts
-from trainer.adapters.routing import Routing
-from trainer.base.load import load_base
-from trainer.base.source import load_tokenizer
-from trainer.batches import Batch, collate
-from trainer.loss import LabelledLoss, count_tokens
+from trainer.adapters.router_observer import find_experts
+from trainer.adapters.router_stats import RouterStats
+from trainer.base.loader import load_base
+from trainer.base.model_config import load_tokenizer
+from trainer.objective.batches import Batch, collate
+from trainer.objective.loss import LabelledLoss, count_tokens
 from trainer.recipe import Recipe
 
 DEFAULT_BASE = "bases/smollm2-135m-instruct"
@@ -65,19 +65,19 @@ class Side:
             with_loops(base, recipe.adapter.target_modules) if method == LOOP else attach_adapter(base, recipe.adapter)
         )
         self.model, self.batch = model, batch
-        self.routing = Routing(model, num_tasks)
-        self.loss = LabelledLoss(model, self.routing, num_tasks).train()
+        self.router_stats = RouterStats(model, num_tasks)
+        self.loss = LabelledLoss(model, self.router_stats, num_tasks).train()
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         self.labelled, self.tokens = count_tokens([batch])
         self.cache = None
 
     def step(self) -> None:
         self.model.train()
-        self.routing.begin_step(self.tokens, measure=False)
-        self.routing.begin_micro_batch(self.batch["task_ids"])
+        self.router_stats.begin_step(self.tokens, measure=False)
+        self.router_stats.begin_micro_batch(self.batch["task_ids"])
         loss, _ = self.loss(self.batch, self.labelled, 1.0)
         loss.backward()
-        self.routing.end_micro_batch()
+        self.router_stats.end_micro_batch()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -149,7 +149,7 @@ def served(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for adapter in experts_of(model).values():
+        for adapter in find_experts(model).values():
             adapter.frozen = None
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import HubSource
-from data_prep.errors import UserError
 from data_prep.sources.blocks import Row
 from data_prep.sources.text import repeated
+from data_prep.user_error import UserError
 
 _ROWS = 1000  # records made into Python objects at once
 _EXACT = 2**53  # up to here a float holds every whole number

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.config import FilesSource
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 FORMATS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_prep.config import QUESTION, ReasoningGymSource
 from data_prep.documents import Document
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 _PROCESS = [sys.executable, "-m", "data_prep.sources.gym"]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource, SuiteSource
 from data_prep.documents import Document
-from data_prep.errors import UserError
 from data_prep.forms import renamed, to_document
 from data_prep.sources.blocks import Block, Row, Unreadable, in_blocks
 from data_prep.sources.columns import arrow, hub, parquet
@@ -15,6 +14,7 @@ from data_prep.sources.finding import DAMAGE, files_of, format_of, is_compressed
 from data_prep.sources.gym import Generators
 from data_prep.sources.text import json_array, json_lines, parse_object, plain_text, refuse_other_encodings, table
 from data_prep.suite.tasks import records
+from data_prep.user_error import UserError
 
 
 def source_key(index: int) -> str:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from data_prep.errors import UserError
 from data_prep.sources.blocks import Row, Unreadable
+from data_prep.user_error import UserError
 
 DEEPEST = 100  # lists and objects within one another
 

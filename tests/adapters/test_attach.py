@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.adapters.parts import TOKENS, logits, plain_model, wake
 from tests.adapters.reference import off
 from tests.tiny_models import tiny_llama
+from trainer.adapters.adapter_folder import load_adapter
+from trainer.adapters.adapter_writer import save_adapter
 from trainer.adapters.attach import attach_adapter, check_adapter
 from trainer.adapters.layer import Experts
-from trainer.adapters.load import load_adapter
-from trainer.adapters.save import save_adapter
 from trainer.recipe import AdapterConfig
 
 SIZES = {

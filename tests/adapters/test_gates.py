@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.adapters.parts import METHODS, config_of, experts_of
+from tests.adapters.parts import METHODS, config_of, find_experts
 from tests.adapters.reference import loop
-from trainer.adapters.gates import alone, watched, weights_of
+from trainer.adapters.router_observer import alone, observe_routers, router_weights
 
 methods = pytest.mark.parametrize(
     ("method", "options"), [*((m, {}) for m in METHODS), ("teamlora", {"renormalize": True})]
@@ -15,7 +15,7 @@ methods = pytest.mark.parametrize(
 def parts(method, options):
     torch.manual_seed(1)
     config = config_of(method, **options)
-    module = experts_of(config, dtype=torch.float64).eval()
+    module = find_experts(config, dtype=torch.float64).eval()
     return config, module, torch.randn(2, 3, 20).double(), torch.randn(2, 3, 28).double()
 
 
@@ -29,7 +29,7 @@ def written_out(module, x, renormalize):
 @methods
 def test_weights_are_those_of_the_equations_token_by_token(method, options):
     _, module, x, _ = parts(method, options)
-    phi, omega = weights_of(module, x)
+    phi, omega = router_weights(module, x)
     for index in [(b, t) for b in range(2) for t in range(3)]:
         expected = written_out(module, x[index], options.get("renormalize"))
         assert torch.allclose(phi[index], expected[0].float(), atol=1e-6)
@@ -76,7 +76,7 @@ def test_afterwards_everything_is_as_it_was(method, options):
 def test_watching_sees_each_forward_and_changes_nothing():
     _, module, x, y = parts("teamlora", {})
     found, plain = [], module(x, y)
-    with watched(module, lambda index, phi, omega: found.append((index, phi.shape, omega.shape))):
+    with observe_routers(module, lambda index, phi, omega: found.append((index, phi.shape, omega.shape))):
         assert torch.equal(module(x, y), plain)
     module(x, y)
     assert found == [(0, (2, 3, 4), (2, 3, 4))]

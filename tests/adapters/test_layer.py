@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.adapters.parts import METHODS, TOKENS, adapted, config_of, experts_of, logits, plain_model, wake
+from tests.adapters.parts import METHODS, TOKENS, adapted, config_of, find_experts, logits, plain_model, wake
 from tests.adapters.reference import off, with_loops
 from trainer.adapters.layer import ExpertLayer, Experts, HydraLoraLayer, MoeLoraLayer, TeamLoraLayer
 
@@ -82,7 +82,7 @@ def test_adapted_model_generates(llama, method):
 
 @methods
 def test_dropout_acts_on_the_input_of_the_adapter_and_only_in_training(method):
-    plain, dropping = experts_of(config_of(method)), experts_of(config_of(method, dropout=0.5))
+    plain, dropping = find_experts(config_of(method)), find_experts(config_of(method, dropout=0.5))
     x, y = torch.randn(6, 20), torch.randn(6, 28)
     torch.manual_seed(0)
     value = dropping(x, y)

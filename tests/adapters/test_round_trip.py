@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from tests.adapters.parts import METHODS, adapted, config_of, logits, plain_model, wake
 from tests.adapters.reference import off, with_loops
-from trainer.base.load import load_base
+from trainer.base.loader import load_base
 from trainer.base.nf4 import NF4Linear
 from trainer.recipe import BaseModelConfig
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.adapters.parts import METHODS, config_of, experts_of, wake
+from tests.adapters.parts import METHODS, config_of, find_experts, wake
 from tests.adapters.reference import copied, loop, off
-from trainer.adapters.config import ExpertLoraConfig
+from trainer.adapters.adapter_config import ExpertLoraConfig
 from trainer.adapters.layer import HydraLoraLayer, MoeLoraLayer, TeamLoraLayer
-from trainer.adapters.routing import RouterReport, Routing, by_decoder_layer, place_of
+from trainer.adapters.router_stats import RouterReport, RouterStats, by_decoder_layer, place_of
 
 LAYERS = {"teamlora": TeamLoraLayer, "moelora": MoeLoraLayer, "hydralora": HydraLoraLayer}
 WEIGHT = 100.0  # so that the balance term is no small part of the gradients compared
@@ -55,7 +55,7 @@ def net_of(method: str, weight: float = WEIGHT, recompute: bool = False, **optio
 
 def train_step(
     net: Net,
-    routing: Routing,
+    router_stats: RouterStats,
     batch: tuple[Tensor, Tensor],
     cut: list[int] = WHOLE,
     scale: float = 1.0,
@@ -66,12 +66,12 @@ def train_step(
     x, real = batch
     tasks = one_task(real) if tasks is None else tasks
     net.zero_grad()
-    routing.begin_step(int(real.sum()), measure)
+    router_stats.begin_step(int(real.sum()), measure)
     for part, mask, ids in zip(x.split(cut), real.split(cut), tasks.split(cut), strict=True):
-        routing.begin_micro_batch(ids)
-        (routing.tap(net(part, mask) / real.sum()) * scale).backward()
-        routing.end_micro_batch()
-    return routing.end_step(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        router_stats.begin_micro_batch(ids)
+        (router_stats.capture_loss_grad(net(part, mask) / real.sum()) * scale).backward()
+        router_stats.end_micro_batch()
+    return router_stats.end_step(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
 def written_out(net: Net, batch: tuple[Tensor, Tensor], means: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -111,7 +111,7 @@ def assert_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], scale
 def test_report_is_the_mean_over_real_tokens_however_the_batch_is_cut(method, cut):
     net, batch = net_of(method), batch_of(1)
     phis, _ = written_out(net, batch, uniform_means(net))
-    report, _ = train_step(net, Routing(net), batch, cut)
+    report, _ = train_step(net, RouterStats(net), batch, cut)
     assert torch.allclose(report.weights, torch.stack([phi.mean(0) for phi in phis]).float(), atol=1e-6)
     entropy = torch.stack([-(phi * phi.log()).sum(1).mean() for phi in phis]).float()
     assert torch.allclose(report.entropy, entropy, atol=1e-6)
@@ -126,7 +126,7 @@ def test_report_by_task_is_the_mean_over_the_tasks_tokens_however_the_batch_is_c
     tasks = torch.randint(0, 2, real.shape, generator=torch.Generator().manual_seed(4))
     tasks = torch.where(real, 2 * tasks, -1)  # task 1 does not occur
     phis, _ = written_out(net, (x, real), uniform_means(net))
-    report, _ = train_step(net, Routing(net, num_tasks=3), (x, real), cut, tasks=tasks)
+    report, _ = train_step(net, RouterStats(net, num_tasks=3), (x, real), cut, tasks=tasks)
     assert report.names == tuple(net.names)
     assert report.task_tokens.tolist() == [(tasks == task).sum() for task in range(3)]
     assert report.weights_by_task[:, 1].isnan().all()
@@ -142,7 +142,7 @@ def test_report_by_task_is_the_mean_over_the_tasks_tokens_however_the_batch_is_c
 def test_report_holds_the_interaction_matrices_and_the_mean_weights_after_competition():
     net, batch = net_of("teamlora"), batch_of(1)
     phis, _ = written_out(net, batch, uniform_means(net))
-    report, _ = train_step(net, Routing(net), batch)
+    report, _ = train_step(net, RouterStats(net), batch)
     matrices = [layer.adapters["default"].interaction.detach() for layer in net.layers]
     assert torch.allclose(report.interaction, torch.stack(matrices).float())
     omega = torch.stack([(phi @ m.T).mean(0) for phi, m in zip(phis, matrices, strict=True)]).float()
@@ -152,7 +152,7 @@ def test_report_holds_the_interaction_matrices_and_the_mean_weights_after_compet
 @pytest.mark.parametrize(("method", "options"), [("moelora", {}), ("teamlora", {"renormalize": True})])
 def test_no_mean_after_competition_is_told_without_a_matrix_or_where_weights_are_renormalised(method, options):
     net = net_of(method, **options)
-    report, _ = train_step(net, Routing(net), batch_of(1))
+    report, _ = train_step(net, RouterStats(net), batch_of(1))
     assert report.omega is None
     assert (report.interaction is None) == (method == "moelora")
 
@@ -162,9 +162,9 @@ def test_measuring_changes_no_bit_of_what_is_trained(weight):
     found = []
     for measure in (True, False):
         net = net_of("teamlora", weight)
-        routing = Routing(net, num_tasks=2)
+        router_stats = RouterStats(net, num_tasks=2)
         for seed in (1, 2, 3):
-            report, gradients = train_step(net, routing, batch_of(seed), UNEVEN, measure=measure)
+            report, gradients = train_step(net, router_stats, batch_of(seed), UNEVEN, measure=measure)
         assert (report is not None) == measure
         found.append(gradients)
     assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
@@ -174,7 +174,7 @@ def test_uniform_routers_have_all_the_entropy_there_is():
     net = net_of("teamlora")
     for layer in net.layers:
         nn.init.zeros_(layer.adapters["default"].router)
-    report, _ = train_step(net, Routing(net), batch_of(1))
+    report, _ = train_step(net, RouterStats(net), batch_of(1))
     assert report.entropy.tolist() == pytest.approx([math.log(4)] * 2)
     assert report.entropy_share == pytest.approx(1)
 
@@ -191,9 +191,9 @@ def test_what_stands_in_padding_changes_nothing():
     net, (x, real) = net_of("teamlora"), batch_of(1)
     other = torch.where(real[..., None], x, 100 * torch.randn_like(x))
     for values in (x, other):
-        routing = Routing(net)
-        train_step(net, routing, batch_of(2))
-        report, gradients = train_step(net, routing, (values, real))
+        router_stats = RouterStats(net)
+        train_step(net, router_stats, batch_of(2))
+        report, gradients = train_step(net, router_stats, (values, real))
         if values is x:
             first_report, first = report, {name: g.clone() for name, g in gradients.items()}
     assert torch.allclose(report.weights, first_report.weights, atol=1e-7)
@@ -204,11 +204,11 @@ def test_what_stands_in_padding_changes_nothing():
 @methods
 def test_balance_gradient_is_autograd_of_the_term_delayed_by_a_step_however_the_batch_is_cut(method, cut):
     net = net_of(method)
-    routing, first, second = Routing(net), batch_of(1), batch_of(2)
-    _, ours = train_step(net, routing, first, cut)
+    router_stats, first, second = RouterStats(net), batch_of(1), batch_of(2)
+    _, ours = train_step(net, router_stats, first, cut)
     phis, expected = written_out(net, first, uniform_means(net))
     assert_gradients(ours, expected)
-    _, ours = train_step(net, routing, second, cut)
+    _, ours = train_step(net, router_stats, second, cut)
     _, expected = written_out(net, second, [phi.mean(0) for phi in phis])
     assert_gradients(ours, expected)
     _, of_task = written_out(net, second, uniform_means(net))
@@ -217,10 +217,10 @@ def test_balance_gradient_is_autograd_of_the_term_delayed_by_a_step_however_the_
 
 def test_balance_gradient_is_scaled_as_the_loss_is():
     net = net_of("teamlora")
-    routing = Routing(net)
-    train_step(net, routing, batch_of(1), scale=1024.0)
+    router_stats = RouterStats(net)
+    train_step(net, router_stats, batch_of(1), scale=1024.0)
     phis, _ = written_out(net, batch_of(1), uniform_means(net))
-    _, ours = train_step(net, routing, batch_of(2), UNEVEN, scale=1024.0)
+    _, ours = train_step(net, router_stats, batch_of(2), UNEVEN, scale=1024.0)
     _, expected = written_out(net, batch_of(2), [phi.mean(0) for phi in phis])
     assert_gradients(ours, expected, scale=1024.0)
 
@@ -229,9 +229,9 @@ def test_balance_gradient_is_scaled_as_the_loss_is():
 @methods
 def test_recomputed_activations_count_once(method, cut):
     net, recomputing = net_of(method), net_of(method, recompute=True)
-    routing, recomputing_routing = Routing(net), Routing(recomputing)
+    router_stats, recomputing_routing = RouterStats(net), RouterStats(recomputing)
     for seed in (1, 2):
-        report, gradients = train_step(net, routing, batch_of(seed), cut)
+        report, gradients = train_step(net, router_stats, batch_of(seed), cut)
         again, gradients_again = train_step(recomputing, recomputing_routing, batch_of(seed), cut)
         assert torch.equal(again.weights, report.weights)
         assert torch.equal(again.entropy, report.entropy)
@@ -245,9 +245,9 @@ def test_uniform_routers_feel_no_balance_loss_of_any_weight(cut):
         net = net_of("teamlora", weight)
         for layer in net.layers:
             nn.init.zeros_(layer.adapters["default"].router)
-        routing = Routing(net)
+        router_stats = RouterStats(net)
         for seed in (1, 2):
-            report, found = train_step(net, routing, batch_of(seed), cut)
+            report, found = train_step(net, router_stats, batch_of(seed), cut)
         assert report.balance == 0
         gradients.append(found)
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
@@ -255,35 +255,35 @@ def test_uniform_routers_feel_no_balance_loss_of_any_weight(cut):
 
 def test_an_unmeasured_step_without_balance_loss_reports_nothing():
     net = net_of("teamlora", weight=0.0)
-    routing, (x, real) = Routing(net), batch_of(1)
-    routing.begin_step(int(real.sum()), measure=False)
-    routing.begin_micro_batch(one_task(real))
-    routing.tap(net(x, real)).backward()
-    routing.end_micro_batch()
-    assert routing.end_step() is None
+    router_stats, (x, real) = RouterStats(net), batch_of(1)
+    router_stats.begin_step(int(real.sum()), measure=False)
+    router_stats.begin_micro_batch(one_task(real))
+    router_stats.capture_loss_grad(net(x, real)).backward()
+    router_stats.end_micro_batch()
+    assert router_stats.end_step() is None
 
 
 def test_evaluation_between_micro_batches_is_not_counted():
     net, (x, real) = net_of("teamlora"), batch_of(1)
-    undisturbed, _ = train_step(net, Routing(net), (x, real))
-    routing = Routing(net)
-    routing.begin_step(int(real.sum()), measure=True)
-    routing.begin_micro_batch(one_task(real))
-    routing.tap(net(x, real)).backward()
+    undisturbed, _ = train_step(net, RouterStats(net), (x, real))
+    router_stats = RouterStats(net)
+    router_stats.begin_step(int(real.sum()), measure=True)
+    router_stats.begin_micro_batch(one_task(real))
+    router_stats.capture_loss_grad(net(x, real)).backward()
     net.eval()(batch_of(2)[0], real)
     net.train()
-    routing.end_micro_batch()
-    assert torch.equal(routing.end_step().weights, undisturbed.weights)
+    router_stats.end_micro_batch()
+    assert torch.equal(router_stats.end_step().weights, undisturbed.weights)
 
 
 def test_a_model_without_routers_is_driven_all_the_same():
     net = nn.Linear(3, 1)
-    routing = Routing(net)
-    routing.begin_step(2, measure=True)
-    routing.begin_micro_batch(torch.zeros(1, 2, dtype=torch.int64))
-    routing.tap(net(torch.ones(1, 2, 3)).sum()).backward()
-    routing.end_micro_batch()
-    assert routing.end_step() is None
+    router_stats = RouterStats(net)
+    router_stats.begin_step(2, measure=True)
+    router_stats.begin_micro_batch(torch.zeros(1, 2, dtype=torch.int64))
+    router_stats.capture_loss_grad(net(torch.ones(1, 2, 3)).sum()).backward()
+    router_stats.end_micro_batch()
+    assert router_stats.end_step() is None
     assert net.weight.grad is not None
 
 
@@ -296,7 +296,7 @@ def warnings_of(call: Callable[[], object]) -> list[str]:
 
 
 def test_balance_loss_that_no_loop_drives_is_told_once_and_adds_nothing():
-    balanced, plain = (experts_of(config_of("teamlora", balance_loss_weight=weight)) for weight in (1.0, 0.0))
+    balanced, plain = (find_experts(config_of("teamlora", balance_loss_weight=weight)) for weight in (1.0, 0.0))
     x, y = torch.randn(6, 20), torch.randn(6, 28)
     [message] = warnings_of(lambda: balanced(x, y).sum().backward())
     assert message.startswith("balance_loss_weight has no effect: no training loop drives the routers")
@@ -305,8 +305,8 @@ def test_balance_loss_that_no_loop_drives_is_told_once_and_adds_nothing():
 
 
 def test_nothing_is_told_outside_training_or_where_a_loop_drives():
-    balanced = experts_of(config_of("teamlora", balance_loss_weight=1.0)).eval()
+    balanced = find_experts(config_of("teamlora", balance_loss_weight=1.0)).eval()
     assert warnings_of(lambda: balanced(torch.randn(6, 20), torch.randn(6, 28))) == []
     net = net_of("teamlora")
-    routing = Routing(net)
-    assert warnings_of(lambda: train_step(net, routing, batch_of(1))) == []
+    router_stats = RouterStats(net)
+    assert warnings_of(lambda: train_step(net, router_stats, batch_of(1))) == []

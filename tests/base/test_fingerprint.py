@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.base.test_refusals import edit_config, edit_weights
 from tests.tiny_models import tiny_llama
-from trainer.base.fingerprint import check_base_file, fingerprint, write_base_file
+from trainer.base.base_fingerprint import check_base_file, fingerprint, write_base_file
 
 
 def test_files_and_folders_do_not_matter(tmp_path):

@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.tiny_models import FAMILIES, SIZES, tiny_llama, tiny_model
-from trainer.base.fingerprint import fingerprint
-from trainer.base.load import load_base
-from trainer.base.match import skeleton
+from trainer.base.base_fingerprint import fingerprint
+from trainer.base.loader import load_base
 from trainer.base.nf4 import NF4Linear
+from trainer.base.weight_map import skeleton
 
 TOKENS = torch.arange(3, 27).view(2, 12)
 
@@ -114,8 +114,8 @@ def test_generation_uses_its_cache_while_a_plain_forward_does_not(tmp_path, base
 
 @pytest.mark.slow
 def test_sample_base_in_nf4_answers_and_reads_like_itself(tmp_path, base_of):
+    from trainer.base.model_config import load_tokenizer
     from trainer.base.sample import sample_base
-    from trainer.base.source import load_tokenizer
 
     folder = sample_base(tmp_path / "sample")
     base = base_of(folder, quantization="nf4", dtype="bf16")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.tiny_models import FAMILIES, SIZES, tiny_model
-from trainer.base.load import load_base
-from trainer.base.packing import check_packing, check_positions
+from trainer.base.document_isolation import check_packing, check_positions
+from trainer.base.loader import load_base
 
 LENGTHS = (5, 9, 1, 7)
 

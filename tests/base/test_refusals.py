@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.tiny_models import tiny_llama, tiny_model
-from trainer.base.load import load_base
-from trainer.base.match import open_base
-from trainer.base.source import load_tokenizer
+from trainer.base.loader import load_base
+from trainer.base.model_config import load_tokenizer
+from trainer.base.weight_map import open_base
 
 
 def edit_config(folder: Path, **keys: object) -> Path:

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from trainer.base import sample
 
 

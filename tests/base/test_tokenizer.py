@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import tiny_llama
-from trainer.base.source import load_tokenizer
+from trainer.base.model_config import load_tokenizer
 
 
 def save_tokenizer(folder, **special):

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.tiny_models import tiny_llama
-from trainer.base.load import load_base
+from trainer.base.loader import load_base
 
 IDS = torch.arange(3, 51).view(4, 12)
 

@@ -2,32 +2,32 @@
 
 import json
 
-from trainer.checkpoint import files
-from trainer.checkpoint.checkpoints import FACTS, Checkpoints, find_best
+from trainer.checkpoint import storage
+from trainer.checkpoint.manager import FACTS, CheckpointManager, find_best
 from trainer.recipe import CheckpointConfig
 
 
 def publish(folder, step, best):
-    draft = files.Draft(folder, step)
+    draft = storage.CheckpointWriter(folder, step)
     draft.add(FACTS, json.dumps({"held_out": {"best_loss": 1.5}}).encode())
-    Checkpoints(None, folder, CheckpointConfig(keep_last=1))._finish(step, best, draft)
+    CheckpointManager(None, folder, CheckpointConfig(keep_last=1))._finish(step, best, draft)
 
 
 def test_the_best_stays_and_is_named_also_while_a_better_ones_save_has_failed(tmp_path):
     publish(tmp_path, 100, best=100)
-    assert files.pointed_at(tmp_path, files.BEST) == 100
+    assert storage.read_pointer(tmp_path, storage.BEST) == 100
     publish(tmp_path, 300, best=200)  # what was to be saved at 200 is not there
-    assert files.steps_in(tmp_path) == [100, 300]
-    assert files.pointed_at(tmp_path, files.BEST) == 100
+    assert storage.steps_in(tmp_path) == [100, 300]
+    assert storage.read_pointer(tmp_path, storage.BEST) == 100
     publish(tmp_path, 400, best=400)
-    assert files.steps_in(tmp_path) == [400]
-    assert files.pointed_at(tmp_path, files.BEST) == 400
+    assert storage.steps_in(tmp_path) == [400]
+    assert storage.read_pointer(tmp_path, storage.BEST) == 400
 
 
 def test_without_a_held_out_loss_none_is_the_best(tmp_path):
     publish(tmp_path, 1, best=None)
-    assert files.pointed_at(tmp_path, files.BEST) is None
-    assert files.pointed_at(tmp_path, files.LATEST) == 1
+    assert storage.read_pointer(tmp_path, storage.BEST) is None
+    assert storage.read_pointer(tmp_path, storage.LATEST) == 1
     step, told = find_best(tmp_path)
     assert step is None
     assert told == f"warning: {tmp_path} names no best checkpoint; the adapter is that of the last step"

@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from trainer.checkpoint import files
+from trainer.checkpoint import storage
 
 CONTENT = {"run.json": b'{"step": 3}', "state-00001.safetensors": bytes(range(200)), "more.bin": b"x"}
 
 
 def publish(folder, step):
-    draft = files.Draft(folder, step)
+    draft = storage.CheckpointWriter(folder, step)
     for name, content in CONTENT.items():
         draft.add(name, content)
     return draft.publish()
@@ -23,50 +23,50 @@ def checkpoint(tmp_path):
 
 
 def test_what_was_published_is_whole_and_named_as_the_latest(checkpoint):
-    assert files.damage(checkpoint) is None
-    assert {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != files.INDEX} == CONTENT
+    assert storage.verify(checkpoint) is None
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != storage.INDEX} == CONTENT
     assert (checkpoint.parent / "latest").read_text() == "step-000003\n"
-    assert files.steps_in(checkpoint.parent) == [3]
+    assert storage.steps_in(checkpoint.parent) == [3]
 
 
 def test_a_draft_that_was_not_published_is_no_checkpoint_and_is_swept_away(tmp_path):
     publish(tmp_path, 1)
-    files.Draft(tmp_path, 2).add("run.json", b"half")
-    assert files.steps_in(tmp_path) == [1]
+    storage.CheckpointWriter(tmp_path, 2).add("run.json", b"half")
+    assert storage.steps_in(tmp_path) == [1]
     assert (tmp_path / "latest").read_text() == "step-000001\n"
-    files.sweep(tmp_path)
+    storage.sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "latest"}
 
 
-@pytest.mark.parametrize("name", [*CONTENT, files.INDEX])
+@pytest.mark.parametrize("name", [*CONTENT, storage.INDEX])
 def test_every_flipped_byte_of_every_file_is_seen_or_changes_nothing(checkpoint, name):
     path = checkpoint / name
     whole = path.read_bytes()
-    read = json.loads((checkpoint / files.INDEX).read_bytes())
+    read = json.loads((checkpoint / storage.INDEX).read_bytes())
     for position in range(len(whole)):
         spoilt = bytearray(whole)
         spoilt[position] ^= 1 << position % 8
         path.write_bytes(spoilt)
-        if files.damage(checkpoint) is None:  # white space of the index, say
-            assert name == files.INDEX and json.loads(bytes(spoilt)) == read
+        if storage.verify(checkpoint) is None:  # white space of the index, say
+            assert name == storage.INDEX and json.loads(bytes(spoilt)) == read
     path.write_bytes(whole)
-    assert files.damage(checkpoint) is None
+    assert storage.verify(checkpoint) is None
 
 
-@pytest.mark.parametrize("name", [*CONTENT, files.INDEX])
+@pytest.mark.parametrize("name", [*CONTENT, storage.INDEX])
 def test_a_truncated_or_missing_file_is_named(checkpoint, name):
     path = checkpoint / name
     os.truncate(path, path.stat().st_size - 1)
-    assert name in files.damage(checkpoint)
+    assert name in storage.verify(checkpoint)
     path.unlink()
-    assert name in files.damage(checkpoint)
+    assert name in storage.verify(checkpoint)
 
 
 def test_the_newest_good_one_is_found_behind_damaged_ones(tmp_path):
     for step in (1, 2, 3):
         publish(tmp_path, step)
     (tmp_path / "step-000003" / "run.json").unlink()
-    found = list(files.newest_good(tmp_path))
+    found = list(storage.newest_whole(tmp_path))
     assert [(folder.name, problem is None) for folder, problem in found] == [
         ("step-000003", False), ("step-000002", True),
     ]  # fmt: skip
@@ -74,19 +74,19 @@ def test_the_newest_good_one_is_found_behind_damaged_ones(tmp_path):
 
 def test_a_step_saved_again_takes_the_place_of_the_earlier_one(tmp_path):
     (publish(tmp_path, 1) / "run.json").write_bytes(b"damaged")
-    assert files.damage(publish(tmp_path, 1)) is None
+    assert storage.verify(publish(tmp_path, 1)) is None
 
 
 def test_pruning_leaves_the_newest_the_multiples_and_those_named(tmp_path):
     for step in range(1, 11):
         publish(tmp_path, step)
-    files.prune(tmp_path, 10, keep_last=2, keep_every=4, keep=[3])
-    assert files.steps_in(tmp_path) == [3, 4, 8, 9, 10]
+    storage.prune(tmp_path, 10, keep_last=2, keep_every=4, keep=[3])
+    assert storage.steps_in(tmp_path) == [3, 4, 8, 9, 10]
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
 
 
 def test_damaged_ones_that_were_passed_over_take_no_new_ones_place(tmp_path):
     for step in (100, 130, 150):
         publish(tmp_path, step)
-    files.prune(tmp_path, 130, keep_last=1, keep_every=None, keep=[])
-    assert files.steps_in(tmp_path) == [130, 150]
+    storage.prune(tmp_path, 130, keep_last=1, keep_every=None, keep=[])
+    assert storage.steps_in(tmp_path) == [130, 150]

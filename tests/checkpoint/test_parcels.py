@@ -2,26 +2,26 @@
 
 import pytest
 
-from trainer.checkpoint import saver
-from trainer.checkpoint.saver import Piece
-from trainer.checkpoint.state import Key
+from trainer.checkpoint import async_saver
+from trainer.checkpoint.async_saver import TensorSlice
+from trainer.checkpoint.trained_state import Key
 
 A, B, C = (Key("parameter", name, (size,)) for name, size in (("a", 10), ("b", 6), ("c", 40)))
 
 
 def test_a_parcel_holds_what_there_is_room_for_and_a_larger_tensor_is_one_of_its_own(monkeypatch):
-    monkeypatch.setattr(saver, "PARCEL_BYTES", 16 * saver.ELEMENT)
-    pieces = [[Piece(0, key, 0, key.numel) for key in (A, B, C)]]
-    assert [parcel.keys for parcel in saver._parcels([A, B, C], pieces)] == [(A, B), (C,)]
+    monkeypatch.setattr(async_saver, "BUCKET_BYTES", 16 * async_saver.ELEMENT)
+    pieces = [[TensorSlice(0, key, 0, key.numel) for key in (A, B, C)]]
+    assert [bucket.keys for bucket in async_saver._buckets([A, B, C], pieces)] == [(A, B), (C,)]
 
 
 def test_every_element_comes_once_and_of_equal_runs_from_the_first_rank():
-    cut = [Piece(0, A, 0, 5), Piece(0, B, 0, 6)], [Piece(1, A, 5, 5), Piece(1, B, 0, 6)]
-    (parcel,) = saver._parcels([A, B], list(cut))
-    assert [(p.rank, p.key, p.start) for p in parcel.pieces] == [(0, A, 0), (0, B, 0), (1, A, 5)]
-    assert (parcel.numel_of(0), parcel.numel_of(1)) == (11, 5)
+    cut = [TensorSlice(0, A, 0, 5), TensorSlice(0, B, 0, 6)], [TensorSlice(1, A, 5, 5), TensorSlice(1, B, 0, 6)]
+    (bucket,) = async_saver._buckets([A, B], list(cut))
+    assert [(p.rank, p.key, p.start) for p in bucket.pieces] == [(0, A, 0), (0, B, 0), (1, A, 5)]
+    assert (bucket.numel_of(0), bucket.numel_of(1)) == (11, 5)
 
 
 def test_elements_that_no_rank_holds_are_no_checkpoint():
     with pytest.raises(RuntimeError, match="hold 5 of 10 elements"):
-        saver._parcels([A], [[Piece(0, A, 0, 5)]])
+        async_saver._buckets([A], [[TensorSlice(0, A, 0, 5)]])

@@ -12,7 +12,7 @@ import psutil
 from tests.cluster.emulated import Cluster, ended
 from tests.e2e.conftest import REPOSITORY, Workplace, make_workplace
 from tests.e2e.test_run import SCRIPT, ZERO3
-from trainer.cluster.network import free_port
+from trainer.distributed.network import free_port
 
 LIMIT = 240  # seconds
 PORTS = itertools.count(29700)  # a port of its own for each launch: ranks left behind would meet the next at theirs

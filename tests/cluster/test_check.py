@@ -6,7 +6,7 @@ import pytest
 
 from tests.cluster.bad_setups import BAD_SETUPS, check_on_hosts
 from tests.e2e.conftest import Workplace, make_workplace
-from trainer.launch_protocol import MISTAKE
+from trainer.run.launch_protocol import MISTAKE
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from tests.cluster.slurm import Slurm, slurm_on, why_not
 from tests.cluster.test_two_hosts import ADAPTER
 from tests.e2e.conftest import Workplace
 from tests.e2e.test_run import SCRIPT, ZERO3
-from trainer.launch_protocol import MISTAKE, STOPPED
+from trainer.run.launch_protocol import MISTAKE, STOPPED
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from tests.cluster.faults import FAULTS, write_raises
 from tests.cluster.launching import unable_to_meet
 from tests.cluster.test_two_hosts import ADAPTER, refused
 from tests.e2e.test_lost_ranks import wait_for_steps
-from trainer.launch_protocol import STOPPED
+from trainer.run.launch_protocol import STOPPED
 
 pytestmark = pytest.mark.slow
 

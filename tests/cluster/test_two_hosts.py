@@ -11,7 +11,7 @@ from tests.cluster.emulated import ALIAS, NODES, ended
 from tests.cluster.launching import on_one_host
 from tests.e2e.conftest import REPOSITORY, Workplace
 from tests.e2e.test_lost_ranks import wait_for_steps
-from trainer.launch_protocol import MISTAKE, STOPPED
+from trainer.run.launch_protocol import MISTAKE, STOPPED
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.config import DataConfig
 from data_prep.documents import Document
-from data_prep.errors import UserError
 from data_prep.sources.read import DocumentMaker, blocks_of
+from data_prep.user_error import UserError
 
 
 def data_of(path: Path | str, **keys: Any) -> DataConfig:

@@ -6,7 +6,7 @@ Expectations are texts written by hand, with ⟦ ⟧ around what is scored.
 import pytest
 
 from data_prep.chat import ChatTemplate
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.tiny import CHATML_TEMPLATE, CHATML_TOKENS, tiny_tokenizer
 
 SMOLLM2 = (CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")

@@ -11,9 +11,9 @@ from data_prep import duplicates
 from data_prep.documents import Document, normalised
 from data_prep.duplicates import NearDuplicates, Signer
 from data_prep.encode import Encoded, Encoder, Removed
-from data_prep.errors import UserError
 from data_prep.prepare import kept, prepare
 from data_prep.reader import open_prepared
+from data_prep.user_error import UserError
 from tests.data_prep.documents import described
 from tests.test_recipe import MINIMAL
 from trainer.recipe import load_recipe

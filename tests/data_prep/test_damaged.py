@@ -21,9 +21,9 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.config import DataConfig
-from data_prep.errors import UserError
 from data_prep.prepare import prepare
 from data_prep.sources.read import blocks_of
+from data_prep.user_error import UserError
 from tests.data_prep.reading import refusal
 from tests.tiny import tiny_tokenizer
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from data_prep.documents import Document
-from data_prep.errors import UserError
 from data_prep.forms import renamed, to_document
+from data_prep.user_error import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}

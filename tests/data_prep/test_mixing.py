@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data_prep.config import MixingConfig
-from data_prep.errors import UserError
 from data_prep.mixing import draw, shares
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
+from data_prep.user_error import UserError
 from data_prep.workers import DOCUMENT
 from tests.data_prep.test_prepare import documents_in
 from tests.data_prep.test_prepared_folder import snapshot

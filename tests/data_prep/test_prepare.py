@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from data_prep.config import DataConfig
-from data_prep.errors import UserError
 from data_prep.items import answer_of
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
+from data_prep.user_error import UserError
 from tests.data_prep.conftest import SUMS, WORDS
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 

@@ -16,16 +16,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep.config import DataConfig
-from data_prep.errors import UserError
 from data_prep.fingerprint import tokenizer_files, tokenizer_hashes
 from data_prep.manifest import read_manifest
 from data_prep.plots import write_plots
 from data_prep.prepare import kept, prepare
+from data_prep.prepare_report import PrepareReport
 from data_prep.reader import open_prepared
-from data_prep.report import PrepareReport
+from data_prep.user_error import UserError
 from tests.data_prep.conftest import SUMS, write_jsonl
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
-from trainer.base.source import load_tokenizer
+from trainer.base.model_config import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

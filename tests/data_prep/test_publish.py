@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from data_prep.errors import UserError
-from data_prep.publish import publishing, sweep, told_as
+from data_prep.publish import blame_option, publish_atomically, sweep
+from data_prep.user_error import UserError
 
 HOST = socket.gethostname()
 
 
 def write(folder, text="all"):
-    with publishing(folder) as staging:
+    with publish_atomically(folder) as staging:
         (staging / "one").write_text(text)
         (staging / "below").mkdir()
         (staging / "below" / "two").write_text(text)
@@ -20,7 +20,7 @@ def write(folder, text="all"):
 
 def test_a_folder_is_there_when_the_block_has_ended_and_not_before(tmp_path):
     folder = tmp_path / "made" / "folder"
-    with publishing(folder) as staging:
+    with publish_atomically(folder) as staging:
         (staging / "one").write_text("all")
         assert not folder.exists()
     assert (folder / "one").read_text() == "all"
@@ -38,7 +38,7 @@ def test_what_stood_there_is_replaced_whole(tmp_path):
 
 def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
     write(tmp_path / "folder", "old")
-    with pytest.raises(ZeroDivisionError), publishing(tmp_path / "folder") as staging:
+    with pytest.raises(ZeroDivisionError), publish_atomically(tmp_path / "folder") as staging:
         (staging / "one").write_text("new")
         raise ZeroDivisionError
     assert (tmp_path / "folder" / "one").read_text() == "old"
@@ -86,6 +86,6 @@ def test_a_disk_that_refuses_is_told_by_the_option(tmp_path):
         pytest.raises(
             UserError, match=r"^--to: cannot write .*/file/folder \(Not a directory\); give a folder that can"
         ),
-        told_as("--to", tmp_path / "file" / "folder"),
+        blame_option("--to", tmp_path / "file" / "folder"),
     ):
         write(tmp_path / "file" / "folder")

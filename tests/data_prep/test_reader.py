@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from data_prep.errors import UserError
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
+from data_prep.user_error import UserError
 from tests.data_prep.conftest import SUMS, write_jsonl
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 

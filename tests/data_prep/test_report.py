@@ -9,8 +9,8 @@ from PIL import Image
 
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
+from data_prep.prepare_report import PrepareReport
 from data_prep.reader import open_prepared
-from data_prep.report import PrepareReport
 from tests.data_prep.conftest import SUMS, WORDS, write_jsonl
 from tests.tiny import tiny_tokenizer
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_prep.config import DataConfig
-from data_prep.errors import UserError
 from data_prep.split import Split, split_documents
+from data_prep.user_error import UserError
 from tests.data_prep.documents import described
 
 TASKS = ["sums", "words"]

@@ -12,7 +12,7 @@ from data_prep.encode import IGNORED
 from tests.distributed import scene
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.layer import Experts
-from trainer.base.load import load_base
+from trainer.base.loader import load_base
 from trainer.recipe import Recipe
 
 

@@ -13,17 +13,17 @@ import torch.distributed as dist
 
 from tests.distributed import scene
 from tests.distributed.worker import build, keep
-from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.files import folder_name
-from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.state import TrainedState
-from trainer.engine import gather_trainable
-from trainer.loop import Parts, run_step
-from trainer.process_group import process_group
-from trainer.quiet import quiet_libraries
+from trainer.checkpoint.async_saver import AsyncSaver
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.storage import folder_name
+from trainer.checkpoint.trained_state import TrainedState
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.engine import gather_trainable
+from trainer.distributed.process_group import process_group
 from trainer.recipe import CheckpointConfig, Recipe
-from trainer.resume import find_newest
-from trainer.train import restore
+from trainer.training.loop import Parts, run_step
+from trainer.training.resume import find_newest_checkpoint
+from trainer.training.train import restore
 
 WORLDS = (1, 2, 4)
 BATCH, SAVED_AT, STEPS = 8, 4, 14
@@ -70,9 +70,9 @@ def rows() -> list:
     return scene.rows(3 * BATCH, seed=5)
 
 
-def begin(recipe: Recipe, device: torch.device) -> tuple[Any, Parts, Saver]:
+def begin(recipe: Recipe, device: torch.device) -> tuple[Any, Parts, AsyncSaver]:
     model, parts = build(recipe, device, rows(), [])
-    return model, parts, Saver(TrainedState(parts.engine, model), timedelta(seconds=60))
+    return model, parts, AsyncSaver(TrainedState(parts.engine, model), timedelta(seconds=60))
 
 
 def save(base: Path, folder: Path, device: torch.device) -> None:
@@ -82,7 +82,7 @@ def save(base: Path, folder: Path, device: torch.device) -> None:
         for dtype in dtypes(world):
             model, parts, saver = begin(recipe_of(base, layout, base__dtype=dtype), device)
             target = folder / f"{world}-{name}-{dtype}"
-            checkpoints = Checkpoints(saver, target, CheckpointConfig())
+            checkpoints = CheckpointManager(saver, target, CheckpointConfig())
             found = []
             for step in range(1, STEPS + 1):
                 found.append(record(parts, step))
@@ -90,7 +90,7 @@ def save(base: Path, folder: Path, device: torch.device) -> None:
                     facts = {
                         "step": step,
                         "scheduler": parts.engine.lr_scheduler.state_dict(),
-                        "router_means": parts.routing.means.tolist(),
+                        "router_means": parts.router_stats.means.tolist(),
                     }
                     checkpoints.save(step, facts, best=None)
             assert saver.finish() is None
@@ -109,7 +109,7 @@ def go_on(base: Path, folder: Path, device: torch.device) -> None:
         elsewhere = [(source, "fp32") for source, targets in ROUTES.items() if mine in targets]
         for source, dtype in [*elsewhere, *((mine, dtype) for dtype in kinds)]:
             model, parts, saver = begin(recipe_of(base, layout, base__dtype=dtype), device)
-            restore(find_newest(folder / f"{source}-{dtype}", []), saver, parts.engine, parts.routing)
+            restore(find_newest_checkpoint(folder / f"{source}-{dtype}", []), saver, parts.engine, parts.router_stats)
             found = [record(parts, step) for step in range(SAVED_AT + 1, STEPS + 1)]
             target = folder / f"{mine}-{dtype}" / f"from-{source}"
             keep(target / "values.json", found)
@@ -126,7 +126,7 @@ def record(parts: Parts, step: int) -> list[float]:
 
 
 def main(mode: str, base: str, folder: str) -> None:
-    quiet_libraries()
+    silence_libraries()
     with process_group() as device:
         {"save": save, "go_on": go_on}[mode](Path(base), Path(folder), device)
         dist.barrier()

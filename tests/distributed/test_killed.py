@@ -14,12 +14,12 @@ import os, signal, sys
 import torch.distributed as dist
 from pathlib import Path
 from tests.distributed import scene
-from trainer.base.load import bytes_to_read, load_opened
-from trainer.base.match import open_base
-from trainer.base.zero3 import ZeroShards
-from trainer.batches import plan_batches
-from trainer.engine import read_deepspeed_config
-from trainer.process_group import process_group
+from trainer.base.loader import bytes_to_read, load_opened
+from trainer.base.weight_map import open_base
+from trainer.distributed.zero3_sharding import Zero3Sharding
+from trainer.objective.batches import plan_batches
+from trainer.distributed.engine import read_deepspeed_config
+from trainer.distributed.process_group import process_group
 
 def half_way(done):
     if sys.argv[2] == "kill" and dist.get_rank() == 1 and done > bytes_to_read(opened, shards) / 2:
@@ -28,7 +28,7 @@ def half_way(done):
 with process_group() as device:
     recipe = scene.recipe(Path(sys.argv[1]))
     opened = open_base(recipe.base)
-    shards = ZeroShards(read_deepspeed_config(recipe, plan_batches(4, 1, 2)), device)
+    shards = Zero3Sharding(read_deepspeed_config(recipe, plan_batches(4, 1, 2)), device)
     load_opened(opened, shards, half_way)
 """
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.reference import Reference
 from tests.distributed.worker import PARITY, cases, parity_recipe, plan_rows
-from trainer.batches import rows_of_step
+from trainer.objective.batches import rows_of_step
 
 pytestmark = pytest.mark.slow
 

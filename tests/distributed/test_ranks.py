@@ -14,8 +14,8 @@ from data_prep.encode import IGNORED
 from tests.distributed import scene
 from tests.distributed.reference import Reference
 from tests.distributed.worker import FAULTS, PLACEMENTS, plan_rows
-from trainer.base.load import load_base
-from trainer.batches import rows_of_step
+from trainer.base.loader import load_base
+from trainer.objective.batches import rows_of_step
 
 pytestmark = pytest.mark.slow
 placements = pytest.mark.parametrize("placement", PLACEMENTS)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed import scene
 from tests.tiny_models import FAMILIES
-from trainer.base.load import load_base
+from trainer.base.loader import load_base
 
 pytestmark = pytest.mark.slow
 

@@ -18,30 +18,30 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import Tensor
 
-import trainer.train
-from data_prep.errors import UserError
+import trainer.training.train
+from data_prep.user_error import UserError
 from tests.distributed import scene
 from tests.estimate.engine_bytes import copied_bytes, learning_bytes
 from tests.tiny_models import FAMILIES
+from trainer.adapters.adapter_writer import save_adapter
 from trainer.adapters.attach import attach_adapter
-from trainer.adapters.held import merge_own
-from trainer.adapters.save import save_adapter
-from trainer.agreement import check_agreement, everyones_facts
-from trainer.base.load import load_opened
-from trainer.base.match import open_base
-from trainer.base.zero3 import ZeroShards
-from trainer.batches import plan_batches
-from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.state import TrainedState
-from trainer.engine import gather_trainable, read_deepspeed_config
-from trainer.faults import TrainingFault
-from trainer.launch_protocol import LAUNCH_ID
-from trainer.loop import Parts, held_out_losses, run_step
-from trainer.process_group import agreeing, process_group
-from trainer.quiet import quiet_libraries
+from trainer.base.loader import load_opened
+from trainer.base.weight_map import open_base
+from trainer.checkpoint.async_saver import AsyncSaver
+from trainer.checkpoint.trained_state import TrainedState
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.engine import gather_trainable, read_deepspeed_config
+from trainer.distributed.expert_shard import merge_own
+from trainer.distributed.process_group import process_group, raise_on_all_ranks
+from trainer.distributed.rank_check import check_ranks_agree, gather_rank_facts
+from trainer.distributed.zero3_sharding import Zero3Sharding
+from trainer.errors import TrainingFault
+from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe
-from trainer.report.facts import bytes_on_this_rank
-from trainer.train import assemble, shards_for
+from trainer.run.launch_protocol import LAUNCH_ID
+from trainer.telemetry.startup import bytes_on_this_rank
+from trainer.training.loop import Parts, held_out_losses, run_step
+from trainer.training.train import assemble, sharding_for
 
 # name: (micro batch size, accumulation, changes of the recipe)
 PARITY: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -124,7 +124,7 @@ UNLABELLED_ROW = 2  # in one micro-batch of some rank nothing is labelled
 
 
 def main(base: Path, folder: Path) -> None:
-    quiet_libraries()
+    silence_libraries()
     with process_group() as device:
         for name in (*cases(dist.get_world_size()), *BF16):
             parity(parity_recipe(base, name, dist.get_world_size()), folder / name, device)
@@ -170,11 +170,11 @@ def plan_rows(recipe: Recipe) -> list:
 def build(recipe: Recipe, device: torch.device, train: list, held_out: list) -> tuple[Any, Parts]:
     plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.get_world_size())
     config = read_deepspeed_config(recipe, plan)
-    loaded = load_opened(open_base(recipe.base), shards_for(config, device))
-    with mock.patch.object(trainer.train, "attach_adapter", attach_awake):
-        model, routing, engine = assemble(recipe, loaded, config, len(scene.TASKS), recipe.train.steps)
+    loaded = load_opened(open_base(recipe.base), sharding_for(config, device))
+    with mock.patch.object(trainer.training.train, "attach_adapter", attach_awake):
+        model, router_stats, engine = assemble(recipe, loaded, config, len(scene.TASKS), recipe.train.steps)
     return model, Parts(
-        engine, routing, scene.prepared(train, held_out), plan, device, recipe.run.seed, 1, len(held_out)
+        engine, router_stats, scene.prepared(train, held_out), plan, device, recipe.run.seed, 1, len(held_out)
     )
 
 
@@ -188,14 +188,14 @@ def watch_gradients(model: Any, engine: Any, found: dict[str, Tensor]) -> None:
     """Reads the averaged gradients where the optimizer is about to use them."""
     step = type(engine).step
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def observe_routers(*args: Any, **kwargs: Any) -> Any:
         if engine.is_gradient_accumulation_boundary():
             trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
             gradients = {name: safe_get_full_grad(p).detach().float().cpu().clone() for name, p in trainable.items()}
             found.update(merge_own(model, gradients))
         return step(engine, *args, **kwargs)
 
-    engine.step = watched
+    engine.step = observe_routers
 
 
 def shards(base: Path, folder: Path, device: torch.device) -> None:
@@ -204,7 +204,7 @@ def shards(base: Path, folder: Path, device: torch.device) -> None:
         recipe = scene.recipe(model_folder, base__attention="eager")
         plan = plan_batches(recipe.train.global_batch_size, 1, dist.get_world_size())
         opened = open_base(recipe.base)
-        model = load_opened(opened, ZeroShards(read_deepspeed_config(recipe, plan), device))
+        model = load_opened(opened, Zero3Sharding(read_deepspeed_config(recipe, plan), device))
         mine = {name: p.ds_tensor.clone() for name, p in model.named_parameters()}
         target = folder / "shards" / model_folder.name
         target.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def held(base: Path, folder: Path, device: torch.device) -> None:
     for name, changes in HELD.items():
         recipe = scene.recipe(base, **changes)
         model, parts = build(recipe, device, plan_rows(recipe), [])
-        saver = Saver(TrainedState(parts.engine, model), timedelta(seconds=60))
+        saver = AsyncSaver(TrainedState(parts.engine, model), timedelta(seconds=60))
         run_step(parts, 1)
         stage = parts.engine.zero_optimization_stage()
         told = bytes_on_this_rank(model, stage, dist.get_world_size())
@@ -283,11 +283,11 @@ def mistakes(base: Path, folder: Path, _device: torch.device) -> None:
             raise PermissionError("the last rank cannot look")
 
     os.environ[LAUNCH_ID] = "before" if last else "now"
-    ranks = everyones_facts(scene.recipe(base))
+    ranks = gather_rank_facts(scene.recipe(base))
     found = {
         "disk": everyones_answer(meet),
         "crash": everyones_answer(crash),
-        "launch": everyones_answer(lambda: check_agreement(ranks, nodes=None)),
+        "launch": everyones_answer(lambda: check_ranks_agree(ranks, nodes=None)),
     }
     keep(folder / "mistakes.json", found)
 
@@ -296,7 +296,7 @@ def everyones_answer(check: Callable[[], None]) -> list[str]:
     """What each rank raises, by rank; every rank takes part."""
     told = "nothing was raised"
     try:
-        with agreeing():
+        with raise_on_all_ranks():
             check()
     except (UserError, TrainingFault, PermissionError) as error:
         told = f"{type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ import yaml
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_llama
-from trainer.signals import ASKING
+from trainer.run.stop_signal import ASKING
 
 REPOSITORY = Path(__file__).parent.parent.parent
 

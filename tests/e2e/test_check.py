@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from trainer.launch_protocol import MISTAKE
+from trainer.run.launch_protocol import MISTAKE
 
 pytestmark = pytest.mark.slow
 

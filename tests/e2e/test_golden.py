@@ -80,7 +80,7 @@ def test_the_merged_export_is_loaded_and_written_to_the_same_bits(golden):
 def test_the_prepared_set_serves_training_whatever_code_made_it(golden):
     """Also where the recipe has keys by now that the manifest does not know."""
     from data_prep.reader import open_prepared
-    from trainer.base.source import load_tokenizer
+    from trainer.base.model_config import load_tokenizer
 
     recipe = load_recipe(golden / "recipe.yaml")
     manifest = json.loads((golden / "prepared" / "manifest.json").read_text())

@@ -23,14 +23,14 @@ PLACED = {
 # The command itself, but that rank 1 fails in its third step.
 FAILS_ALONE = """
 import os, sys
-import trainer.steps
+import trainer.training.steps
 from trainer.cli import main
-real = trainer.steps.run_step
+real = trainer.training.steps.run_step
 def run_step(parts, step):
     if os.environ["RANK"] == "1" and step == 3:
         raise ValueError("the disk is on fire")
     return real(parts, step)
-trainer.steps.run_step = run_step
+trainer.training.steps.run_step = run_step
 sys.exit(main(sys.argv[1:]))
 """
 

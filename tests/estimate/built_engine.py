@@ -14,13 +14,13 @@ from tests.distributed import scene
 from tests.distributed.worker import build, plan_rows
 from tests.estimate.engine_bytes import copied_bytes, learning_bytes, storage_bytes
 from trainer.base.nf4 import NF4Linear
-from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.state import TrainedState
-from trainer.loop import run_step
-from trainer.process_group import process_group
-from trainer.quiet import quiet_libraries
+from trainer.checkpoint.async_saver import AsyncSaver
+from trainer.checkpoint.trained_state import TrainedState
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.process_group import process_group
 from trainer.recipe import Recipe
-from trainer.report.facts import bytes_on_this_rank
+from trainer.telemetry.startup import bytes_on_this_rank
+from trainer.training.loop import run_step
 
 STAGES = (0, 1, 2, 3)
 
@@ -37,7 +37,7 @@ def recipe_of(base: Path, folder: Path, stage: int, dtype: str) -> Recipe:
 def held(recipe: Recipe, stage: int, device: torch.device) -> dict[str, int]:
     """Bytes after a step by category, as the run tells them or as the engine's tensors say."""
     model, parts = build(recipe, device, plan_rows(recipe), [])
-    saver = Saver(TrainedState(parts.engine, model), timedelta(seconds=60))
+    saver = AsyncSaver(TrainedState(parts.engine, model), timedelta(seconds=60))
     run_step(parts, 1)
     told, learning = bytes_on_this_rank(model, stage, 1), learning_bytes(parts.engine)
     second = [m.second for m in model.modules() if isinstance(m, NF4Linear)]
@@ -51,7 +51,7 @@ def held(recipe: Recipe, stage: int, device: torch.device) -> dict[str, int]:
 
 
 def main(base: Path, folder: Path) -> None:
-    quiet_libraries()
+    silence_libraries()
     with process_group() as device:
         found = {
             f"{stage}-{dtype}": held(recipe_of(base, folder, stage, dtype), stage, device)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.saver import Saver
-from trainer.engine import fp32_copies
+from trainer.checkpoint.async_saver import AsyncSaver
+from trainer.distributed.engine import fp32_copies
 
 
 def learning_bytes(engine: Any) -> dict[str, int]:
@@ -26,7 +26,7 @@ def learning_bytes(engine: Any) -> dict[str, int]:
     }
 
 
-def copied_bytes(saver: Saver) -> int:
+def copied_bytes(saver: AsyncSaver) -> int:
     """Copies for checkpoints: what a save is written from, and moments in 8 bits once more in fp32."""
     return storage_bytes([*saver._copies, *(moment.copy for moment in saver.state._eight_bits)])
 

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from tests.distributed import scene
 from tests.tiny_models import tiny_llama, tiny_model
 from trainer.adapters.attach import attach_adapter
-from trainer.base.load import load_base
-from trainer.base.source import parse_config_alone
+from trainer.base.loader import load_base
+from trainer.base.model_config import parse_config_alone
 from trainer.estimate.activations import activations
 
 ROWS, LENGTH = 2, 48

@@ -7,8 +7,8 @@ from peft import get_peft_model
 from tests.adapters.parts import config_of, wake
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_llama
-from trainer.base.load import load_base
-from trainer.evaluation.models import LoadedRun, load_run
+from trainer.base.loader import load_base
+from trainer.evaluation.loaded_models import LoadedRun, load_run
 from trainer.recipe import Recipe, dump_recipe
 
 

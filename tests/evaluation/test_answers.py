@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_prep.chat import ChatTemplate
-from trainer.evaluation.answers import answer, greedy, like_lengths, prompt_ids
+from trainer.evaluation.generation import answer, greedy, like_lengths, prompt_ids
 
 NEW_TOKENS = 12
 

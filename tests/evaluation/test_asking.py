@@ -9,9 +9,9 @@ from data_prep.config import DataConfig
 from tests.data_prep.test_chat_templates import QWEN3
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 from tests.tiny_models import tiny_llama
-from trainer.base.load import load_base
-from trainer.evaluation.answers import ends_of, greedy, named_ends
-from trainer.evaluation.asking import questions, some_of_each_task
+from trainer.base.loader import load_base
+from trainer.evaluation.generation import ends_of, greedy, named_ends
+from trainer.evaluation.runner import questions, some_of_each_task
 from trainer.recipe import BaseModelConfig
 
 # As Qwen3's template: an empty reasoning block before the last answer, which the generation prompt does not hold.

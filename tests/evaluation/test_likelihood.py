@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_prep.chat import ChatTemplate
-from trainer.evaluation.answers import prompt_text
+from trainer.evaluation.generation import prompt_text
 from trainer.evaluation.likelihood import choices_of, log_likelihoods, wanted_answers
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from data_prep.chat import ChatTemplate
-from trainer.evaluation.answers import prompt_text
+from trainer.evaluation.generation import prompt_text
 from trainer.evaluation.likelihood import choices_of, log_likelihoods
-from trainer.evaluation.metrics import likeliest
+from trainer.evaluation.scoring import likeliest
 
 pytestmark = pytest.mark.slow
 

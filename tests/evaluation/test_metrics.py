@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.evaluation.metrics import (
+from trainer.evaluation.scoring import (
     exact_match,
     likeliest,
     likeliest_by_length,

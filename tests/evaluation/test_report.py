@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trainer.evaluation.report import EVALUATION, Evaluation, write
+from trainer.evaluation.evaluation_report import EVALUATION, Evaluation, write
 from trainer.evaluation.summary import TaskSummary
 
 NOTHING = TaskSummary("t", "exact_match", 0, 0, 0.0, {}, {}, 0.0)

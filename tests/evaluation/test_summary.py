@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.evaluation.report import Evaluation
+from trainer.evaluation.evaluation_report import Evaluation
 from trainer.evaluation.summary import summarise
 
 

@@ -14,7 +14,7 @@ from data_prep.prepare import prepare
 from tests.adapters.parts import config_of, plain_model, wake
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_llama
-from trainer.base.fingerprint import fingerprint, write_base_file
+from trainer.base.base_fingerprint import fingerprint, write_base_file
 from trainer.recipe import Recipe, dump_recipe
 
 TASKS = {"upper": str.upper, "twice": lambda word: f"{word} {word}"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.adapters.parts import METHODS, plain_model
-from trainer.adapters.config import ExpertLoraConfig
+from trainer.adapters.adapter_config import ExpertLoraConfig
 
 
 def update(method: str, parameters: Mapping[str, Tensor], omega: Tensor, alpha: float, x: Tensor) -> Tensor:

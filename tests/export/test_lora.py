@@ -14,7 +14,7 @@ from tests.adapters.parts import METHODS, config_of, logits, plain_model
 from tests.export.fixed_gates import fixed_gate_model, omega_of
 from tests.tiny import tiny_tokenizer
 from trainer.export.export import Request, export
-from trainer.export.gates import calibration_rows
+from trainer.export.mean_gates import calibration_rows
 
 PLAIN_PEFT = """
 import sys

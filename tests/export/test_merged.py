@@ -8,14 +8,14 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from tests.adapters.parts import logits, plain_model
 from tests.full_disk import files_up_to
-from trainer.base.load import load_base
-from trainer.base.match import open_base
-from trainer.evaluation.models import load_run
+from trainer.base.loader import load_base
+from trainer.base.weight_map import open_base
+from trainer.evaluation.loaded_models import load_run
 from trainer.export.export import Request, export
-from trainer.export.load import load_merged
+from trainer.export.load_exported import load_merged
 from trainer.export.lora import LowRank
 from trainer.export.merged import write_merged
 

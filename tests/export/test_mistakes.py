@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from trainer.cli import main
 from trainer.export import export as exporting
 from trainer.export.export import Request, export

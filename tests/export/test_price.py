@@ -13,7 +13,7 @@ from tests.export.fixed_gates import fixed_gate_model
 from tests.tiny import tiny_tokenizer
 from trainer.export import export as exporting
 from trainer.export.export import Request, export
-from trainer.export.price import measure, table
+from trainer.export.fidelity import measure, table
 
 ROWS = 64
 

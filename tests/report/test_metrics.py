@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.full_disk import files_up_to
-from trainer.report.metrics import METRICS, MetricsWriter
+from trainer.telemetry.metrics import METRICS, MetricsWriter
 
 
 def steps(path) -> list[int]:

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from trainer.adapters.routing import RouterReport
-from trainer.report.board import FIRST_GUESS, SHARE, RouterPictures
-from trainer.report.metrics import interaction_record, router_record, scalars
+from trainer.adapters.router_stats import RouterReport
+from trainer.telemetry.metrics import interaction_record, router_record, scalars
+from trainer.telemetry.router_images import FIRST_GUESS, SHARE, RouterImages
 
 NAMES = tuple(f"layers.{layer}.mlp.{kind}.teamlora_experts.default" for layer in (0, 1) for kind in ("up", "down"))
 TASKS = ["sums", "words", "absent"]
@@ -66,7 +66,7 @@ class Clock:
 
 def test_pictures_wait_until_they_are_a_small_share_of_the_time():
     clock = Clock()
-    pictures = RouterPictures(TASKS, clock)
+    pictures = RouterImages(TASKS, clock)
     clock.now = 2 * FIRST_GUESS / SHARE
     assert not pictures.due()  # nothing was measured
     pictures.see(report_of())
@@ -77,7 +77,7 @@ def test_pictures_wait_until_they_are_a_small_share_of_the_time():
 
 def test_time_spent_on_drawing_puts_the_next_one_off():
     clock = Clock()
-    pictures = RouterPictures(TASKS, clock)
+    pictures = RouterImages(TASKS, clock)
     clock.now = 100.0
     pictures.see(report_of(torch.eye(4).expand(4, 4, 4)))
     original = pictures._figures
@@ -98,7 +98,7 @@ def test_time_spent_on_drawing_puts_the_next_one_off():
 
 
 def test_methods_without_a_matrix_have_the_other_pictures_and_none_are_drawn_of_nothing():
-    pictures = RouterPictures(TASKS)
+    pictures = RouterImages(TASKS)
     assert pictures.draw() == {}
     pictures.see(report_of())
     assert pictures.draw().keys() == {"router/layers_x_experts", "router/tasks_x_experts"}

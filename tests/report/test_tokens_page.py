@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 
 from tests.tiny import tiny_tokenizer
-from trainer.report.tokens_page import Example, tokens_page
-from trainer.router import texts_of
+from trainer.analysis.router_analysis import texts_of
+from trainer.analysis.tokens_page import Example, tokens_page
 
 TEXTS = ["<script>", "&amp;", '"quoted"', "\n", "plain"]
 WEIGHTS = np.array([[[0.1, 0.9]] * 4 + [[0.6, 0.4]], [[0.8, 0.2]] * 5])  # all layers, layer 0

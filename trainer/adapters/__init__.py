@@ -6,8 +6,8 @@ peft only.
 
 from peft.utils import PeftType, register_peft_method
 
-from trainer.adapters.config import ExpertLoraConfig, HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
-from trainer.adapters.model import HydraLoraModel, MoeLoraModel, TeamLoraModel
+from trainer.adapters.adapter_config import ExpertLoraConfig, HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
+from trainer.adapters.tuner import HydraLoraModel, MoeLoraModel, TeamLoraModel
 
 __all__ = ["ExpertLoraConfig", "HydraLoraConfig", "MoeLoraConfig", "TeamLoraConfig"]
 

@@ -8,9 +8,9 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from data_prep.errors import UserError
-from trainer.adapters.config import HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
-from trainer.adapters.load import load_adapter
+from data_prep.user_error import UserError
+from trainer.adapters.adapter_config import HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
+from trainer.adapters.adapter_folder import load_adapter
 from trainer.recipe import AdapterConfig
 
 EXPERT_CONFIGS = {"teamlora": TeamLoraConfig, "moelora": MoeLoraConfig, "hydralora": HydraLoraConfig}

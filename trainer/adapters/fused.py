@@ -49,15 +49,15 @@ class BalanceTerm(Protocol):
         """Add the balance loss's gradient to grad_phi [k, tokens], in place."""
 
 
-class Probe(Protocol):
+class RouterObserver(Protocol):
     """Receives the router's weights of one training forward."""
 
     def observe(self, phi: Tensor, interaction: Tensor | None) -> BalanceTerm | None:
         """Take phi [k, tokens] and M as used; return the term whose gradient the backward pass adds, if any."""
 
 
-class Exchange(Protocol):
-    """The experts' product where tokens go to the experts' owners (trainer.adapters.exchange)."""
+class Dispatcher(Protocol):
+    """The experts' product where tokens go to the experts' owners (trainer.distributed.token_dispatcher)."""
 
     def add(self, y: Tensor, gated: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """y plus all experts' output, and what `backward` will need."""
@@ -66,13 +66,13 @@ class Exchange(Protocol):
         """Gradients of gated and of this rank's own experts, from that of the output."""
 
 
-class Placed(Protocol):
-    """Where the parameters of experts that live on several ranks are had from (trainer.adapters.placement).
+class RemoteParameters(Protocol):
+    """Where the parameters of experts that live on several ranks are had from (trainer.distributed.expert_parallel).
 
     What autograd is given for them are edges of its graph, which hold no values.
     """
 
-    exchange: Exchange | None
+    exchange: Dispatcher | None
 
     def edges(self) -> list[Tensor | None]:
         """Stand-ins for lora_a, router, interaction (None where there is none) and experts."""
@@ -95,8 +95,8 @@ class GatedExperts(torch.autograd.Function):
         experts: Tensor,
         gate: Gate,
         dtype: torch.dtype,
-        probe: Probe | None,
-        placed: Placed | None,
+        probe: RouterObserver | None,
+        placed: RemoteParameters | None,
     ) -> Tensor:
         ctx.placed, ctx.exchange = placed, placed.exchange if placed is not None else None
         # x and the parameters as they came: nothing but `projected` is new memory. ZeRO-3 may free the
@@ -171,8 +171,8 @@ def gated_experts(
     interaction: Tensor | None,
     experts: Tensor,
     gate: Gate,
-    probe: Probe | None = None,
-    placed: Placed | None = None,
+    probe: RouterObserver | None = None,
+    placed: RemoteParameters | None = None,
 ) -> Tensor:
     """Add the gated experts' update of x to the base output y, out of place, in y's dtype.
 

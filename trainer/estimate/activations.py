@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trainer.base.match import DTYPES
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear, SecondLevel
+from trainer.base.weight_map import DTYPES
 from trainer.estimate.gathered import decoder_layers
-from trainer.estimate.model import build_rank_model
+from trainer.estimate.rank_model import build_rank_model
 from trainer.recipe import ExpertsConfig, Recipe
 
 FLASH = "fa2_on_fake_tensors"  # stands for flash_attention_2, which only a GPU can run

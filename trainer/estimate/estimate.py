@@ -6,18 +6,18 @@ from functools import cached_property
 import torch
 from transformers import PretrainedConfig
 
-from trainer.base.source import parse_config_alone
-from trainer.base.zero_config import check_config
-from trainer.batches import plan_batches
-from trainer.engine import read_deepspeed_config
+from trainer.base.model_config import parse_config_alone
+from trainer.distributed.deepspeed_config import check_config
+from trainer.distributed.engine import read_deepspeed_config
 from trainer.estimate.activations import Activations, activations
 from trainer.estimate.loading import loading
 from trainer.estimate.measured import DeviceKind
-from trainer.estimate.model import RankModel, build_rank_model
-from trainer.estimate.resident import Held, resident
+from trainer.estimate.rank_model import RankModel, build_rank_model
+from trainer.estimate.resident import MemoryUse, resident
 from trainer.estimate.traffic import sent_bytes
 from trainer.estimate.transient import Transient, transient
-from trainer.estimate.zero import ZeroSettings, zero_settings
+from trainer.estimate.zero_settings import ZeroSettings, zero_settings
+from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe
 
 
@@ -33,15 +33,15 @@ class Estimate:
     world_size: int
     trained: int
     zero: ZeroSettings
-    resident: tuple[Held, ...]
+    resident: tuple[MemoryUse, ...]
     transient: Transient
-    loading: Held
+    loading: MemoryUse
     sent: dict[str, int]
 
     @property
-    def rows(self) -> list[Held]:
+    def rows(self) -> list[MemoryUse]:
         """Every category of training that is not empty."""
-        coming = (Held(name, device=size) for name, size in self.transient.by_name.items())
+        coming = (MemoryUse(name, device=size) for name, size in self.transient.by_name.items())
         return [row for row in (*self.resident, *coming) if row.device or row.host]
 
     @cached_property
@@ -78,9 +78,11 @@ class Estimator:
         config = read_deepspeed_config(recipe, plan)
         check_config(config, recipe.deepspeed.config)
         if recipe.experts.parallel_size > 1:
-            from trainer.expert_groups import check_placement  # imports DeepSpeed, which takes seconds
+            from trainer.distributed.expert_groups import (
+                check_expert_parallel,  # imports DeepSpeed, which takes seconds
+            )
 
-            check_placement(recipe.experts, range(world_size), config, recipe.deepspeed.config)
+            check_expert_parallel(recipe.experts, range(world_size), config, recipe.deepspeed.config)
         zero = zero_settings(config)
         model = self._model(recipe, world_size)
         held = tuple(resident(model, zero, recipe.train.optimizer, world_size, kind or self.kind))

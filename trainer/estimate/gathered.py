@@ -13,8 +13,8 @@ the parameter itself, which is emptied.
 from torch import nn
 
 from trainer.base.nf4 import NF4Linear
-from trainer.estimate.model import RankModel
-from trainer.estimate.zero import ZeroSettings
+from trainer.estimate.rank_model import RankModel
+from trainer.estimate.zero_settings import ZeroSettings
 
 
 def gathered_bytes(rank_model: RankModel, zero: ZeroSettings, checkpointing: bool) -> int:

@@ -24,14 +24,14 @@ from torch import nn
 
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear
 from trainer.estimate.measured import LIBRARIES, DeviceKind
-from trainer.estimate.model import RankModel
-from trainer.estimate.zero import ZeroSettings
+from trainer.estimate.rank_model import RankModel
+from trainer.estimate.zero_settings import ZeroSettings
 
 FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryUse:
     """Bytes of one category that a rank holds on its device and on its host."""
 
     name: str
@@ -49,7 +49,7 @@ def partition(parameter: nn.Parameter, rank_model: RankModel, world_size: int) -
 
 def resident(
     rank_model: RankModel, zero: ZeroSettings, optimizer: str, world_size: int, kind: DeviceKind
-) -> list[Held]:
+) -> list[MemoryUse]:
     """All categories; on a machine without an accelerator "device" and "host" are the same memory."""
     named = list(rank_model.model.named_parameters())
     sharded = zero.stage == 3
@@ -62,21 +62,21 @@ def resident(
     def elements(parameter: nn.Parameter) -> int:
         return partition(parameter, rank_model, world_size) if sharded else parameter.numel()
 
-    def parameters(name: str, which: Iterable[nn.Parameter]) -> Held:
+    def parameters(name: str, which: Iterable[nn.Parameter]) -> MemoryUse:
         size = sum(elements(p) * p.element_size() for p in which)
-        return Held(name, host=size) if sharded and zero.offload_param else Held(name, device=size)
+        return MemoryUse(name, host=size) if sharded and zero.offload_param else MemoryUse(name, device=size)
 
     return [
         parameters("packed weights", packed),
         parameters("absmax", absmax),
-        Held("absmax, second level", device=_second_level(rank_model.model)),
+        MemoryUse("absmax, second level", device=_second_level(rank_model.model)),
         parameters("unquantised", plain),
-        Held("kept whole (persistence)", device=_persistent(named, zero, elements)),
-        Held("buffers", device=sum(b.nbytes for b in _buffers(rank_model.model))),
+        MemoryUse("kept whole (persistence)", device=_persistent(named, zero, elements)),
+        MemoryUse("buffers", device=sum(b.nbytes for b in _buffers(rank_model.model))),
         parameters("adapter", trained),
         *_learning(trained, rank_model, zero, optimizer, world_size, elements),
-        Held("reduce bucket", device=_reduce_bucket(trained, rank_model, zero, kind)),
-        Held("libraries", device=LIBRARIES[kind]),
+        MemoryUse("reduce bucket", device=_reduce_bucket(trained, rank_model, zero, kind)),
+        MemoryUse("libraries", device=LIBRARIES[kind]),
     ]
 
 
@@ -87,7 +87,7 @@ def _learning(
     optimizer: str,
     world_size: int,
     elements: Callable[[nn.Parameter], int],
-) -> Iterator[Held]:
+) -> Iterator[MemoryUse]:
     """Gradients and optimizer state, all on the host where the optimizer is offloaded; and copies for checkpoints."""
     whole = sum(map(elements, trained))
     learned = 2 * -(-whole // (2 * world_size)) if zero.stage in (1, 2) else whole
@@ -105,10 +105,10 @@ def _learning(
         "optimizer moments": moments,
     }
     for name, size in sizes.items():
-        yield Held(name, host=size) if offloaded else Held(name, device=size)
+        yield MemoryUse(name, host=size) if offloaded else MemoryUse(name, device=size)
     in_eight_bits = sum(numel for numel in tensors if _in_eight_bits(numel, optimizer))
     copied = 3 * min(learned, whole) + 2 * in_eight_bits  # learned is padded in stages 1 and 2
-    yield Held("checkpoint copy", host=FP32 * copied)
+    yield MemoryUse("checkpoint copy", host=FP32 * copied)
 
 
 def _reduce_bucket(trained: Iterable[nn.Parameter], rank_model: RankModel, zero: ZeroSettings, kind: DeviceKind) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from trainer.estimate.estimate import Estimate, Estimator
 from trainer.recipe import Recipe
 

@@ -16,8 +16,8 @@ from fractions import Fraction
 
 from torch import nn
 
-from trainer.estimate.model import RankModel
-from trainer.estimate.zero import ZeroSettings
+from trainer.estimate.rank_model import RankModel
+from trainer.estimate.zero_settings import ZeroSettings
 
 
 def sent_bytes(rank_model: RankModel, zero: ZeroSettings, world_size: int, accumulation: int) -> dict[str, int]:

@@ -14,9 +14,9 @@ from torch import nn
 from trainer.base.nf4 import BLOCK, NF4Linear
 from trainer.estimate.activations import Activations
 from trainer.estimate.gathered import arriving_bytes, decoder_layers, gathered_bytes, placed_bytes
-from trainer.estimate.model import RankModel
+from trainer.estimate.rank_model import RankModel
 from trainer.estimate.resident import FP32, partition, sub_groups
-from trainer.estimate.zero import ZeroSettings
+from trainer.estimate.zero_settings import ZeroSettings
 from trainer.recipe import Recipe
 
 # fp32 values a logit: themselves, their log-softmax and its gradient; beside them two in the compute dtype (logits

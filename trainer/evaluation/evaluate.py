@@ -10,29 +10,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import UserError
 from data_prep.reader import open_prepared
-from trainer import rundir
-from trainer.base.fingerprint import check_base_file
-from trainer.base.match import open_base
-from trainer.base.source import load_tokenizer
-from trainer.base.zero_config import check_config
-from trainer.batches import plan_batches
-from trainer.engine import read_deepspeed_config
-from trainer.evaluation.asking import Asking, ask, questions, some_of_each_task
-from trainer.evaluation.models import check_same_base, find_adapter, load_sharded, load_whole, open_subject, wearing
-from trainer.evaluation.report import Evaluation, write, write_tensorboard
+from data_prep.user_error import UserError
+from trainer.base.base_fingerprint import check_base_file
+from trainer.base.model_config import load_tokenizer
+from trainer.base.weight_map import open_base
+from trainer.distributed.deepspeed_config import check_config
+from trainer.distributed.engine import read_deepspeed_config
+from trainer.distributed.process_group import (
+    process_group,
+    raise_on_all_ranks,
+    set_collective_timeout,
+    translate_peer_errors,
+)
+from trainer.evaluation.evaluation_report import Evaluation, write, write_tensorboard
+from trainer.evaluation.loaded_models import (
+    check_same_base,
+    find_adapter,
+    load_sharded,
+    load_whole,
+    open_subject,
+    with_adapter,
+)
+from trainer.evaluation.runner import RunnerOptions, ask, questions, some_of_each_task
 from trainer.evaluation.summary import SUBJECT, summarise
-from trainer.process_group import agreeing, naming_lost_ranks, process_group, set_collective_timeout
+from trainer.objective.batches import plan_batches
 from trainer.recipe import DeepSpeedConfig, Recipe
-from trainer.report.metrics import METRICS
+from trainer.run import run_dir
+from trainer.telemetry.metrics import METRICS
 
 BASE = "base"  # among the baselines: the bare base
 LONGEST_WAIT = timedelta(hours=12)  # of a rank that is done for one that still has batches
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvaluateRequest:
     """What a person asks for. deepspeed: a ZeRO-3 configuration to share the base out over the ranks by, or None."""
 
     directory: Path
@@ -43,7 +55,7 @@ class Wanted:
     deepspeed: Path | None
 
 
-def evaluate(wanted: Wanted) -> Evaluation | None:
+def evaluate(wanted: EvaluateRequest) -> Evaluation | None:
     """Asks the run's model and each baseline for the run's held-out items, on the ranks that a launcher started.
 
     Writes evaluation.json into the run, and TensorBoard's scalars where the run has some. Gives the evaluation on rank
@@ -53,7 +65,7 @@ def evaluate(wanted: Wanted) -> Evaluation | None:
     baselines = _baselines(wanted.against, recipe)
     with (
         process_group(timedelta(seconds=recipe.run.start_timeout)) as device,
-        naming_lost_ranks("evaluating"),
+        translate_peer_errors("evaluating"),
     ):
         set_collective_timeout(LONGEST_WAIT)
         found = _evaluate(wanted, recipe, {**baselines, SUBJECT: adapter}, device)
@@ -75,8 +87,10 @@ def _keep(found: Evaluation, directory: Path, tensorboard: bool) -> None:
         )
 
 
-def _evaluate(wanted: Wanted, recipe: Recipe, models: dict[str, Path | None], device: torch.device) -> Evaluation:
-    with agreeing():
+def _evaluate(
+    wanted: EvaluateRequest, recipe: Recipe, models: dict[str, Path | None], device: torch.device
+) -> Evaluation:
+    with raise_on_all_ranks():
         config = None if wanted.deepspeed is None else _zero3_config(recipe, wanted.deepspeed)
         opened = open_base(recipe.base)
         for adapter in filter(None, models.values()):
@@ -87,10 +101,10 @@ def _evaluate(wanted: Wanted, recipe: Recipe, models: dict[str, Path | None], de
             raise UserError(f"{recipe.data.prepared_dir}: no held-out items; set data.held_out and prepare again")
         asked = questions(items, tokenizer, recipe.data)
     base = load_whole(opened, device) if config is None else load_sharded(opened, config, device)
-    asking = Asking(tokenizer, wanted.batch_size, sharded=config is not None)
+    asking = RunnerOptions(tokenizer, wanted.batch_size, sharded=config is not None)
     found = {}
     for name, adapter in models.items():
-        with wearing(base, adapter) as model:
+        with with_adapter(base, adapter) as model:
             found[name] = ask(model, asked, asking)
     *tasks, mean = summarise(items, found)
     answered = [{**item, "models": {name: found[name][i] for name in found}} for i, item in enumerate(items)]
@@ -111,7 +125,7 @@ def _baselines(against: Sequence[str], recipe: Recipe) -> dict[str, Path | None]
         adapter = find_adapter(Path(word))
         check_same_base(Path(word), recipe)
         run = Path(word).resolve()
-        name = run.parent.name if run.name == rundir.ADAPTER else run.name
+        name = run.parent.name if run.name == run_dir.ADAPTER else run.name
         found[word if name in found or name in (BASE, SUBJECT) else name] = adapter
     return found
 

@@ -15,8 +15,8 @@ from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig
 from data_prep.documents import Document
 from data_prep.encode import Encoder, Removed
-from data_prep.errors import UserError
 from data_prep.items import answer_of
+from data_prep.user_error import UserError
 
 NEVER_CUT = 1 << 30  # tokens
 

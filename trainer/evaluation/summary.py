@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.bootstrap import Difference, Resampler, interval
-from trainer.evaluation.metrics import CHOICES, TEXT_METRICS, exact_match, metrics_of, normalised
+from trainer.evaluation.scoring import CHOICES, TEXT_METRICS, exact_match, metrics_of, normalised
 
 SCORE, LOSS = "score", "loss"
 SUBJECT = "adapter"  # the name of what is evaluated; every other model is a baseline

@@ -12,23 +12,23 @@ from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from data_prep.chat import ChatTemplate
-from data_prep.errors import UserError
-from data_prep.publish import publishing, told_as
+from data_prep.publish import blame_option, publish_atomically
 from data_prep.reader import PreparedSet, manifest_for, open_prepared
-from trainer import rundir
-from trainer.base.fingerprint import BASE_FILE
-from trainer.base.match import open_base
-from trainer.batches import Batch, collate
-from trainer.evaluation.answers import ends_of, named_ends
-from trainer.evaluation.asking import some_of_each_task
-from trainer.evaluation.models import LoadedRun, load_run
-from trainer.export.gates import adapted_by_experts, calibration_rows, mean_gates
-from trainer.export.load import free_bytes, load_merged, load_plain_lora
+from data_prep.user_error import UserError
+from trainer.base.base_fingerprint import BASE_FILE
+from trainer.base.weight_map import open_base
+from trainer.evaluation.generation import ends_of, named_ends
+from trainer.evaluation.loaded_models import LoadedRun, load_run
+from trainer.evaluation.runner import some_of_each_task
+from trainer.export.fidelity import TaskFidelity, measure, table
+from trainer.export.load_exported import free_bytes, load_merged, load_plain_lora
 from trainer.export.lora import LowRank, low_rank_updates, write_lora
+from trainer.export.mean_gates import adapted_by_experts, calibration_rows, mean_gates
 from trainer.export.merged import write_merged
-from trainer.export.price import TaskPrice, measure, table
-from trainer.export.scores import scorer
+from trainer.export.task_scores import scorer
+from trainer.objective.batches import Batch, collate
 from trainer.recipe import Recipe
+from trainer.run import run_dir
 
 EXPORT = "export.json"
 ROWS = 64
@@ -67,7 +67,7 @@ class Exported:
     folder: Path
     what: str
     measured: str
-    price: list[TaskPrice] | None = None
+    price: list[TaskFidelity] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -79,9 +79,9 @@ def export(request: Request) -> Exported:
 
     Raises UserError where the run cannot be exported so.
     """
-    recipe = rundir.open_run(request.run)
+    recipe = run_dir.open_run(request.run)
     _check(request, recipe)
-    with told_as("--output", request.folder), publishing(request.folder) as staging:
+    with blame_option("--output", request.folder), publish_atomically(request.folder) as staging:
         exported = _as_it_is(request, staging) if request.to == "peft" else _with_fixed_gates(request, staging)
         written = {"run": str(request.run), "to": request.to, **asdict(exported)}
         del written["folder"]
@@ -116,7 +116,7 @@ def _check_task(request: Request, recipe: Recipe) -> None:
 
 
 def _as_it_is(request: Request, staging: Path) -> Exported:
-    shutil.copytree(request.run / rundir.ADAPTER, staging, dirs_exist_ok=True)
+    shutil.copytree(request.run / run_dir.ADAPTER, staging, dirs_exist_ok=True)
     what = "the adapter as it is; PEFT knows it after `import trainer.adapters`, so it needs this package"
     return Exported(request.folder, what, "nothing is lost")
 
@@ -133,7 +133,7 @@ def _with_fixed_gates(request: Request, staging: Path) -> Exported:
     if gates:
         over = "all tasks" if request.task is None else f"task {request.task}"
         what += f"; gates fixed at their mean over {over} on at most {request.rows} rows"
-    measured, price = _price(request, run, prepared, staging, size)
+    measured, price = _fidelity(request, run, prepared, staging, size)
     facts = {
         "base": request.base or "original",
         "task": request.task,
@@ -154,7 +154,7 @@ def _gates(request: Request, run: LoadedRun, prepared: PreparedSet) -> dict[str,
 
 def _write_lora(request: Request, run: LoadedRun, updates: dict[str, LowRank], staging: Path) -> tuple[str, int]:
     write_lora(staging, updates, run.model.peft_config["default"])
-    shutil.copy(request.run / rundir.ADAPTER / BASE_FILE, staging)
+    shutil.copy(request.run / run_dir.ADAPTER / BASE_FILE, staging)
     return f"a LoRA of rank {_rank(updates)} for plain PEFT, in fp32", 0
 
 
@@ -182,9 +182,9 @@ def _rank(updates: dict[str, LowRank]) -> int:
     return len(next(iter(updates.values())).a)
 
 
-def _price(
+def _fidelity(
     request: Request, run: LoadedRun, prepared: PreparedSet, folder: Path, size: int
-) -> tuple[str, list[TaskPrice] | None]:
+) -> tuple[str, list[TaskFidelity] | None]:
     """How it was measured, or why not, and the price of what lies in `folder`. size: bytes it takes beside the run."""
     rows = min(request.rows, len(prepared.held_out))
     if not rows:

@@ -14,10 +14,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from data_prep.errors import UserError
+from data_prep.user_error import UserError
 from trainer.adapters.layer import Experts
-from trainer.export.gates import adapted_by_experts
-from trainer.tensor_files import write_tensors
+from trainer.base.safetensors_writer import write_tensors
+from trainer.export.mean_gates import adapted_by_experts
 
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 

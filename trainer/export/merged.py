@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer.base.match import DTYPES, OpenedBase
 from trainer.base.nf4 import NF4Linear
-from trainer.base.weights import Weights
+from trainer.base.safetensors_reader import Weights
+from trainer.base.safetensors_writer import write_tensors
+from trainer.base.weight_map import DTYPES, OpenedBase
 from trainer.export.lora import LowRank
-from trainer.tensor_files import write_tensors
 
 SHARD = 2 * 10**9  # bytes of a file, about; a larger tensor has one of its own
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}

@@ -8,8 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.config import HubSource
-from data_prep.errors import UserError
 from data_prep.sources.columns import as_a_record, hub
+from data_prep.user_error import UserError
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
 TURNS = [

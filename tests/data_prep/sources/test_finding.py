@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import FilesSource
-from data_prep.errors import UserError
 from data_prep.sources.finding import files_of, format_of
+from data_prep.user_error import UserError
 
 
 def source_of(path: Path | str, **keys: str) -> FilesSource:

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from data_prep.config import ReasoningGymSource
-from data_prep.errors import UserError
 from data_prep.sources import gym
 from data_prep.sources.gym import Generators
+from data_prep.user_error import UserError
 
 ARITHMETIC = {"min_terms": 2, "max_terms": 2, "max_digits": 1, "operators": ["+"], "allow_parentheses": False}
 

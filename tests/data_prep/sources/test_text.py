@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.documents import Document
-from data_prep.errors import UserError
 from data_prep.sources.text import json_array
+from data_prep.user_error import UserError
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
 GOOD = b'{"instruction": "Add 2 and 2.", "output": "4"}'

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from data_prep.config import DataConfig
-from data_prep.errors import UserError
 from data_prep.prepare import kept, prepare
 from data_prep.reader import open_prepared
 from data_prep.suite import tasks
 from data_prep.suite.tasks import rows_of
+from data_prep.user_error import UserError
 from tests.data_prep.suite.rows import skip_without_packages
 
 HELD_OUT = 8

@@ -1,0 +1,105 @@
+"""What a prepared set's folder holds: rows and items; and who may write one."""
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config import DataConfig
+from data_prep.encode import labels_of
+from data_prep.manifest import MANIFEST, Written
+from data_prep.packing import pack_in_windows
+from data_prep.publish import blame_option, sweep
+from data_prep.spool import Spool
+from data_prep.user_error import UserError
+
+ITEMS = "items.jsonl"
+_COLUMNS = ("input_ids", "labels", "position_ids", "task_ids")
+
+
+def refuse_foreign_folder(directory: Path) -> None:
+    """Raises UserError where `directory` holds something that is no prepared set and would be replaced."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"data.prepared_dir: {directory} is a file; give a folder that does not exist yet")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
+        raise UserError(
+            f"data.prepared_dir: {directory} holds files but no prepared set, and would be replaced; give a folder "
+            "of its own, or empty this one"
+        )
+
+
+@contextlib.contextmanager
+def alone(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other processes from preparing `directory` while the block runs; waits, and says so, where one does.
+
+    What a killed preparation has left beside the folder is removed. Raises UserError where none can write there.
+    """
+    directory = directory.resolve()
+    with blame_option("data.prepared_dir", directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = directory.with_name(f".{directory.name}.lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"waiting: another process prepares {directory}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        sweep(directory, locked=True)
+        yield
+
+
+def write_rows(spool: Spool, order: np.ndarray, config: DataConfig, directory: Path) -> Written:
+    """Packs documents, given by their indices in the order of training, and writes the rows, a stretch at a time.
+
+    Arrow files of `datasets` with int32 lists input_ids, labels, position_ids, task_ids: [tokens of the row].
+    """
+    import pyarrow as pa
+
+    schema = pa.schema({name: pa.list_(pa.int32()) for name in _COLUMNS})
+    lengths, task_rows = [np.zeros(0, np.int64)], np.zeros(len(config.tasks), np.int64)
+    with pa.OSFile(str(_without_rows(directory)), "wb") as file, pa.ipc.new_stream(file, schema) as out:
+        for rows in pack_in_windows(spool.documents["tokens"][order], config.seq_len):
+            own = spool.documents[order[np.concatenate(rows)]]
+            row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+            row_tokens = np.bincount(row_of, own["tokens"]).astype(np.int64)
+            ends = pa.array(np.concatenate([[0], np.cumsum(row_tokens)]), pa.int32())
+            arrays = [pa.ListArray.from_arrays(ends, pa.array(column)) for column in _values(spool, own)]
+            out.write_table(pa.table(arrays, schema))
+            lengths.append(row_tokens)
+            pairs = np.unique(np.stack([row_of, own["task"]]), axis=1)
+            task_rows += np.bincount(pairs[1], minlength=len(config.tasks))
+    return Written(np.concatenate(lengths), task_rows)
+
+
+def _without_rows(directory: Path) -> Path:
+    """Has `datasets` write a folder without rows; its one Arrow file, to be written anew with rows.
+
+    So everything beside the rows is the library's, and the rows pass through no second copy.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    features = Features(dict.fromkeys(_COLUMNS, List(Value("int32"))))
+    empty = Dataset.from_dict({name: [] for name in _COLUMNS}, features)
+    empty._fingerprint = directory.name  # which would be random, and bytes are to repeat
+    empty.save_to_disk(directory, num_shards=1)
+    (file,) = directory.glob("*.arrow")
+    return file
+
+
+def _values(spool: Spool, documents: np.ndarray) -> Iterator[np.ndarray]:
+    """The values of _COLUMNS of rows that hold these documents one after the other, int32 [tokens] each."""
+    input_ids, scored = spool.tokens(documents)
+    lengths = documents["tokens"]
+    yield input_ids
+    yield labels_of(input_ids, scored)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    yield (np.arange(len(input_ids)) - np.repeat(starts, lengths)).astype(np.int32)
+    yield np.repeat(documents["task"], lengths)
+
+
+def write_items(items: Iterable[bytes], directory: Path) -> None:
+    """items.jsonl: for every held-out conversation the turns up to its last answer, and that answer."""
+    with (directory / ITEMS).open("wb") as file:
+        file.writelines(items)

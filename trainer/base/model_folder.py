@@ -1,0 +1,76 @@
+"""The local folder of a base model, found without importing anything heavy."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.user_error import UserError
+
+if TYPE_CHECKING:
+    from trainer.recipe import BaseModelConfig
+
+# Pickles and other formats stay where they are; code only on demand.
+FROM_THE_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+NOT_FROM_THE_HUB = ["consolidated*", "original/*"]  # the same weights once more, as their makers' own code reads them
+
+
+def resolve_folder(base: "BaseModelConfig", patterns: Sequence[str] = FROM_THE_HUB) -> Path:
+    """The local folder of `base.model`, fetched from the Hub where it is an id and not a folder.
+
+    patterns: the files that are fetched. Raises UserError where it is neither, or cannot be fetched.
+    """
+    folder = Path(base.model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"base.model: {folder} has no config.json; expected the folder of a transformers model")
+        return folder
+    if folder.is_file():
+        raise UserError(f"base.model: {folder} is a file; expected a folder with config.json and *.safetensors")
+    if not may_be_of_the_hub(base.model):
+        raise UserError(f"base.model: folder {base.model} does not exist; expected a folder or a Hub id")
+    return _fetch(base, patterns)
+
+
+def may_be_of_the_hub(model: str) -> bool:
+    """Whether `base.model` can be an id of the Hub, and not a folder only."""
+    return not (model.startswith(("/", ".", "~")) or model.count("/") > 1)
+
+
+def files_of_model(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read, sorted; some folders hold the weights in other forms too.
+
+    That is model.safetensors, else what its index names, else all there are. Raises UserError for an index that cannot
+    be read.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index}: not readable as an index ({one_line(error)}); fetch the model again") from error
+    return sorted(folder / name for name in names)
+
+
+def _fetch(base: "BaseModelConfig", patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    code = ["*.py"] if base.trust_remote_code else []
+    try:
+        wanted = {"allow_patterns": [*patterns, *code], "ignore_patterns": NOT_FROM_THE_HUB}
+        return Path(snapshot_download(base.model, revision=base.revision, **wanted))
+    except Exception as error:  # many kinds: no network, no such id, no access, a malformed id
+        revision = f" at revision {base.revision}" if base.revision else ""
+        raise UserError(
+            f"base.model: no folder {base.model} here, and it could not be fetched from the Hub{revision}: "
+            f"{type(error).__name__} ({one_line(error)}); "
+            "give a local folder, or check the id and the network"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The text of an exception on one line, shortened."""
+    return " ".join(str(error).split())[:200]

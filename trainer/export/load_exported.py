@@ -1,0 +1,39 @@
+"""What was exported, loaded as others load it: by plain PEFT, or by transformers alone."""
+
+import copy
+from pathlib import Path
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from trainer.base.loader import set_generation
+from trainer.base.weight_map import DTYPES
+from trainer.evaluation.loaded_models import LoadedRun
+
+
+def load_plain_lora(run: LoadedRun, folder: Path) -> nn.Module:
+    """The LoRA of a folder on the run's own base, whose parameters it shares: the base is not held twice."""
+    shared = {id(parameter): parameter for parameter in run.model.get_base_model().parameters()}
+    base = copy.deepcopy(run.model, shared).unload()
+    return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+def load_merged(run: LoadedRun, folder: Path) -> nn.Module:
+    """The model of a folder, on the run's device; it generates as the run's own does."""
+    base = run.recipe.base
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES[base.dtype],
+        attn_implementation=base.attention,
+        trust_remote_code=base.trust_remote_code,
+    )
+    set_generation(model, folder)
+    return model.to(run.model.device).eval()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a further model could have there."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

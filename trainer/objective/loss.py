@@ -1,0 +1,91 @@
+"""The loss over labelled tokens, with logits computed nowhere else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data_prep.encode import IGNORED
+from trainer.adapters.router_stats import RouterStats
+from trainer.objective.batches import NO_TASK, Batch
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """Sums over the labelled tokens of one or more batches, by task: fp32 [num_tasks]."""
+
+    loss: torch.Tensor
+    labelled_tokens: torch.Tensor
+
+    def __add__(self, other: "TaskLosses") -> "TaskLosses":
+        return TaskLosses(self.loss + other.loss, self.labelled_tokens + other.labelled_tokens)
+
+    def mean(self) -> float:
+        """Mean over all labelled tokens, in nats."""
+        return float(self.loss.sum() / self.labelled_tokens.sum().clamp(min=1))
+
+    def by_task(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Mean by task name, for the tasks that have labelled tokens."""
+        columns = zip(tasks, self.loss.tolist(), self.labelled_tokens.tolist(), strict=True)
+        return {task: loss / count for task, loss, count in columns if count}
+
+    @classmethod
+    def zeros(cls, num_tasks: int, device: torch.device) -> "TaskLosses":
+        return cls(torch.zeros(num_tasks, device=device), torch.zeros(num_tasks, device=device))
+
+
+class LabelledLoss(nn.Module):
+    """A causal LM whose head sees labelled positions only. This is the module that DeepSpeed is given.
+
+    A forward pre-hook on the output embedding selects the hidden states that predict a labelled token, so whatever
+    the model does to logits after its head (soft-capping, scaling) stays the model's own. The selection lives for
+    one forward only: generation and any other use of the model see every row.
+    """
+
+    def __init__(self, model: nn.Module, router_stats: RouterStats, num_tasks: int) -> None:
+        super().__init__()
+        self.model = model
+        self.router_stats = router_stats
+        self.num_tasks = num_tasks
+        self._labelled: torch.Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._select_labelled)
+
+    def _select_labelled(self, _head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        """hidden [batch, seq, d] -> [labelled, d]; position t predicts token t + 1."""
+        return None if self._labelled is None else (args[0][:, :-1][self._labelled],)
+
+    def forward(self, batch: Batch, labelled_tokens: int, scale: float) -> tuple[torch.Tensor, TaskLosses]:
+        """The loss to go backward from, and the sums by task for the report.
+
+        batch: int64 tensors [batch, seq]. labelled_tokens: those of the whole global batch, by which the sum over
+        this micro-batch is divided, so that accumulation and rank count change nothing. scale: undoes the averaging
+        over ranks and micro-batches that DeepSpeed applies.
+        """
+        targets = batch["labels"][:, 1:]
+        self._labelled = targets != IGNORED
+        try:
+            logits = self.model(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            ).logits
+        finally:
+            labelled, self._labelled = self._labelled, None
+        losses = F.cross_entropy(logits.float(), targets[labelled], reduction="none")
+        by_task = self._sum_by_task(losses.detach(), batch["task_ids"][:, 1:][labelled])
+        return self.router_stats.capture_loss_grad(losses.sum() / labelled_tokens) * scale, by_task
+
+    def _sum_by_task(self, losses: torch.Tensor, tasks: torch.Tensor) -> TaskLosses:
+        zeros = losses.new_zeros(self.num_tasks)
+        return TaskLosses(zeros.index_add(0, tasks, losses), zeros.index_add(0, tasks, torch.ones_like(losses)))
+
+
+def count_tokens(batches: list[Batch]) -> tuple[int, int]:
+    """(labelled, real) tokens; what stands in a row's first place has nothing before it and is not scored."""
+    labelled = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+    return labelled, sum(int(real_tokens(batch).sum()) for batch in batches)
+
+
+def real_tokens(batch: Batch) -> torch.Tensor:
+    """bool [batch, seq]: False for padding."""
+    return batch["task_ids"] != NO_TASK

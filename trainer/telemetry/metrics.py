@@ -1,0 +1,203 @@
+"""What a run leaves to be read: metrics.jsonl, a line each optimizer step, and the same numbers in TensorBoard."""
+
+import contextlib
+import json
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.adapters.router_stats import RouterReport, by_decoder_layer
+from trainer.objective.loss import TaskLosses
+from trainer.training.loop import StepReport
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+def step_record(report: StepReport, tasks: Sequence[str], held_out: TaskLosses | None) -> dict[str, Any]:
+    """One line of metrics.jsonl: losses in nats a labelled token, times in seconds, memory in bytes."""
+    record = {
+        "step": report.step,
+        "loss": report.losses.mean(),
+        "loss_by_task": report.losses.by_task(tasks),
+        "learning_rate": report.learning_rate,
+        "grad_norm": report.grad_norm,
+        "labelled_tokens": report.labelled_tokens,
+        "tokens": report.tokens,
+        "step_seconds": report.seconds,
+        "tokens_per_second": report.tokens / report.seconds,
+        "labelled_tokens_per_second": report.labelled_tokens / report.seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+    if report.router is not None:
+        record |= router_record(report.router, tasks)
+    if held_out is not None:
+        record["held_out_loss"] = held_out.mean()
+        record["held_out_loss_by_task"] = held_out.by_task(tasks)
+    return record
+
+
+def router_record(router: RouterReport, tasks: Sequence[str]) -> dict[str, Any]:
+    """The routers' numbers, means over adapted linears: weights are phi's, entropies in nats.
+
+    task_distance: half the sum over k of |mean phi of the task - mean phi of all tokens|, from 0 to 1.
+
+    Only with an interaction matrix: omega (weights after competition), the mean over layers of |M - 1| (Frobenius;
+    where M is square), and the largest entry off its diagonal.
+    """
+    weights, entropies = router.weights_by_task.mean(0), router.entropy_by_task.mean(0)
+    distances = (router.weights_by_task - router.weights[:, None]).abs().sum(2).mean(0) / 2
+    seen = [(index, task) for index, task in enumerate(tasks) if router.task_tokens[index] > 0]
+    by_layer = by_decoder_layer(router.names, router.weights)
+    record = {
+        "router_weight": router.weights.mean(0).tolist(),
+        "router_weight_by_task": {task: weights[index].tolist() for index, task in seen},
+        "router_weight_by_layer": {f"{layer:03}": values.tolist() for layer, values in by_layer.items()},
+        "router_entropy": router.entropy.mean().item(),
+        "router_entropy_share": router.entropy_share,
+        "router_entropy_by_task": {task: entropies[index].item() for index, task in seen},
+        "router_balance": router.balance,
+        "router_task_distance": {task: distances[index].item() for index, task in seen},
+    }
+    if router.omega is not None:
+        record["router_omega"] = router.omega.mean(0).tolist()
+    if router.interaction is not None:
+        record |= interaction_record(router.interaction)
+    return record
+
+
+def interaction_record(interaction: Tensor) -> dict[str, float]:
+    """Of M [layers, experts, k]: how far from the identity. Nothing where experts were added or dropped: no square."""
+    if interaction.shape[1] != interaction.shape[2]:
+        return {}
+    off = interaction - torch.eye(interaction.shape[1], device=interaction.device)
+    off_diagonal = interaction - torch.diag_embed(interaction.diagonal(dim1=1, dim2=2))
+    return {
+        "router_interaction_distance": off.flatten(1).norm(dim=1).mean().item(),
+        "router_interaction_off_diagonal": off_diagonal.abs().max().item(),
+    }
+
+
+def peak_memory() -> int:
+    """Most bytes this rank has held so far: on its GPU where it has one, else resident in the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class MetricsWriter:
+    """Writes records as they come, so that a run that dies leaves all its finished steps.
+
+    step: those that are done, where the run goes on; keep: bytes of metrics.jsonl that tell of them. What is there
+    beyond is cut off, and TensorBoard told to forget it.
+    """
+
+    def __init__(self, directory: Path, tensorboard: bool, step: int = 0, keep: int = 0) -> None:
+        path = directory / METRICS
+        path.touch()
+        _cut(path, keep)
+        self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()  # lines, or their rest, for which there was no room
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / TENSORBOARD), flush_secs=10, purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """A full disk ends no training: the lines wait in memory for room, and TensorBoard's are given up."""
+        self._waiting += json.dumps(record).encode() + b"\n"
+        self._hand_over()
+        with self._loudly(TENSORBOARD):
+            for tag, value in scalars(record) if self._board is not None else ():
+                self._board.add_scalar(tag, value, record["step"])
+
+    def show(self, pictures: dict[str, np.ndarray], step: int) -> None:
+        """Pictures for TensorBoard by tag: uint8 [height, width, 3]."""
+        with self._loudly(TENSORBOARD):
+            for tag, picture in pictures.items() if self._board is not None else ():
+                self._board.add_image(tag, picture, step, dataformats="HWC")
+
+    def position(self) -> int:
+        """Bytes of metrics.jsonl so far, with those that wait; TensorBoard's events are handed to the system too."""
+        with self._loudly(TENSORBOARD):
+            if self._board is not None:
+                self._board.flush()
+        return self._file.tell() + len(self._waiting)
+
+    def close(self) -> None:
+        self._hand_over()
+        with self._loudly(METRICS):
+            self._file.close()
+        with self._loudly(TENSORBOARD):
+            if self._board is not None:
+                self._board.close()
+
+    def _hand_over(self) -> None:
+        with self._loudly(METRICS):
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+
+    @contextlib.contextmanager
+    def _loudly(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            print(
+                f"warning: {what} cannot be written ({error.strerror}); training goes on", file=sys.stderr, flush=True
+            )
+            if what == TENSORBOARD:
+                self._board = None
+
+
+def _cut(path: Path, keep: int) -> None:
+    """To whole lines within its first `keep` bytes: a full disk may have taken half a line."""
+    with path.open("rb+") as file:
+        file.truncate(file.read(keep).rfind(b"\n") + 1)
+
+
+def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """A record's numbers under TensorBoard tags: a group each for training, held-out rows, speed and routers."""
+    groups = {
+        "train": ("loss", "loss_by_task", "learning_rate", "grad_norm"),
+        "held_out": ("held_out_loss", "held_out_loss_by_task"),
+        "speed": ("step_seconds", "tokens_per_second", "labelled_tokens_per_second", "peak_memory_bytes"),
+        "router": (
+            "router_weight",
+            "router_omega",
+            "router_entropy",
+            "router_entropy_share",
+            "router_entropy_by_task",
+            "router_balance",
+            "router_task_distance",
+            "router_interaction_distance",
+            "router_interaction_off_diagonal",
+        ),
+        "router_by_task": ("router_weight_by_task",),
+        "router_by_layer": ("router_weight_by_layer",),
+    }
+    return [
+        number
+        for group, keys in groups.items()
+        for key in keys
+        if key in record
+        for number in _flat(f"{group}/{key.removeprefix('router_').removeprefix(group + '_')}", record[key])
+    ]
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}/{key}", inner)
+    elif isinstance(value, list):
+        for index, number in enumerate(value):
+            yield f"{name}/expert_{index}", number
+    else:
+        yield name, value

@@ -1,0 +1,70 @@
+"""The routers' pictures during training: as often as a small share of the time allows."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.adapters.router_stats import RouterReport
+from trainer.telemetry.router_plots import as_pixels, interaction_picture, layers_picture, tasks_picture
+
+SHARE = 0.01  # of training's time that drawing may take
+FIRST_GUESS = 2.0  # seconds for a drawing, before one was made: the import of matplotlib is part of it
+
+
+class RouterImages:
+    """Gathers measured steps, and draws their means whenever drawing would have taken at most SHARE of the time.
+
+    `clock` tells seconds. Kept on the one rank that reports.
+    """
+
+    def __init__(self, tasks: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._tasks, self._clock = tasks, clock
+        self._started = clock()
+        self._spent, self._last = 0.0, FIRST_GUESS
+        self._newest: RouterReport | None = None
+        self._phi: Tensor | float = 0.0  # sums over tokens [layers, tasks, k]
+        self._tokens: Tensor | float = 0.0  # [tasks]
+
+    def see(self, report: RouterReport) -> None:
+        """A measured step."""
+        self._newest = report
+        self._phi = self._phi + (report.weights_by_task.nan_to_num() * report.task_tokens[:, None]).cpu()
+        self._tokens = self._tokens + report.task_tokens.cpu()
+
+    def due(self) -> bool:
+        """Whether there is something to draw, and time for it."""
+        elapsed = self._clock() - self._started
+        return self._newest is not None and self._spent + self._last <= SHARE * elapsed
+
+    def draw(self) -> dict[str, np.ndarray]:
+        """Pictures by TensorBoard tag, uint8 [height, width, 3], of the steps since the last drawing; {} of none.
+
+        Layers x experts shows the weights after competition (omega) where they are known, else phi; M is the newest.
+        """
+        if self._newest is None:
+            return {}
+        began = self._clock()
+        pixels = {f"router/{name}": as_pixels(figure) for name, figure in self._figures(self._newest).items()}
+        self._newest, self._phi, self._tokens = None, 0.0, 0.0
+        self._last = self._clock() - began
+        self._spent += self._last
+        return pixels
+
+    def _figures(self, newest: RouterReport) -> dict[str, Any]:
+        by_layer, what = self._phi.sum(1) / self._tokens.sum(), "phi"
+        by_task = self._phi / self._tokens[:, None]  # NaN for tasks that were not met
+        panels = {what: by_task.mean(0).numpy()}
+        figures = {}
+        if newest.interaction is not None:
+            interaction = newest.interaction.cpu()
+            figures["interaction"] = interaction_picture(newest.names, interaction.numpy())
+            if not newest.renormalized:
+                by_layer, what = torch.einsum("lij,lj->li", interaction, by_layer), "omega"
+                panels[what] = torch.einsum("lij,ltj->lti", interaction, by_task).mean(0).numpy()
+        figures["layers_x_experts"] = layers_picture(newest.names, by_layer.numpy(), f"mean {what}")
+        figures["tasks_x_experts"] = tasks_picture(self._tasks, panels)
+        return figures
