@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.config import DataConfig, FilesSource
+from data_prep.differences import differences
 from data_prep.fingerprint import config_as_compared, file_states, tokenizer_hashes
 from data_prep.manifest import SPLITS, read_manifest
 from data_prep.prepared_folder import ITEMS
@@ -79,19 +79,8 @@ def _check_config(config: DataConfig, manifest: dict[str, Any], directory: Path)
         made_with = config_as_compared(DataConfig.model_validate(manifest["config"]))  # newer keys: their defaults
     except ValueError as error:
         raise UserError(f"data.prepared_dir: {directory} was prepared by code of another age; {_REPAIR}") from error
-    for key, wanted, found in _differences(config_as_compared(config), made_with, "data"):
+    for key, wanted, found in differences(config_as_compared(config), made_with, "data"):
         raise UserError(f"{key}: the recipe says {wanted!r}, but {directory} was prepared with {found!r}; {_REPAIR}")
-
-
-def _differences(wanted: Any, found: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys at which two nested JSON values differ, with both values (None where absent)."""
-    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
-        wanted, found = dict(enumerate(wanted)), dict(enumerate(found))
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        for name in {**wanted, **found}:
-            yield from _differences(wanted.get(name), found.get(name), f"{key}.{name}")
-    elif wanted != found:
-        yield key, wanted, found
 
 
 def _check_tokenizer(tokenizer: Any, manifest: dict[str, Any], directory: Path) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.differences import differences
 from data_prep.user_error import UserError
 from tests.distributed import scene
 from trainer.checkpoint import storage
 from trainer.checkpoint.manager import FACTS, FOLDER
-from trainer.recipe import Recipe, differences
+from trainer.recipe import Recipe
 from trainer.run import run_dir
 from trainer.run.launch_protocol import AGAIN
 from trainer.training.resume import HARMLESS, accept_recipe_changes, find_resume_point

@@ -283,16 +283,6 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"argument {override!r}: the value is not YAML; quote it") from None
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old, new) wherever two resolved recipes differ."""
-    for key in dict.fromkeys((*old, *new)):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            yield from differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            yield f"{prefix}{key}", before, now
-
-
 def _one_line(error: ValidationError) -> str:
     """The first problem as `key=value: what was expected; what to do`."""
     problems = error.errors()

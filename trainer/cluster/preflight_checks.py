@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from data_prep.differences import differences
 from trainer.base.model_folder import may_be_of_the_hub
 from trainer.cluster import preflight_summary
 from trainer.cluster.preflight_facts import ALL, ClusterFacts, Finding
@@ -15,7 +16,6 @@ from trainer.cluster.probe import SAMPLED
 from trainer.cluster.probe_client import Failure
 from trainer.cluster.ssh import REPOSITORY
 from trainer.estimate.sizes import GIB
-from trainer.recipe import differences
 
 LEAST_DISK = 2**27  # bytes for what a run writes beside checkpoints
 CLOCK = 5.0  # seconds

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data_prep.differences import differences
 from data_prep.fingerprint import code_hash
 from data_prep.user_error import UserError
 from trainer.distributed.network import interface_to, machine
-from trainer.recipe import Recipe, differences
+from trainer.recipe import Recipe
 from trainer.run.launch_protocol import LAUNCH_ID
 from trainer.run.run_dir import versions
 

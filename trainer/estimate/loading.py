@@ -26,7 +26,7 @@ def loading(held: Sequence[MemoryUse], rank_model: RankModel, experts: ExpertsCo
 
 
 def autotune_bytes(rank_model: RankModel, experts: ExpertsConfig) -> int:
-    """Dispatch `auto` exchanges outputs of MANY tokens: one rank's, and all ranks' three times (TokenDispatcher.add)."""
+    """Dispatch `auto` exchanges outputs of MANY tokens: one rank's, all ranks' three times (TokenDispatcher.add)."""
     if rank_model.placement is None or experts.dispatch != "auto":
         return 0
     widest = max(held.shape[-1] for layer in rank_model.placement.layers for held in layer.experts)

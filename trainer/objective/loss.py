@@ -10,6 +10,7 @@ from torch import nn
 from data_prep.encode import IGNORED
 from trainer.adapters.router_stats import RouterStats
 from trainer.objective.batches import NO_TASK, Batch
+from trainer.objective.labelled_logits import labelled_logits
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ class TaskLosses:
 class LabelledLoss(nn.Module):
     """A causal LM whose head sees labelled positions only. This is the module that DeepSpeed is given.
 
-    A forward pre-hook on the output embedding selects the hidden states that predict a labelled token, so whatever
-    the model does to logits after its head (soft-capping, scaling) stays the model's own. The selection lives for
-    one forward only: generation and any other use of the model see every row.
+    The selection (`labelled_logits`) lives for one forward: generation and any other use of the model see every row.
+    It happens inside this module, because ZeRO-3 traces the forward of the module that it was given.
     """
 
     def __init__(self, model: nn.Module, router_stats: RouterStats, num_tasks: int) -> None:
@@ -49,12 +49,6 @@ class LabelledLoss(nn.Module):
         self.model = model
         self.router_stats = router_stats
         self.num_tasks = num_tasks
-        self._labelled: torch.Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._select_labelled)
-
-    def _select_labelled(self, _head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-        """hidden [batch, seq, d] -> [labelled, d]; position t predicts token t + 1."""
-        return None if self._labelled is None else (args[0][:, :-1][self._labelled],)
 
     def forward(self, batch: Batch, labelled_tokens: int, scale: float) -> tuple[torch.Tensor, TaskLosses]:
         """The loss to go backward from, and the sums by task for the report.
@@ -64,13 +58,8 @@ class LabelledLoss(nn.Module):
         over ranks and micro-batches that DeepSpeed applies.
         """
         targets = batch["labels"][:, 1:]
-        self._labelled = targets != IGNORED
-        try:
-            logits = self.model(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-            ).logits
-        finally:
-            labelled, self._labelled = self._labelled, None
+        labelled = targets != IGNORED
+        logits = labelled_logits(self.model, batch, labelled)
         losses = F.cross_entropy(logits.float(), targets[labelled], reduction="none")
         by_task = self._sum_by_task(losses.detach(), batch["task_ids"][:, 1:][labelled])
         return self.router_stats.capture_loss_grad(losses.sum() / labelled_tokens) * scale, by_task

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.differences import differences
 from data_prep.user_error import UserError
 from trainer.checkpoint import storage
 from trainer.checkpoint.manager import FOLDER, read_facts
-from trainer.recipe import Recipe, differences
+from trainer.recipe import Recipe
 from trainer.run import run_dir
 from trainer.run.launch_protocol import AGAIN
 
