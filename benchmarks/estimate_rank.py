@@ -16,7 +16,7 @@ from data_prep.reader import PreparedSet
 from trainer.base.loader import load_opened
 from trainer.base.weight_map import open_base
 from trainer.console.library_logs import silence_libraries
-from trainer.distributed.engine import read_deepspeed_config
+from trainer.distributed.deepspeed_config import read_deepspeed_config
 from trainer.distributed.process_group import process_group
 from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe, load_recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.user_error import UserError
-from trainer.distributed.expert_groups import check_expert_parallel
+from trainer.distributed.deepspeed_config import check_expert_parallel
 from trainer.recipe import ExpertsConfig
 
 ZERO3 = {"zero_optimization": {"stage": 3}}

@@ -66,7 +66,7 @@ def begin(run, resume, name="test"):
     return find_resume_point(scene.recipe(BASE, **changes))
 
 
-def test_a_run_goes_on_from_its_newest_whole_checkpoint(run):
+def test_a_run_goes_on_from_its_newest_intact_checkpoint(run):
     assert (begin(run, "auto").step, begin(run, "auto").metrics_bytes(run)) == (4, 40)
     (run / FOLDER / "step-000004" / FACTS).write_text("{}")
     resume_point = begin(run, "auto")

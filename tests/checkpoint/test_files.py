@@ -66,7 +66,7 @@ def test_the_newest_good_one_is_found_behind_damaged_ones(tmp_path):
     for step in (1, 2, 3):
         publish(tmp_path, step)
     (tmp_path / "step-000003" / "run.json").unlink()
-    found = list(storage.newest_whole(tmp_path))
+    found = list(storage.newest_intact(tmp_path))
     assert [(folder.name, problem is None) for folder, problem in found] == [
         ("step-000003", False), ("step-000002", True),
     ]  # fmt: skip

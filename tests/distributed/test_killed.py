@@ -18,11 +18,11 @@ from trainer.base.loader import bytes_to_read, load_opened
 from trainer.base.weight_map import open_base
 from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.objective.batches import plan_batches
-from trainer.distributed.engine import read_deepspeed_config
+from trainer.distributed.deepspeed_config import read_deepspeed_config
 from trainer.distributed.process_group import process_group
 
 def half_way(done):
-    if sys.argv[2] == "kill" and dist.get_rank() == 1 and done > bytes_to_read(opened, shards) / 2:
+    if sys.argv[2] == "kill" and dist.get_rank() == 1 and done > bytes_to_read(opened, shards.world) / 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 with process_group() as device:

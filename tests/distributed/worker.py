@@ -31,9 +31,9 @@ from trainer.checkpoint.async_saver import AsyncSaver
 from trainer.checkpoint.trained_state import TrainedState
 from trainer.console.library_logs import silence_libraries
 from trainer.distributed.engine import gather_trainable, read_deepspeed_config
-from trainer.distributed.expert_shard import merge_own
-from trainer.distributed.process_group import process_group, raise_on_all_ranks
-from trainer.distributed.rank_check import check_ranks_agree, gather_rank_facts
+from trainer.distributed.expert_shard import merge_shards
+from trainer.distributed.process_group import process_group
+from trainer.distributed.rank_check import check_ranks_agree, gather_rank_facts, raise_on_all_ranks
 from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.errors import TrainingFault
 from trainer.objective.batches import plan_batches
@@ -192,7 +192,7 @@ def watch_gradients(model: Any, engine: Any, found: dict[str, Tensor]) -> None:
         if engine.is_gradient_accumulation_boundary():
             trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
             gradients = {name: safe_get_full_grad(p).detach().float().cpu().clone() for name, p in trainable.items()}
-            found.update(merge_own(model, gradients))
+            found.update(merge_shards(model, gradients))
         return step(engine, *args, **kwargs)
 
     engine.step = observe_routers

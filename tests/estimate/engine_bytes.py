@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.async_saver import AsyncSaver
-from trainer.distributed.engine import fp32_copies
+from trainer.distributed.deepspeed_internals import fp32_copies
 
 
 def learning_bytes(engine: Any) -> dict[str, int]:

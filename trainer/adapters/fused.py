@@ -72,7 +72,7 @@ class RemoteParameters(Protocol):
     What autograd is given for them are edges of its graph, which hold no values.
     """
 
-    exchange: Dispatcher | None
+    dispatcher: Dispatcher | None
 
     def edges(self) -> list[Tensor | None]:
         """Stand-ins for lora_a, router, interaction (None where there is none) and experts."""
@@ -96,14 +96,14 @@ class GatedExperts(torch.autograd.Function):
         gate: Gate,
         dtype: torch.dtype,
         probe: RouterObserver | None,
-        placed: RemoteParameters | None,
+        remote: RemoteParameters | None,
     ) -> Tensor:
-        ctx.placed, ctx.exchange = placed, placed.exchange if placed is not None else None
+        ctx.remote, ctx.dispatcher = remote, remote.dispatcher if remote is not None else None
         # x and the parameters as they came: nothing but `projected` is new memory. ZeRO-3 may free the
         # parameters' data in between; it gathers them into the same tensors again before backward.
         kept = a, router, interaction, experts
-        if placed is not None:
-            a, router, interaction, experts = placed.values(backward=False)
+        if remote is not None:
+            a, router, interaction, experts = remote.values(backward=False)
         projected = torch.cat((a, router)).to(dtype) @ _rows(x, dtype).t()
         z, logits = _split(projected, len(a), gate)
         phi = _softmax(logits)
@@ -111,10 +111,10 @@ class GatedExperts(torch.autograd.Function):
         gated = _apply_gate(z, weights)
         ctx.balance = probe.observe(phi, interaction) if probe is not None else None
         ctx.gate, ctx.dtype = gate, dtype
-        if ctx.exchange is None:
+        if ctx.dispatcher is None:
             out, received = _accumulate(y, gated, experts.flatten(0, 1).to(dtype)), None
         else:
-            out, received = ctx.exchange.add(y, gated, experts.to(dtype))
+            out, received = ctx.dispatcher.add(y, gated, experts.to(dtype))
         ctx.save_for_backward(x, projected, *kept, received)
         return out
 
@@ -124,8 +124,8 @@ class GatedExperts(torch.autograd.Function):
             raise RuntimeError("gated experts have no second derivative: call backward without create_graph")
         x, projected, a, router, interaction, experts, received = ctx.saved_tensors
         gate, dtype = ctx.gate, ctx.dtype
-        if ctx.placed is not None:
-            a, router, interaction, experts = ctx.placed.values(backward=True)
+        if ctx.remote is not None:
+            a, router, interaction, experts = ctx.remote.values(backward=True)
         want_x, want_y, want_a, want_router, want_interaction, want_experts = ctx.needs_input_grad[:6]
         grad_x = grad_a = grad_router = grad_experts = None
         grad = _rows(grad_out, dtype)
@@ -134,8 +134,8 @@ class GatedExperts(torch.autograd.Function):
         mixing = _scaled(interaction, gate, phi.dtype)
         weights, total = _compete(phi, mixing, gate)
 
-        if ctx.exchange is not None:
-            grad_gated, grad_experts = ctx.exchange.backward(grad, received, experts.to(dtype))
+        if ctx.dispatcher is not None:
+            grad_gated, grad_experts = ctx.dispatcher.backward(grad, received, experts.to(dtype))
             grad_experts = grad_experts.to(experts.dtype)
         else:
             # grad is the left operand and the small result is turned: else all of grad would be packed anew
@@ -172,7 +172,7 @@ def gated_experts(
     experts: Tensor,
     gate: Gate,
     probe: RouterObserver | None = None,
-    placed: RemoteParameters | None = None,
+    remote: RemoteParameters | None = None,
 ) -> Tensor:
     """Add the gated experts' update of x to the base output y, out of place, in y's dtype.
 
@@ -182,11 +182,11 @@ def gated_experts(
     """
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, a.dtype, probe, placed)
+        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, a.dtype, probe, remote)
     dtype = torch.get_autocast_dtype(device)
     # autocast does not reach the backward of a custom function: the dtype is decided here, for both
     with torch.autocast(device, enabled=False):
-        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, probe, placed)
+        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, probe, remote)
 
 
 class FrozenExperts:

@@ -22,7 +22,7 @@ class Experts(nn.Module):
     experts      [k, r_B, d_out]   the matrices B_i
 
     A module with a forward of its own, because that is what ZeRO-3's hooks gather parameters for. `probe`, where a
-    training loop has set one, sees the router's weights (see `RouterStats`). `placed` is set where the experts (and
+    training loop has set one, sees the router's weights (see `RouterStats`). `remote` is set where the experts (and
     MoELoRA's A_i, `a_by_expert`) live on several ranks (see `ExpertParallel`). `frozen`, once `freeze` was called,
     serves forwards of few tokens.
     """
@@ -46,7 +46,7 @@ class Experts(nn.Module):
         self.dropout = config.dropout
         self.balance_loss_weight = config.balance_loss_weight
         self.probe: RouterObserver | None = None
-        self.placed: RemoteParameters | None = None
+        self.remote: RemoteParameters | None = None
         self.frozen: FrozenExperts | None = None
         self.a_by_expert = isinstance(config, MoeLoraConfig)
         self.reset_parameters(zero_experts=config.init_weights)
@@ -67,7 +67,7 @@ class Experts(nn.Module):
     @torch.no_grad()
     def freeze(self) -> None:
         """Makes forwards of few tokens quicker, for parameters that do not change any more and are whole here."""
-        if not self.gate.renormalize and self.placed is None:
+        if not self.gate.renormalize and self.remote is None:
             self.frozen = FrozenExperts(self.lora_a, self.router, self.interaction, self.experts, self.gate)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -82,11 +82,11 @@ class Experts(nn.Module):
             )
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        if self.placed is None:
+        if self.remote is None:
             parameters = self.lora_a, self.router, self.interaction, self.experts
         else:
-            parameters = self.placed.edges()
-        return gated_experts(x, y, *parameters, self.gate, probe, self.placed)
+            parameters = self.remote.edges()
+        return gated_experts(x, y, *parameters, self.gate, probe, self.remote)
 
 
 class ExpertLayer(nn.Module, BaseTunerLayer):

@@ -52,9 +52,9 @@ def load_opened(
     return model.eval()
 
 
-def bytes_to_read(opened: OpenedBase, shards: ShardingStrategy) -> int:
+def bytes_to_read(opened: OpenedBase, world: int) -> int:
     """What a rank reads of the files, but for the ends of rows and blocks that two ranks read."""
-    return sum(map(opened.weights.nbytes, opened.names)) // shards.world
+    return sum(map(opened.weights.nbytes, opened.names)) // world
 
 
 def pack_linears(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:

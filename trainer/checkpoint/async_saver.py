@@ -1,8 +1,8 @@
-"""Saves and restores the trained state of all ranks. Training waits for a copy into host memory, and for nothing else.
+"""Saves and restores the trained state of all ranks. Training waits only for a copy into host memory.
 
-Rank 0 alone touches the disk, so no file system need be shared. What the others hold reaches it from a thread of
-theirs, over a gloo group of its own, so no collective of the training waits for a save. A whole tensor is put together
-on rank 0, one parcel of them at a time.
+Rank 0 alone touches the disk, so ranks need not share a file system. The other ranks send what they hold from a thread
+of their own, over a gloo group of its own, so no collective of the training waits for a save. Rank 0 puts whole tensors
+together, one bucket of them at a time.
 """
 
 import sys
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,31 +20,33 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trainer.checkpoint.storage import CheckpointWriter
-from trainer.checkpoint.trained_state import Key, TrainedState
+from trainer.checkpoint.trained_state import StateKey, TrainedState
 
 BUCKET_BYTES = 128 * 2**20  # of whole tensors that rank 0 puts together at once
 ELEMENT = 4  # bytes, fp32
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A run of a whole tensor, and the rank that sends it."""
+    """Consecutive elements of a whole tensor, and the rank that sends them."""
 
     rank: int
-    key: Key
+    key: StateKey
     start: int
     numel: int
 
 
 @dataclass(frozen=True)
 class TensorBucket:
-    """Whole tensors that travel and are written together, as one file."""
+    """Whole tensors that are sent together and written as one file."""
 
-    keys: tuple[Key, ...]
-    pieces: tuple[TensorSlice, ...]  # in the order of ranks; they cover every element once
+    keys: tuple[StateKey, ...]
+    slices: tuple[TensorSlice, ...]  # in the order of ranks; they cover every element once
 
     def numel_of(self, rank: int) -> int:
-        return sum(piece.numel for piece in self.pieces if piece.rank == rank)
+        return sum(piece.numel for piece in self.slices if piece.rank == rank)
 
 
 class AsyncSaver:
@@ -56,20 +59,21 @@ class AsyncSaver:
         self.state = state
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._rank = dist.get_rank()
-        self.buckets = _buckets(state.keys, self._slices_of_all_ranks())
+        self.buckets = make_buckets(state.keys, self._slices_of_all_ranks())
         pinned = torch.cuda.is_available()
         # written once, so that the first save does not wait for the system to find the memory
-        self._copies = [torch.empty(p.numel_of(self._rank), pin_memory=pinned).zero_() for p in self.buckets]
+        self._copies = [torch.empty(b.numel_of(self._rank), pin_memory=pinned).zero_() for b in self.buckets]
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
     def save(
         self, start: Callable[[], CheckpointWriter], finish: Callable[[CheckpointWriter], None], name: str
     ) -> None:
-        """Copies the state and returns; the rest happens meanwhile. Waits for an earlier save that is not done.
+        """Copies the state and returns; the rest happens in a thread. Waits for an earlier save that is not done.
 
-        start and finish run on rank 0 only, in its thread: before the first file, and when all tensors are written.
-        An OSError of theirs is told on stderr, and training goes on. name: of the save, for what is told.
+        Collective: every rank must call it. start and finish run on rank 0 only, in its thread: before the first file,
+        and after all tensors are written. Their OSErrors are reported on stderr, and training goes on. name: of the
+        save, for messages.
         """
         self._join()
         self._copy()
@@ -79,21 +83,27 @@ class AsyncSaver:
         self._thread.start()
 
     def finish(self) -> str | None:
-        """Waits for the last save, on every rank; what kept it from the disk, on every rank, or None."""
+        """Waits for the last save; returns what kept it from the disk, or None, the same on every rank.
+
+        Collective: every rank must call it.
+        """
         self._join()
         problem = [self._problem]
         dist.broadcast_object_list(problem, src=0, group=self._group)
         return problem[0]
 
     def abandon(self, seconds: float) -> None:
-        """Gives a save that is under way a little time, where the run ends by a fault."""
+        """Gives a save that is under way a little time; for runs that end with a fault."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     @torch.no_grad()
     def restore(self, folder: Path, step: int) -> None:
-        """Writes a checkpoint of that step into the state; the folder is read on rank 0 alone, one tensor at a time."""
-        stored = _stored(folder) if self._rank == 0 else {}
+        """Writes a checkpoint of that step into the state, one tensor at a time.
+
+        Collective: every rank must call it. Only rank 0 reads the folder.
+        """
+        stored = _stored_tensors(folder) if self._rank == 0 else {}
         for key in self.state.keys:
             values = torch.empty(key.numel)
             if self._rank == 0:
@@ -104,8 +114,8 @@ class AsyncSaver:
         self.state.finish(step)
 
     def check(self, folder: Path) -> str | None:
-        """Why a checkpoint's tensors do not fit this state, or None. On rank 0."""
-        found = {name: shape for name, (_, shape) in _stored(folder).items()}
+        """Why a checkpoint's tensors do not fit this state, or None. Call it on rank 0."""
+        found = {name: shape for name, (_, shape) in _stored_tensors(folder).items()}
         wanted = {str(key): key.shape for key in self.state.keys}
         different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if not different:
@@ -123,19 +133,16 @@ class AsyncSaver:
         self.state.read()
         for bucket, copy in zip(self.buckets, self._copies, strict=True):
             offset = 0
-            for piece in self._mine(bucket):
-                live = self.state.runs[piece.key].live
+            for piece in (piece for piece in bucket.slices if piece.rank == self._rank):
+                live = self.state.slices[piece.key].live
                 copy[offset : offset + piece.numel].copy_(live, non_blocking=True)
                 offset += piece.numel
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def _mine(self, bucket: TensorBucket) -> list[TensorSlice]:
-        return [piece for piece in bucket.pieces if piece.rank == self._rank]
-
     def _slices_of_all_ranks(self) -> list[list[TensorSlice]]:
-        runs = sorted(self.state.runs.values(), key=lambda run: str(run.key))
-        mine = [TensorSlice(self._rank, run.key, run.start, run.live.numel()) for run in runs if run.live.numel()]
+        own = sorted(self.state.slices.values(), key=lambda each: str(each.key))
+        mine = [TensorSlice(self._rank, each.key, each.start, each.live.numel()) for each in own if each.live.numel()]
         everyone: list[list[TensorSlice]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine, group=self._group)
         return everyone
@@ -146,35 +153,36 @@ class AsyncSaver:
                 if copy.numel():
                     dist.send(copy, dst=0, group=self._group)
         except RuntimeError as error:
-            self._tell(name, error)
+            self._report(name, error)
 
     def _receive(
         self, start: Callable[[], CheckpointWriter], finish: Callable[[CheckpointWriter], None], name: str
     ) -> None:
-        """What the others send is taken in any case: a full disk here must not keep them waiting."""
-        draft = None
+        """Takes what the others send in any case: a full disk here must not keep them waiting."""
+        writer = None
         try:
-            draft = self._attempt(start, name)
+            writer = self._attempt(start, name)
             for index, bucket in enumerate(self.buckets):
                 whole = self._put_together(bucket, self._copies[index])
-                if self._problem is None:
-                    file = f"state-{index + 1:05d}.safetensors"
-                    self._attempt(lambda: draft.add(file, save(whole)), name)  # noqa: B023 (called here)
-            if self._problem is None:
-                self._attempt(lambda: finish(draft), name)
-        except RuntimeError as error:  # another rank is gone, and training will say so
-            self._tell(name, error)
-        if self._problem is not None and draft is not None:
-            draft.discard()
+                if writer is not None and self._problem is None:
+                    file, content = f"state-{index + 1:05d}.safetensors", whole
+                    self._attempt(lambda: writer.add(file, save(content)), name)  # noqa: B023 (called here)
+            if writer is not None and self._problem is None:
+                self._attempt(lambda: finish(writer), name)
+        except RuntimeError as error:  # another rank is gone, which training will report
+            self._report(name, error)
+        if self._problem is not None and writer is not None:
+            writer.discard()
 
-    def _attempt(self, action: Callable[[], object], name: str) -> object:
+    def _attempt(self, action: Callable[[], Result], name: str) -> Result | None:
         try:
             return action()
         except OSError as error:
-            self._tell(name, error)
+            self._report(name, error)
             return None
 
     def _put_together(self, bucket: TensorBucket, own: Tensor) -> dict[str, Tensor]:
+        """The bucket's whole tensors by the text of their keys, from every rank's slices."""
         whole = {key: torch.empty(key.numel) for key in bucket.keys}
         for rank in range(dist.get_world_size()):
             values = own
@@ -183,26 +191,29 @@ class AsyncSaver:
                 if values.numel():
                     dist.recv(values, src=rank, group=self._group)
             offset = 0
-            for piece in (piece for piece in bucket.pieces if piece.rank == rank):
+            for piece in (piece for piece in bucket.slices if piece.rank == rank):
                 whole[piece.key][piece.start : piece.start + piece.numel] = values[offset : offset + piece.numel]
                 offset += piece.numel
         return {str(key): values.view(key.shape) for key, values in whole.items()}
 
-    def _tell(self, name: str, error: Exception) -> None:
+    def _report(self, name: str, error: Exception) -> None:
         self._problem = " ".join(str(error).split())[:300]
         print(f"warning: {name} was not saved: {self._problem}; training goes on", file=sys.stderr, flush=True)
 
 
-def _buckets(keys: list[Key], pieces_by_rank: list[list[TensorSlice]]) -> list[TensorBucket]:
-    """Keys in their order, cut into parcels; of equal runs (every rank's, where each holds the whole) the first."""
-    by_key: dict[Key, list[TensorSlice]] = {key: [] for key in keys}
+def make_buckets(keys: list[StateKey], slices_by_rank: list[list[TensorSlice]]) -> list[TensorBucket]:
+    """Keys in their order, cut into buckets. Of equal slices (where every rank holds the whole) the first is sent.
+
+    Raises RuntimeError where the ranks together do not hold a whole tensor.
+    """
+    by_key: dict[StateKey, list[TensorSlice]] = {key: [] for key in keys}
     taken = set()
-    for pieces in pieces_by_rank:
-        for piece in pieces:
+    for slices in slices_by_rank:
+        for piece in slices:
             if (piece.key, piece.start) not in taken:
                 taken.add((piece.key, piece.start))
                 by_key[piece.key].append(piece)
-    buckets: list[list[Key]] = []
+    buckets: list[list[StateKey]] = []
     room = 0
     for key in keys:
         size = key.numel * ELEMENT
@@ -214,15 +225,15 @@ def _buckets(keys: list[Key], pieces_by_rank: list[list[TensorSlice]]) -> list[T
     return [_bucket(group, by_key) for group in buckets]
 
 
-def _bucket(keys: list[Key], by_key: dict[Key, list[TensorSlice]]) -> TensorBucket:
-    pieces = [piece for key in keys for piece in by_key[key]]
+def _bucket(keys: list[StateKey], by_key: dict[StateKey, list[TensorSlice]]) -> TensorBucket:
     for key in keys:
         if sum(piece.numel for piece in by_key[key]) != key.numel:
             raise RuntimeError(f"{key}: the ranks hold {sum(p.numel for p in by_key[key])} of {key.numel} elements")
-    return TensorBucket(tuple(keys), tuple(sorted(pieces, key=lambda piece: piece.rank)))
+    slices = [piece for key in keys for piece in by_key[key]]
+    return TensorBucket(tuple(keys), tuple(sorted(slices, key=lambda piece: piece.rank)))
 
 
-def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+def _stored_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """File and shape of every tensor in a checkpoint, by the text of its key."""
     found = {}
     for path in folder.glob("state-*.safetensors"):

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: what each holds beside tensors, which are kept, and which is the best."""
+"""The checkpoints of one run: what each holds beside tensors, which ones are kept, and which is the best."""
 
 import json
 from dataclasses import dataclass
@@ -16,14 +16,17 @@ FACTS = "run.json"
 
 @dataclass(frozen=True)
 class CheckpointManager:
-    """Saves into `folder` what `saver` holds, and facts of the run as JSON beside it. On every rank."""
+    """Saves the state that `saver` holds into `folder`, and facts of the run as JSON beside it. On every rank."""
 
     saver: AsyncSaver
     folder: Path
     config: CheckpointConfig
 
     def save(self, step: int, facts: dict[str, Any], best: int | None) -> None:
-        """Every rank takes part; returns once the state is copied. best: the step with the least held-out loss."""
+        """Returns once the state is copied. best: the step with the lowest held-out loss.
+
+        Collective: every rank must call it.
+        """
         self.saver.save(
             start=partial(self._start, step, json.dumps(facts)),
             finish=partial(self._finish, step, best),
@@ -31,12 +34,12 @@ class CheckpointManager:
         )
 
     def _start(self, step: int, facts: str) -> storage.CheckpointWriter:
-        draft = storage.CheckpointWriter(self.folder, step)
-        draft.add(FACTS, facts.encode())
-        return draft
+        writer = storage.CheckpointWriter(self.folder, step)
+        writer.add(FACTS, facts.encode())
+        return writer
 
-    def _finish(self, step: int, best: int | None, draft: storage.CheckpointWriter) -> None:
-        draft.publish()
+    def _finish(self, step: int, best: int | None, writer: storage.CheckpointWriter) -> None:
+        writer.publish()
         kept = []
         if self.config.keep_best:
             steps = storage.steps_in(self.folder)
@@ -48,7 +51,7 @@ class CheckpointManager:
 
 
 def find_best(checkpoints: Path) -> tuple[int | None, str]:
-    """The step of the whole checkpoint that `best` names, or None; and a line that tells a person of it, or why not."""
+    """The step of the intact checkpoint that `best` names, or None; and a line that says which, or why none."""
     step = storage.read_pointer(checkpoints, storage.BEST)
     if step is None:
         return None, f"warning: {checkpoints} names no best checkpoint; the adapter is that of the last step"
@@ -60,5 +63,5 @@ def find_best(checkpoints: Path) -> tuple[int | None, str]:
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given. Raises OSError or ValueError."""
+    """The facts that `save` was given. Raises OSError or ValueError."""
     return json.loads((checkpoint / FACTS).read_text())

@@ -1,7 +1,7 @@
-"""A checkpoint's folder: written so that it is whole or not there, found again, and checked before it is trusted.
+"""The folder of a checkpoint: it appears whole or not at all, is found again, and is verified before it is used.
 
 checkpoints/step-000123/    state-00001.safetensors ..., run.json, and index.json with every file's sha256
-checkpoints/latest, best    names of folders, for people and scripts
+checkpoints/latest, best    names of folders, for users and scripts
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def folder_name(step: int) -> str:
 
 
 class CheckpointWriter:
-    """A checkpoint being written. Nobody takes it for one before `publish`, whenever the process ends."""
+    """Writes one checkpoint. Before `publish` nobody takes the files for a checkpoint, whenever the process ends."""
 
     def __init__(self, checkpoints: Path, step: int) -> None:
         self._final = checkpoints / folder_name(step)
@@ -34,21 +34,21 @@ class CheckpointWriter:
         self._staging.mkdir(parents=True)
 
     def add(self, name: str, content: bytes) -> None:
-        """Writes a file through to the disk. Raises OSError."""
+        """Writes and syncs a file. Raises OSError."""
         _write(self._staging / name, content)
         self._files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def publish(self) -> Path:
-        """Reads everything once more, then gives the folder its name, and `latest` last.
+        """Reads everything back, renames the folder, and sets `latest` last.
 
-        Raises OSError, also where what was written is not what is read.
+        Raises OSError, also where the files do not hold what was written.
         """
         index = {"files": self._files, "sha256": _digest(self._files)}
         _write(self._staging / INDEX, json.dumps(index, indent=1).encode())
         if problem := verify(self._staging):
             raise OSError(f"{self._staging}: {problem} right after it was written")
         _sync(self._staging)
-        if self._final.exists():  # of an earlier course of this run, gone back behind since
+        if self._final.exists():  # the run went back behind this step, and has come to it again
             shutil.rmtree(self._final)
         self._staging.rename(self._final)
         point(self._final.parent, LATEST, self._final.name)
@@ -59,10 +59,10 @@ class CheckpointWriter:
 
 
 def point(checkpoints: Path, pointer: str, name: str) -> None:
-    """Lets `latest` or `best` name a folder, at one stroke."""
-    draft = checkpoints / f".{pointer}.partial"
-    _write(draft, f"{name}\n".encode())
-    draft.rename(checkpoints / pointer)
+    """Sets `latest` or `best` to a folder's name, atomically."""
+    partial = checkpoints / f".{pointer}.partial"
+    _write(partial, f"{name}\n".encode())
+    partial.rename(checkpoints / pointer)
     _sync(checkpoints)
 
 
@@ -84,7 +84,7 @@ def steps_in(checkpoints: Path) -> list[int]:
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where each is what its index says."""
+    """What is wrong with a checkpoint's files; None where each one is as its index says."""
     try:
         index = json.loads((folder / INDEX).read_text())
         files = index["files"]
@@ -104,8 +104,8 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def newest_whole(checkpoints: Path) -> Iterator[tuple[Path, str | None]]:
-    """(folder, what is wrong with it) from the newest on; ends with the first that is good, if there is one."""
+def newest_intact(checkpoints: Path) -> Iterator[tuple[Path, str | None]]:
+    """(folder, what is wrong with it) from the newest backward; ends with the first intact one, if there is any."""
     for step in reversed(steps_in(checkpoints)):
         folder = checkpoints / folder_name(step)
         problem = verify(folder)
@@ -115,21 +115,23 @@ def newest_whole(checkpoints: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None, keep: Iterable[int]) -> None:
-    """Removes all but the newest `keep_last` up to `step`, the multiples of `keep_every` and those named.
+    """Removes all except the newest `keep_last` up to `step`, the multiples of `keep_every` and those in `keep`.
 
-    step: of the one that was just saved; later ones were damaged, and passed over.
+    step: of the checkpoint that was just saved. Later ones stay: they were damaged, and the run resumed before them.
     """
     steps = [each for each in steps_in(checkpoints) if each <= step]
     kept = {*steps[-keep_last:], *keep, *(s for s in steps if keep_every and s % keep_every == 0)}
     for step in set(steps) - kept:
         folder = checkpoints / folder_name(step)
-        doomed = checkpoints / f".{folder.name}.old"  # renamed first: no half of it is ever taken for a checkpoint
+        doomed = (
+            checkpoints / f".{folder.name}.old"
+        )  # renamed first, so that no half of it is ever taken for a checkpoint
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def sweep(checkpoints: Path) -> None:
-    """Removes what interrupted saves and removals have left."""
+    """Removes what interrupted saves and removals left behind."""
     for pattern in (".step-*.partial", ".step-*.old"):
         for path in checkpoints.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -147,7 +149,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes renames and new names in a folder lasting; some file systems cannot, and need not."""
+    """Syncs renames and new names in a folder; some file systems cannot, and need not."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,11 +1,20 @@
-"""What a DeepSpeed configuration must not ask of a base that is handed over in shards; imports no DeepSpeed."""
+"""DeepSpeed's configuration: read from its JSON file, filled from the recipe, refused where it contradicts either.
 
+Imports no DeepSpeed, so that the estimate and the checks before a launch are quick.
+"""
+
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.user_error import UserError
+import torch
 
-# What the engine would do to shards behind our back, and the value that keeps it from it.
+from data_prep.user_error import UserError
+from trainer.objective.batches import BatchPlan
+from trainer.recipe import ExpertsConfig, Recipe
+
+# What the engine would do to a base that is loaded in shards, without a word, and the value that prevents it.
 REFUSED = {
     "zero_hpz_partition_size": 1,
     "zero_quantized_weights": False,
@@ -14,8 +23,32 @@ REFUSED = {
 }
 
 
-def check_config(config: dict[str, Any], path: Path) -> None:
-    """Raises UserError, naming the file `path`, for what a base in shards cannot bear (ZeRO-3)."""
+def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+    """The DeepSpeed JSON with every "auto" filled from the recipe: the only place where that happens.
+
+    Raises UserError where the file cannot be read or contradicts the recipe.
+    """
+    path = recipe.deepspeed.config
+    config = _read_json(path)
+    fills: dict[tuple[str, ...], tuple[Any, str]] = {
+        ("train_batch_size",): (plan.global_batch_size, "train.global_batch_size"),
+        ("train_micro_batch_size_per_gpu",): (plan.micro_batch_size, "train.micro_batch_size"),
+        ("gradient_accumulation_steps",): (plan.gradient_accumulation_steps, "the derived accumulation"),
+        ("gradient_clipping",): (recipe.train.max_grad_norm, "train.max_grad_norm"),
+        ("bf16", "enabled"): (recipe.base.dtype == "bf16", f"base.dtype={recipe.base.dtype}:"),
+    }
+    for keys, (value, origin) in fills.items():
+        _fill(config, keys, value, origin, path)
+    _refuse_what_the_recipe_owns(config, path)
+    if not torch.cuda.is_available():  # without a GPU there is nothing to pin memory for
+        for section in ("offload_param", "offload_optimizer"):
+            if section in config["zero_optimization"]:
+                config["zero_optimization"][section]["pin_memory"] = False
+    return config
+
+
+def check_sharded_base(config: dict[str, Any], path: Path) -> None:
+    """Raises UserError, naming the file `path`, for settings that corrupt a base that ZeRO-3 gets in shards."""
     zero = config["zero_optimization"]
     if zero.get("stage") != 3:
         return
@@ -26,3 +59,64 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: zero_optimization.offload_param.device=nvme cannot take a packed base; use cpu")
     if config.get("data_types", {}).get("buffer_dtype"):
         raise UserError(f"{path}: data_types.buffer_dtype would cast rotary buffers; remove it")
+
+
+def check_expert_parallel(
+    experts: ExpertsConfig, local_ranks: Sequence[int], config: dict[str, Any], path: Path
+) -> None:
+    """Raises UserError where these ranks cannot hold the placement of experts.
+
+    local_ranks: LOCAL_RANK of every rank, in order; a node begins at each 0. path: of the DeepSpeed configuration.
+    """
+    size, world = experts.parallel_size, len(local_ranks)
+    stage = config["zero_optimization"].get("stage")
+    if size > 1 and stage != 3:
+        raise UserError(
+            f"experts.parallel_size={size}: {path} has ZeRO stage {stage}, which keeps every parameter whole on every "
+            "rank and has no expert groups; use ds_configs/zero3.json or set it to 1"
+        )
+    if world % size:
+        raise UserError(f"experts.parallel_size={size} does not divide the {world} ranks of this run; change one")
+    blocks = [list(local_ranks[start : start + size]) for start in range(0, world, size)]
+    if not experts.across_nodes and any(block != list(range(block[0], block[0] + size)) for block in blocks):
+        raise UserError(
+            f"experts.parallel_size={size}: a group would span two nodes; choose a divisor of the ranks per node or "
+            "set experts.across_nodes=true"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"deepspeed.config={path}: {error.strerror}; give a file such as ds_configs/zero3.json"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"deepspeed.config={path}: not JSON ({error}); compare with ds_configs/zero3.json") from None
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise UserError(
+            f"deepspeed.config={path}: expected a JSON object with a section zero_optimization; "
+            "compare with ds_configs/zero3.json"
+        )
+    return config
+
+
+def _fill(config: dict[str, Any], keys: tuple[str, ...], value: Any, origin: str, path: Path) -> None:
+    *parents, last = keys
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    given = config.get(last, "auto")
+    if given not in ("auto", value):
+        raise UserError(
+            f'{path}: {".".join(keys)}={given} contradicts {origin}={value} of the recipe; write "auto" in the file'
+        )
+    config[last] = value
+
+
+def _refuse_what_the_recipe_owns(config: dict[str, Any], path: Path) -> None:
+    for section, owner in (("optimizer", "train.optimizer"), ("scheduler", "train.lr_scheduler")):
+        if section in config:
+            raise UserError(f"{path}: section {section} is set by the recipe ({owner}); remove it from the file")
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16.enabled=true: expected base.dtype bf16 or fp32; remove fp16 from the file")

@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.distributed.deepspeed_internals import local_shard
+
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """Process groups of a placement (trainer.distributed.expert_groups makes them).
+    """The process groups of expert parallelism.
 
-    parallel: the n ranks that share a layer's experts out. replicas: the ranks that own the same experts as this one.
-    replicate: each replica keeps its experts whole; else they are partitioned over the replicas.
+    parallel: the n ranks that divide a layer's experts among them. replicas: the ranks that own the same experts as
+    this one. replicate: each replica keeps its experts whole; else they are partitioned over the replicas.
     """
 
     parallel: dist.ProcessGroup
@@ -26,16 +28,16 @@ class ExpertGroups:
 
     @property
     def partitions(self) -> int:
-        """Ranks over which one owner's part is cut."""
+        """Ranks over which one owner's experts are cut."""
         return 1 if self.replicate else self.replicas.size()
 
 
 class ExpertShard(nn.Module):
-    """Stands where an adapter's parameter stood, and holds what of it this rank learns, `own`.
+    """Takes the place of one adapter parameter and holds `own`, the part of it that this rank learns.
 
-    Of a parameter by expert, [k, ...] or [k r_B, ...], that is its run of the first dimension; of one that all
-    experts share it is the whole. It has no forward, so ZeRO-3's hooks, which gather what a module's forward needs,
-    leave it alone.
+    For a parameter with one slice per expert, [k, ...] or [k r_B, ...], `own` is this rank's run of the first
+    dimension; for a parameter that all experts share it is the whole. The module has no forward, so ZeRO-3's hooks,
+    which gather what a module's forward needs, leave it alone.
     """
 
     def __init__(self, whole: nn.Parameter, groups: ExpertGroups, by_expert: bool) -> None:
@@ -45,21 +47,26 @@ class ExpertShard(nn.Module):
         self.own = nn.Parameter(runs[groups.parallel.rank() if by_expert else 0].clone())
         self.own_shape, self.own_numel = self.own.shape, self.own.numel()
 
-    def hide(self) -> None:
-        """Gives the parameter its shape back, without memory, where ZeRO-3 has emptied it: autograd reads the shape."""
+    @property
+    def own_start(self) -> int:
+        """The place of `own`'s first element in the flattened whole."""
+        return self.groups.parallel.rank() * self.own_numel if self.by_expert else 0
+
+    def restore_shape(self) -> None:
+        """Gives `own` its shape back, without memory, where ZeRO-3 has emptied it: autograd reads the shape."""
         if self.own.shape != self.own_shape:
             self.own.data = self.own.data.new_empty(1).expand(self.own_shape)
 
-    def partition(self, device: torch.device) -> Tensor:
+    def stored(self, device: torch.device) -> Tensor:
         """What this rank stores of `own`, flat, in the compute dtype."""
-        return self.own.ds_tensor.to(device, non_blocking=True)
+        return local_shard(self.own).to(device, non_blocking=True)
 
-    def of_own(self, flat: Tensor) -> Tensor:
-        """`own` from its partitions one after the other; ZeRO-3 pads the last."""
+    def own_from(self, flat: Tensor) -> Tensor:
+        """`own` from its partitions, one after the other; ZeRO-3 pads the last."""
         return flat[: self.own_numel].view(self.own_shape)
 
     def merge(self, own: Tensor) -> Tensor:
-        """The whole from what each owner has; every rank of the group takes part."""
+        """The whole parameter from every owner's part. Collective: every rank of the group must call it."""
         if not self.by_expert:
             return own
         whole = own.new_empty(self.shape)
@@ -67,78 +74,83 @@ class ExpertShard(nn.Module):
         return whole
 
 
-class Gather:
-    """The parameters of one decoder layer's adapters on their way to this rank.
+class LayerGather:
+    """Gathers the adapter parameters of one decoder layer, asynchronously.
 
-    travel: for each of them, whether other owners' parts are wanted too. What is shared is gathered from all ranks, a
-    rank's own experts from its replicas, where they are cut at all, and the whole then from the owners: `advance`
-    goes from the one to the other. Ranks create, advance and finish their gathers in the same order.
+    Collective: ranks create, advance and wait for their gathers in the same order. Shared parameters are gathered from
+    all ranks; a rank's own experts from its replicas, where they are cut at all; then the whole from the owners.
+    `advance` goes from the second to the third. travel: for each shard, whether other owners' parts are wanted too.
     """
 
-    def __init__(self, held: Sequence[ExpertShard], travel: Sequence[bool], device: torch.device) -> None:
-        self._held, self._travel = held, travel
-        self._groups = held[0].groups
-        self._shared = _Arrival([h.partition(device) for h in held if not h.by_expert], dist.group.WORLD)
-        by_expert = [h.partition(device) for h in held if h.by_expert]
+    def __init__(self, shards: Sequence[ExpertShard], travel: Sequence[bool], device: torch.device) -> None:
+        self._shards, self._travel = shards, travel
+        self._groups = shards[0].groups
+        self._shared = _AsyncGather([s.stored(device) for s in shards if not s.by_expert], dist.group.WORLD)
+        by_expert = [s.stored(device) for s in shards if s.by_expert]
         self._own: list[Tensor] | None = None
-        self._cut = _Arrival(by_expert, self._groups.replicas) if self._groups.partitions > 1 else None
+        self._cut = _AsyncGather(by_expert, self._groups.replicas) if self._groups.partitions > 1 else None
         if self._cut is None:
             self._start_whole(by_expert)
 
     def advance(self) -> None:
-        """Starts the second gather, once the first is there."""
+        """Starts the gather from the owners, once that from the replicas has arrived."""
         if self._own is None:
+            assert self._cut is not None
             self._start_whole(self._cut.wait())
 
     def wait(self) -> list[Tensor]:
-        """Values: whole where they are shared or travel, else this rank's own experts."""
+        """Values by shard: whole where they are shared or travel, else this rank's own experts."""
         self.advance()
+        assert self._own is not None
         shared, own, whole = iter(self._shared.wait()), iter(self._own), iter(self._whole.wait())
         values = []
-        for held, travels in zip(self._held, self._travel, strict=True):
-            mine = next(own) if held.by_expert else held.of_own(next(shared))
-            values.append(next(whole).view(held.shape) if travels else mine)
+        for shard, travels in zip(self._shards, self._travel, strict=True):
+            mine = next(own) if shard.by_expert else shard.own_from(next(shared))
+            values.append(next(whole).view(shard.shape) if travels else mine)
         return values
 
     def _start_whole(self, flat: Sequence[Tensor]) -> None:
-        by_expert = [(held, travels) for held, travels in zip(self._held, self._travel, strict=True) if held.by_expert]
-        self._own = [held.of_own(values) for (held, _), values in zip(by_expert, flat, strict=True)]
+        by_expert = [(s, travels) for s, travels in zip(self._shards, self._travel, strict=True) if s.by_expert]
+        self._own = [shard.own_from(values) for (shard, _), values in zip(by_expert, flat, strict=True)]
         travelling = [own.view(-1) for own, (_, travels) in zip(self._own, by_expert, strict=True) if travels]
-        self._whole = _Arrival(travelling, self._groups.parallel)
+        self._whole = _AsyncGather(travelling, self._groups.parallel)
 
 
-class _Arrival:
-    """Flat tensors of every rank of a group, gathered at once; none is nothing to wait for."""
+class _AsyncGather:
+    """Flat tensors of every rank of a group, gathered in one collective; without tensors there is none."""
 
     def __init__(self, mine: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         self._lengths = [tensor.numel() for tensor in mine]
-        self._work = None
+        self._work: dist.Work | None = None
         if mine:
-            packed = torch.cat(mine) if len(mine) > 1 else mine[0]
+            packed = torch.cat(list(mine)) if len(mine) > 1 else mine[0]
             self._everyone = packed.new_empty(group.size(), packed.numel())
             self._work = dist.all_gather_into_tensor(self._everyone.view(-1), packed, group=group, async_op=True)
 
     def wait(self) -> list[Tensor]:
-        """Each tensor's pieces joined in the order of ranks."""
+        """Each tensor's parts, joined in the order of ranks."""
         if self._work is None:
             return []
         self._work.wait()
-        return [pieces.reshape(-1) for pieces in self._everyone.split(self._lengths, dim=1)]
+        return [parts.reshape(-1) for parts in self._everyone.split(self._lengths, dim=1)]
 
 
-def merge_own(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name, those of a rank's own experts merged, all under their names without placement.
+def expert_shards(model: nn.Module) -> dict[str, tuple[str, ExpertShard]]:
+    """By the name of each shard's `own`: the name that the parameter has without placement, and the shard."""
+    return {f"{name}.own": (name, m) for name, m in model.named_modules() if isinstance(m, ExpertShard)}
 
-    Every rank takes part. Without placement it gives back what it was given.
+
+def merge_shards(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by parameter name with every rank's own experts merged, all under their names without placement.
+
+    Collective: every rank must call it. Without placement it returns what it was given.
     """
-    placed = {
-        f"{name}.own": (name, module) for name, module in model.named_modules() if isinstance(module, ExpertShard)
-    }
+    placed = expert_shards(model)
     merged = {}
     for name, value in values.items():
         if name in placed:
-            name, module = placed[name]
-            value = module.merge(value)
+            name, shard = placed[name]
+            value = shard.merge(value)
         merged[name] = value
     return merged
 

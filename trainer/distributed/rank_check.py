@@ -1,14 +1,15 @@
-"""Whether all ranks are of one launch, one recipe and one set-up: compared before anything is loaded.
+"""Checks that all ranks belong to one launch, recipe and set-up, and lets every rank raise what one of them found.
 
-Launchers compare nothing: a node with another version or older code trains along, a missing hostfile starts a run of
-one node, and a rank that was left behind by a launch joins the next at its port. All of it in silence.
+Launchers compare nothing: a node with another version or older code trains along, a missing hostfile starts a run on
+one node, and a rank that an earlier launch left behind joins the next launch at its port. All of it in silence.
 """
 
+import contextlib
 import os
 import platform
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from data_prep.differences import differences
 from data_prep.fingerprint import code_hash
 from data_prep.user_error import UserError
 from trainer.distributed.network import interface_to, machine
+from trainer.errors import TrainingFault
 from trainer.recipe import Recipe
 from trainer.run.launch_protocol import LAUNCH_ID
 from trainer.run.run_dir import versions
@@ -26,9 +28,9 @@ from trainer.run.run_dir import versions
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank is. Those of all ranks are to agree, but for host, machine and local_rank.
+    """What one rank runs. All ranks must agree in everything except host, machine and local_rank.
 
-    host: a name for a person, which cloned machines may share. machine: the same text on the same machine only.
+    host: the machine's name, which cloned machines may share. machine: a text that is unique to the machine.
     """
 
     host: str
@@ -54,7 +56,7 @@ def own_facts(recipe: Recipe) -> RankFacts:
 
 
 def gather_rank_facts(recipe: Recipe) -> list[RankFacts]:
-    """The facts of every rank, in their order; every rank takes part."""
+    """The facts of every rank, in the order of ranks. Collective: every rank must call it."""
     found: list[RankFacts | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own_facts(recipe))
     return found
@@ -67,8 +69,8 @@ def check_ranks_agree(ranks: Sequence[RankFacts], nodes: int | None) -> None:
         where = f"rank {number} on {rank.host}"
         if rank.launch != first.launch:
             raise UserError(
-                f"{where} is of another launch than rank 0 on {first.host}: one of them was left behind by an earlier "
-                "run; end its processes, or give this launch a port of its own (master_port=N)"
+                f"{where} belongs to another launch than rank 0 on {first.host}: one of them was left behind by an "
+                "earlier run; end its processes, or give this launch a port of its own (master_port=N)"
             )
         for package, wanted in first.versions.items():
             if rank.versions.get(package) != wanted:
@@ -78,8 +80,8 @@ def check_ranks_agree(ranks: Sequence[RankFacts], nodes: int | None) -> None:
                 )
         if rank.code != first.code:
             raise UserError(
-                f"{where} runs other code of this trainer than rank 0 on {first.host}; bring every node to the same "
-                "commit"
+                f"{where} runs other code of this trainer than rank 0 on {first.host}; check out the same commit on "
+                "every node"
             )
         for key, wanted, found in differences(first.recipe, rank.recipe):
             raise UserError(
@@ -88,13 +90,13 @@ def check_ranks_agree(ranks: Sequence[RankFacts], nodes: int | None) -> None:
     by_node = _by_node(ranks)
     if nodes is not None and len(by_node) != nodes:
         raise UserError(
-            f"run.nodes={nodes}, and the ranks are on {len(by_node)}: {_listed(by_node)}; give the launcher a hostfile "
-            "that is there and lists every node, or correct run.nodes"
+            f"run.nodes={nodes}, and the ranks are on {len(by_node)}: {_listed(by_node)}; give the launcher an "
+            "existing hostfile that lists every node, or correct run.nodes"
         )
 
 
 def describe(ranks: Sequence[RankFacts], seconds: float) -> str:
-    """A line for a person. seconds: that the ranks took to meet."""
+    """One line about ranks, nodes and versions. seconds: how long the ranks took to meet."""
     by_node = _by_node(ranks)
     place = f"{len(ranks)} on {len(by_node)} node{'s' if len(by_node) > 1 else ''}: {_listed(by_node)}"
     found = ranks[0].versions
@@ -108,6 +110,40 @@ def interface() -> str:
         if os.environ.get(variable):
             return os.environ[variable]
     return interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1")) or "no interface"
+
+
+@contextlib.contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Runs a block in which any rank may find a user's mistake; every rank then raises the UserError of the first.
+
+    After any other error of one rank the others raise a TrainingFault that names it. Collective: ends with one small
+    exchange in which every rank must take part. The block itself must contain no collective, since a rank that leaves
+    it early would keep the others waiting.
+    """
+    mistake, fault = None, None
+    try:
+        yield
+    except UserError as error:
+        mistake = str(error)
+    except Exception as error:
+        fault = error
+    found: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(found, (mistake, fault and f"{type(fault).__name__}: {fault}"))
+    for text, _ in found:
+        if text is not None:
+            raise UserError(text)
+    if fault is not None:
+        raise fault
+    for rank, (_, text) in enumerate(found):
+        if text is not None:
+            raise TrainingFault(f"rank {rank} ended with {' '.join(text.split())[:200]}")
+
+
+def broadcast_from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank. Collective: every rank must call it."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _by_node(ranks: Sequence[RankFacts]) -> Counter[tuple[str, str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 class TokenDispatcher:
     """One forward's exchange in an expert-parallel group of n ranks.
 
-    counts: each rank's number of tokens, in the order of ranks; they may differ. Every rank of the group calls
+    counts: tokens of each rank, in the order of ranks; they may differ. Collective: every rank of the group calls
     `add` and `backward` for the same layers in the same order.
     """
 
@@ -19,10 +19,10 @@ class TokenDispatcher:
     counts: tuple[int, ...]
 
     def add(self, y: Tensor, gated: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """y [..., d_out] plus all experts' output, and what this rank's own experts received, for `backward`.
+        """y [..., d_out] plus all experts' output, and what this rank's experts received, for `backward`.
 
         gated: z under its gate [k r_B, tokens]; own: this rank's experts [k / n, r_B, d_out].
-        Sends (n - 1) / n of gated, and d_out a token of the other ranks'.
+        Sends (n - 1) / n of gated, and d_out elements for each token of the other ranks.
         """
         received = self._to_owners(gated)
         shares = self._send((received.t() @ own.flatten(0, 1)).split(self.counts), own.shape[-1])
@@ -40,7 +40,7 @@ class TokenDispatcher:
         return grad_gated.transpose(1, 2).reshape(n * width, -1), grad_own
 
     def _to_owners(self, gated: Tensor) -> Tensor:
-        """Each owner's rows of gated [k r_B, tokens] -> [k r_B / n, tokens of all ranks]."""
+        """Sends each owner its rows of gated [k r_B, tokens]; returns [k r_B / n, tokens of all ranks]."""
         n, width = len(self.counts), gated.shape[0] // len(self.counts)
         sizes = [width * count for count in self.counts]
         flat = gated.new_empty(sum(sizes))
@@ -48,7 +48,7 @@ class TokenDispatcher:
         return torch.cat([part.view(width, -1) for part in flat.split(sizes)], dim=1)
 
     def _send(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
-        """parts [tokens of rank j, width] to each rank j -> [n, own tokens, width], in the order of senders."""
+        """Sends parts[j] [tokens of rank j, width] to rank j; returns [n, own tokens, width] by sender."""
         n, mine = len(self.counts), self.counts[self.group.rank()]
         outgoing = torch.cat(parts).view(-1)
         incoming = outgoing.new_empty(n * mine * width)

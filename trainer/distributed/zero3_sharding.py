@@ -1,57 +1,41 @@
-"""Hand a parameter's shards to ZeRO-3 without the parameter ever existing whole.
-
-DeepSpeed partitions tensors that it is given; here it is given only what it would have kept. That takes calls
-and attributes private to DeepSpeed (written against 0.19.8, which setup.cfg pins); they are all in this file.
-"""
+"""Where the base goes: sharded over the ranks by ZeRO-3, or whole on each rank."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 from torch import Tensor, nn
+
+from trainer.base.sharding import ShardingStrategy, Unsharded
+from trainer.distributed.deepspeed_internals import ShardedParameterFactory
 
 
 class Zero3Sharding:
-    """The shards of ZeRO-3 for a process group that stands already (trainer.base.sharding.Shards).
+    """ShardingStrategy of ZeRO-3 over the ranks of the process group.
 
-    `config` is DeepSpeed's configuration as `deepspeed.initialize` will get it, one that
-    `trainer.distributed.deepspeed_config.check_config` let pass:
-    parameter offload and pinning follow from it. Every rank makes the same calls of `keep` in the same order:
-    DeepSpeed numbers parameters.
+    config: DeepSpeed's, as `deepspeed.initialize` will get it, and one that `check_config` has accepted. Every rank
+    makes the same calls of `keep` in the same order.
     """
 
-    def __init__(self, config: dict[str, Any], device: torch.device | str):
-        # Not entered as a context: nothing is patched, only its methods on single parameters serve.
-        self._init = deepspeed.zero.Init(config_dict_or_path=config)
+    def __init__(self, config: dict[str, Any], device: torch.device | str) -> None:
+        self._parameters = ShardedParameterFactory(config)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(device)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        init = self._init
-        length = -(-numel // self.world)
-        run = torch.zeros(length, dtype=dtype, device=torch.device(init.remote_device))
-        if init.pin_memory and run.device.type == "cpu":
-            run = deepspeed.accelerator.get_accelerator().pin_memory(run)
-        return run
+        return self._parameters.allocate(-(-numel // self.world), dtype)
 
     def gather(self, mine: Tensor) -> Tensor:
+        """Collective: every rank must call it. A rank that failed before leaves the others waiting."""
         everyone = mine.new_empty(self.world * mine.numel())
-        dist.all_gather_into_tensor(everyone, mine)  # every rank; a rank that failed before leaves them waiting
+        dist.all_gather_into_tensor(everyone, mine)
         return everyone
 
     def keep(self, run: Tensor, shape: Sequence[int]) -> nn.Parameter:
-        # Full shape with one element behind it: DeepSpeed reads the shape and then frees the data.
-        whole = torch.empty(1, dtype=run.dtype, device=self._init.local_device).expand(*shape)
-        parameter = nn.Parameter(whole, requires_grad=False)
-        self._init._convert_to_deepspeed_param(parameter)
-        run.ds_numel = run.numel()
-        run.status = PartitionedParamStatus.AVAILABLE
-        run.final_location = None
-        parameter.ds_tensor = run
-        parameter.ds_numel_aligned = self._init._aligned_size(parameter)
-        assert parameter.ds_numel_aligned == run.numel() * self.world, (shape, run.numel(), self.world)
-        free_param(parameter)
-        return parameter
+        return self._parameters.make(run, shape)
+
+
+def sharding_for(config: dict[str, Any], device: torch.device) -> ShardingStrategy:
+    """ZeRO-3's sharding where the DeepSpeed configuration asks for it, else the base whole on each rank."""
+    return Zero3Sharding(config, device) if config["zero_optimization"].get("stage") == 3 else Unsharded(device)

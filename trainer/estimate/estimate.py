@@ -7,8 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from trainer.base.model_config import parse_config_alone
-from trainer.distributed.deepspeed_config import check_config
-from trainer.distributed.engine import read_deepspeed_config
+from trainer.distributed.deepspeed_config import check_expert_parallel, check_sharded_base, read_deepspeed_config
 from trainer.estimate.activations import Activations, activations
 from trainer.estimate.loading import loading
 from trainer.estimate.measured import DeviceKind
@@ -76,12 +75,8 @@ class Estimator:
         """
         plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, world_size)
         config = read_deepspeed_config(recipe, plan)
-        check_config(config, recipe.deepspeed.config)
+        check_sharded_base(config, recipe.deepspeed.config)
         if recipe.experts.parallel_size > 1:
-            from trainer.distributed.expert_groups import (
-                check_expert_parallel,  # imports DeepSpeed, which takes seconds
-            )
-
             check_expert_parallel(recipe.experts, range(world_size), config, recipe.deepspeed.config)
         zero = zero_settings(config)
         model = self._model(recipe, world_size)

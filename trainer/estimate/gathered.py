@@ -40,7 +40,7 @@ def placed_bytes(rank_model: RankModel) -> int:
     """All adapters of the decoder layer at work and of the one ahead, where experts are placed."""
     if rank_model.placement is None:
         return 0
-    widest = max(sum(held.shape.numel() for held in layer.held) for layer in rank_model.placement.layers)
+    widest = max(sum(shard.shape.numel() for shard in layer.shards) for layer in rank_model.placement.layers)
     return 2 * widest * rank_model.dtype.itemsize
 
 

@@ -15,14 +15,9 @@ from data_prep.user_error import UserError
 from trainer.base.base_fingerprint import check_base_file
 from trainer.base.model_config import load_tokenizer
 from trainer.base.weight_map import open_base
-from trainer.distributed.deepspeed_config import check_config
-from trainer.distributed.engine import read_deepspeed_config
-from trainer.distributed.process_group import (
-    process_group,
-    raise_on_all_ranks,
-    set_collective_timeout,
-    translate_peer_errors,
-)
+from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
+from trainer.distributed.process_group import process_group, set_collective_timeout, translate_peer_errors
+from trainer.distributed.rank_check import raise_on_all_ranks
 from trainer.evaluation.evaluation_report import Evaluation, write, write_tensorboard
 from trainer.evaluation.loaded_models import (
     check_same_base,
@@ -139,5 +134,5 @@ def _zero3_config(recipe: Recipe, path: Path) -> dict[str, Any]:
             f"--deepspeed {path}: only ZeRO stage 3 shares a base out; give a file such as ds_configs/zero3.json, or "
             "leave it out where the base fits each rank"
         )
-    check_config(config, path)
+    check_sharded_base(config, path)
     return config

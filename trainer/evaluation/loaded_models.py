@@ -20,6 +20,7 @@ from trainer.base.loader import load_opened
 from trainer.base.model_config import load_tokenizer
 from trainer.base.sharding import Unsharded
 from trainer.base.weight_map import OpenedBase, open_base
+from trainer.distributed.parallelize import shard_for_inference
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import run_dir
 
@@ -87,18 +88,8 @@ def load_whole(opened: OpenedBase, device: torch.device | str) -> PreTrainedMode
 
 
 def load_sharded(opened: OpenedBase, config: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    """The base in shards of ZeRO-3 over all ranks, in eval mode. Every rank calls this together.
-
-    A forward gathers a layer's parameters at a time: every rank must make as many forwards as the others, or they
-    wait for ever. An adapter that is put on afterwards is whole on every rank. config: DeepSpeed's.
-    """
-    import deepspeed
-
-    from trainer.distributed.zero3_sharding import Zero3Sharding
-
-    base = _ready(load_opened(opened, Zero3Sharding(config, device)))
-    engine, *_ = deepspeed.initialize(model=base, config=config)
-    return engine.module.eval()
+    """`shard_for_inference`, ready to generate. Collective: every rank must call it."""
+    return _ready(shard_for_inference(opened, config, device))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -31,6 +32,12 @@ class TaskLosses:
         """Mean by task name, for the tasks that have labelled tokens."""
         columns = zip(tasks, self.loss.tolist(), self.labelled_tokens.tolist(), strict=True)
         return {task: loss / count for task, loss, count in columns if count}
+
+    def over_ranks(self) -> "TaskLosses":
+        """The sums over all ranks. Collective: every rank must call it."""
+        both = torch.stack((self.loss, self.labelled_tokens))
+        dist.all_reduce(both)
+        return TaskLosses(*both)
 
     @classmethod
     def zeros(cls, num_tasks: int, device: torch.device) -> "TaskLosses":

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: metrics.jsonl, a line each optimizer step, and the same numbers in TensorBoard."""
+"""The numbers of a run: metrics.jsonl, one line per optimizer step, and the same in TensorBoard."""
 
 import contextlib
 import json
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from trainer.adapters.router_stats import RouterReport, by_decoder_layer
 from trainer.objective.loss import TaskLosses
-from trainer.training.loop import StepReport
+from trainer.telemetry.step_report import StepReport
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 
 def step_record(report: StepReport, tasks: Sequence[str], held_out: TaskLosses | None) -> dict[str, Any]:
-    """One line of metrics.jsonl: losses in nats a labelled token, times in seconds, memory in bytes."""
+    """One line of metrics.jsonl: losses in nats per labelled token, times in seconds, memory in bytes."""
     record = {
         "step": report.step,
         "loss": report.losses.mean(),
@@ -44,7 +44,7 @@ def step_record(report: StepReport, tasks: Sequence[str], held_out: TaskLosses |
 
 
 def router_record(router: RouterReport, tasks: Sequence[str]) -> dict[str, Any]:
-    """The routers' numbers, means over adapted linears: weights are phi's, entropies in nats.
+    """The routers' numbers as means over adapted linears: weights are of phi, entropies in nats.
 
     task_distance: half the sum over k of |mean phi of the task - mean phi of all tokens|, from 0 to 1.
 
@@ -73,7 +73,7 @@ def router_record(router: RouterReport, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def interaction_record(interaction: Tensor) -> dict[str, float]:
-    """Of M [layers, experts, k]: how far from the identity. Nothing where experts were added or dropped: no square."""
+    """How far M [layers, experts, k] is from the identity; {} where it is not square, since experts were changed."""
     if interaction.shape[1] != interaction.shape[2]:
         return {}
     off = interaction - torch.eye(interaction.shape[1], device=interaction.device)
@@ -85,7 +85,7 @@ def interaction_record(interaction: Tensor) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Most bytes this rank has held so far: on its GPU where it has one, else resident in the process."""
+    """Peak bytes of this rank so far: allocated on its GPU, else resident in the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -93,10 +93,10 @@ def peak_memory() -> int:
 
 
 class MetricsWriter:
-    """Writes records as they come, so that a run that dies leaves all its finished steps.
+    """Writes each record at once, so that a run that dies leaves all its finished steps.
 
-    step: those that are done, where the run goes on; keep: bytes of metrics.jsonl that tell of them. What is there
-    beyond is cut off, and TensorBoard told to forget it.
+    step: steps that are done, where the run resumes. keep: bytes of metrics.jsonl that belong to them; what lies beyond
+    is cut off, and purged from TensorBoard.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, step: int = 0, keep: int = 0) -> None:
@@ -112,41 +112,41 @@ class MetricsWriter:
             self._board = SummaryWriter(str(directory / TENSORBOARD), flush_secs=10, purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """A full disk ends no training: the lines wait in memory for room, and TensorBoard's are given up."""
+        """A full disk does not end training: lines wait in memory for room, and TensorBoard is given up."""
         self._waiting += json.dumps(record).encode() + b"\n"
-        self._hand_over()
-        with self._loudly(TENSORBOARD):
+        self._flush_waiting()
+        with self._warn_on_failure(TENSORBOARD):
             for tag, value in scalars(record) if self._board is not None else ():
                 self._board.add_scalar(tag, value, record["step"])
 
     def show(self, pictures: dict[str, np.ndarray], step: int) -> None:
         """Pictures for TensorBoard by tag: uint8 [height, width, 3]."""
-        with self._loudly(TENSORBOARD):
+        with self._warn_on_failure(TENSORBOARD):
             for tag, picture in pictures.items() if self._board is not None else ():
                 self._board.add_image(tag, picture, step, dataformats="HWC")
 
     def position(self) -> int:
-        """Bytes of metrics.jsonl so far, with those that wait; TensorBoard's events are handed to the system too."""
-        with self._loudly(TENSORBOARD):
+        """Bytes of metrics.jsonl so far, those that wait included. Flushes TensorBoard's events too."""
+        with self._warn_on_failure(TENSORBOARD):
             if self._board is not None:
                 self._board.flush()
         return self._file.tell() + len(self._waiting)
 
     def close(self) -> None:
-        self._hand_over()
-        with self._loudly(METRICS):
+        self._flush_waiting()
+        with self._warn_on_failure(METRICS):
             self._file.close()
-        with self._loudly(TENSORBOARD):
+        with self._warn_on_failure(TENSORBOARD):
             if self._board is not None:
                 self._board.close()
 
-    def _hand_over(self) -> None:
-        with self._loudly(METRICS):
+    def _flush_waiting(self) -> None:
+        with self._warn_on_failure(METRICS):
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]
 
     @contextlib.contextmanager
-    def _loudly(self, what: str) -> Iterator[None]:
+    def _warn_on_failure(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -158,13 +158,13 @@ class MetricsWriter:
 
 
 def _cut(path: Path, keep: int) -> None:
-    """To whole lines within its first `keep` bytes: a full disk may have taken half a line."""
+    """Cuts the file to whole lines within its first `keep` bytes: a full disk may have left half a line."""
     with path.open("rb+") as file:
         file.truncate(file.read(keep).rfind(b"\n") + 1)
 
 
 def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
-    """A record's numbers under TensorBoard tags: a group each for training, held-out rows, speed and routers."""
+    """A record's numbers by TensorBoard tag, in groups for training, held-out rows, speed and routers."""
     groups = {
         "train": ("loss", "loss_by_task", "learning_rate", "grad_norm"),
         "held_out": ("held_out_loss", "held_out_loss_by_task"),

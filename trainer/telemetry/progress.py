@@ -1,8 +1,9 @@
-"""Where a run stands: a bar on a terminal, a plain line now and then anywhere else."""
+"""Progress of loading and training: a bar on a terminal, otherwise a plain line every ten seconds."""
 
 import time
 from typing import Any
 
+from pydantic import ByteSize
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -14,13 +15,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from trainer.telemetry.startup import format_bytes
-
 LINE_EVERY = 10.0  # seconds between plain lines
 
 
 class LoadProgress:
-    """Shows the bytes of the base read so far on rank 0; `enabled=False` shows nothing."""
+    """Shows how many bytes of the base have been read; `enabled=False` (ranks other than 0) shows nothing."""
 
     def __init__(self, total: int, enabled: bool) -> None:
         self._total = total
@@ -34,13 +33,15 @@ class LoadProgress:
             self._bar.start()
 
     def __call__(self, done: int) -> None:
+        """done: bytes read so far."""
         now = time.perf_counter()
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
         elif self._enabled and now - self._last_line >= LINE_EVERY:
             self._last_line = now
             left = (now - self._started) * (self._total - done) / done
-            print(f"base: {format_bytes(done)} of {format_bytes(self._total)} read, {left:.0f} s left", flush=True)
+            read, total = (ByteSize(size).human_readable(separator=" ") for size in (done, self._total))
+            print(f"base: {read} of {total} read, {left:.0f} s left", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -48,7 +49,7 @@ class LoadProgress:
 
 
 class StepProgress:
-    """Shows the steps of a run on rank 0; `enabled=False` shows nothing. done: those of an earlier part of it."""
+    """Shows the steps of a run; `enabled=False` (ranks other than 0) shows nothing. done: steps of earlier starts."""
 
     def __init__(self, steps: int, enabled: bool, done: int = 0) -> None:
         self._steps, self._done = steps, done

@@ -1,4 +1,4 @@
-"""The routers' pictures during training: as often as a small share of the time allows."""
+"""Pictures of the routers during training, drawn as often as a small share of the time allows."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ FIRST_GUESS = 2.0  # seconds for a drawing, before one was made: the import of m
 
 
 class RouterImages:
-    """Gathers measured steps, and draws their means whenever drawing would have taken at most SHARE of the time.
+    """Collects measured steps, and draws their means whenever drawing takes at most SHARE of the time so far.
 
-    `clock` tells seconds. Kept on the one rank that reports.
+    clock: returns seconds. Lives on rank 0.
     """
 
     def __init__(self, tasks: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -29,8 +29,8 @@ class RouterImages:
         self._phi: Tensor | float = 0.0  # sums over tokens [layers, tasks, k]
         self._tokens: Tensor | float = 0.0  # [tasks]
 
-    def see(self, report: RouterReport) -> None:
-        """A measured step."""
+    def add(self, report: RouterReport) -> None:
+        """Takes a measured step."""
         self._newest = report
         self._phi = self._phi + (report.weights_by_task.nan_to_num() * report.task_tokens[:, None]).cpu()
         self._tokens = self._tokens + report.task_tokens.cpu()

@@ -1,34 +1,36 @@
-"""What is derived from a recipe before training starts, told once on rank 0; and where the start-up time went."""
+"""What rank 0 prints before training starts: facts derived from the recipe, and where the start-up time went."""
 
 import time
-from typing import Any
+from pathlib import Path
 
 import psutil
 import torch
+from pydantic import ByteSize
 from torch import nn
 
+from trainer.distributed.deepspeed_internals import local_shard, whole_shape
 from trainer.distributed.expert_shard import experts_elsewhere
+from trainer.distributed.parallelize import ParallelModel
 from trainer.objective.batches import BatchPlan
 
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
+def describe_run(parallel: ParallelModel, plan: BatchPlan, steps: int, directory: Path, mean_row: float) -> str:
+    """Lines about parameters, bytes on this rank, batch, length, and how to watch the run.
 
-def describe_run(model: nn.Module, engine: Any, plan: BatchPlan, steps: int, directory: Any, mean_row: float) -> str:
-    """Lines for a person: parameters, bytes this rank holds, batch, length, and how to watch.
-
-    mean_row: mean tokens a training row.
+    mean_row: mean tokens per training row.
     """
+    model = parallel.model
     trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad) + experts_elsewhere(model)
     frozen = sum(_numel(p) for n, p in model.named_parameters() if not (p.requires_grad or n.endswith(".absmax")))
     tokens = plan.global_batch_size * mean_row
-    held = bytes_on_this_rank(model, engine.zero_optimization_stage(), plan.world_size)
+    held = bytes_on_this_rank(model, parallel.engine.zero_optimization_stage(), plan.world_size)
     lines = [
         f"parameters      {trainable:,} trainable, {frozen:,} frozen",
         *(
-            f"{'bytes a rank' if i == 0 else '':16}{format_bytes(n):>10}  {name}"
+            f"{'bytes per rank' if i == 0 else '':16}{ByteSize(n).human_readable(separator=' '):>10}  {name}"
             for i, (name, n) in enumerate(held.items())
         ),
-        f"global batch    {plan.global_batch_size} rows = {plan.micro_batch_size} a micro-batch x {plan.world_size} "
+        f"global batch    {plan.global_batch_size} rows = {plan.micro_batch_size} per micro-batch x {plan.world_size} "
         f"ranks x {plan.gradient_accumulation_steps} accumulation, about {tokens:,.0f} tokens",
         f"length          {steps} steps",
         f"run             {directory}",
@@ -38,13 +40,13 @@ def describe_run(model: nn.Module, engine: Any, plan: BatchPlan, steps: int, dir
 
 
 def bytes_on_this_rank(model: nn.Module, zero_stage: int, world_size: int) -> dict[str, int]:
-    """Bytes by category that this rank holds of the model, and those that the first step will add."""
+    """Bytes of the model on this rank by category, and those that the first step will add."""
     named = list(model.named_parameters())
     frozen = {name: p for name, p in named if not p.requires_grad}
     absmax = {name for name in frozen if name.endswith(".absmax")}
     packed = {name for name, p in frozen.items() if p.dtype == torch.uint8} - absmax
     trained = [p for _, p in named if p.requires_grad]
-    learned = sum(getattr(p, "ds_tensor", p).numel() for p in trained)
+    learned = sum(local_shard(p).numel() for p in trained)
     if zero_stage in (1, 2):  # parameters stay whole, their state does not
         learned = -(-learned // world_size)
     return {
@@ -57,30 +59,22 @@ def bytes_on_this_rank(model: nn.Module, zero_stage: int, world_size: int) -> di
     }
 
 
-def format_bytes(size: float) -> str:
-    """Bytes in the largest unit that leaves at least one: 1536 -> 1.5 KiB."""
-    unit = 0
-    while size >= 1024 and unit < len(UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.1f} {UNITS[unit]}" if unit else f"{size:.0f} B"
-
-
 def _numel(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter; a packed uint8 weight counts the two 4-bit values of each byte."""
-    numel = getattr(parameter, "ds_numel", parameter.numel())
+    numel = whole_shape(parameter).numel()
     return 2 * numel if parameter.dtype == torch.uint8 else numel
 
 
 def _local_bytes(parameter: nn.Parameter) -> int:
     """Bytes of the parameter that stay on this rank: under ZeRO-3 its shard."""
-    held = getattr(parameter, "ds_tensor", parameter)
-    return held.numel() * held.element_size()
+    shard = local_shard(parameter)
+    return shard.numel() * shard.element_size()
 
 
 class StartupTimer:
-    """Where the time goes from the command to the first step, in seconds by part.
+    """Seconds from the command to the end of the first step, by part.
 
-    Begins when the first process of this launch began: the launcher's, if this one has any.
+    Counts from the start of the launch's first process: the launcher's, if there is one.
     """
 
     def __init__(self) -> None:
@@ -91,7 +85,7 @@ class StartupTimer:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> float:
-        """The time since the last lap, which went into `name`."""
+        """Records the time since the last lap as that of `name`, and returns it."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._parts.append((name, seconds))

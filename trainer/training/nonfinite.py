@@ -1,4 +1,4 @@
-"""Names the layer at which numbers first stopped being finite, by running the micro-batches of a step once more."""
+"""Finds the layer at which numbers first stopped being finite, by running a step's micro-batches once more."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from trainer.objective.batches import Batch
 
-Note = Callable[[str, Tensor], None]
+Visit = Callable[[str, Tensor], None]
 
 
 def find_nonfinite_layers(engine: Any, batches: Sequence[Batch], backward: bool) -> str:
-    """`rank 1: model.layers.3.mlp.down_proj` of each rank where a layer's output, or its gradient, is not finite.
+    """`rank 1: model.layers.3.mlp.down_proj` for each rank where a layer's output, or its gradient, is not finite.
 
-    Every rank takes part, with its micro-batches. For a gradient (`backward`) it goes backward once more: the run must
-    end after it. Empty where every layer is finite.
+    Empty where every layer is finite. Collective: every rank calls it with its micro-batches. With `backward` it looks
+    at gradients and goes backward once more, so the run must end after it.
     """
     found: list[str] = []
 
-    def note(name: str, values: Tensor) -> None:
+    def visit(name: str, values: Tensor) -> None:
         if not found and not torch.isfinite(values).all():
             found.append(name)
 
-    with _watched(engine.module, note, backward), torch.set_grad_enabled(backward):
+    with _visited_layers(engine.module, visit, backward), torch.set_grad_enabled(backward):
         for batch in batches:
             engine.module.router_stats.begin_micro_batch(batch["task_ids"])
             loss, _ = engine(batch, 1, 1.0)
@@ -37,22 +37,22 @@ def find_nonfinite_layers(engine: Any, batches: Sequence[Batch], backward: bool)
 
 
 @contextmanager
-def _watched(module: nn.Module, note: Note, backward: bool) -> Iterator[None]:
-    """Shows `note` each layer's output as it comes, an inner layer's first; or its gradient, the last layer's first."""
+def _visited_layers(module: Any, visit: Visit, backward: bool) -> Iterator[None]:
+    """Within, passes each layer's output to `visit`, inner layers first; or its gradient, the last layer first."""
 
-    def hook(name: str) -> Callable[..., None]:
-        def seen(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def make_hook(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return
             if not backward:
-                note(name, output)
+                visit(name, output)
             elif output.requires_grad:
-                output.register_hook(lambda gradient: note(name, gradient))
+                output.register_hook(lambda gradient: visit(name, gradient))
 
-        return seen
+        return hook
 
     base = module.model.get_base_model()
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in base.named_modules() if name]
+    handles = [layer.register_forward_hook(make_hook(name)) for name, layer in base.named_modules() if name]
     try:
         yield
     finally:

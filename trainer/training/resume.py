@@ -1,20 +1,25 @@
-"""Where a run begins: at its first step, from a checkpoint of its own or another's, or not at all, being finished."""
+"""Where a run starts: at its first step, from a checkpoint of its own or of another run, or nowhere, being finished."""
 
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from data_prep.differences import differences
 from data_prep.user_error import UserError
 from trainer.checkpoint import storage
+from trainer.checkpoint.async_saver import AsyncSaver
 from trainer.checkpoint.manager import FOLDER, read_facts
+from trainer.distributed.rank_check import raise_on_all_ranks
 from trainer.recipe import Recipe
 from trainer.run import run_dir
 from trainer.run.launch_protocol import AGAIN
+from trainer.training.trainer import Trainer
 
-# Keys that may change between the parts of a run: they alter where and how fast it computes, not what.
-HARMLESS = (
+# Keys that may change when a run resumes: they alter where and how fast it computes, not what it learns.
+MAY_CHANGE = (
     "run.name",
     "run.output_dir",
     "run.nodes",
@@ -38,7 +43,7 @@ HARMLESS = (
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """facts: run.json of the checkpoint, empty where the run begins anew. notes: lines to tell a person."""
+    """facts: run.json of the checkpoint, empty at the first step. notes: lines to print."""
 
     finished: bool = False
     checkpoint: Path | None = None
@@ -51,7 +56,7 @@ class ResumePoint:
         return self.facts.get("step", 0)
 
     def metrics_bytes(self, directory: Path) -> int:
-        """Bytes of the directory's metrics.jsonl that tell of those steps; another run's checkpoint tells of none."""
+        """Bytes of the directory's metrics.jsonl that belong to those steps; 0 for another run's checkpoint."""
         own = self.checkpoint is not None and _within(self.checkpoint, directory)
         return self.facts["metrics_bytes"] if own else 0
 
@@ -61,9 +66,9 @@ def _within(path: Path, directory: Path) -> bool:
 
 
 def find_resume_point(recipe: Recipe) -> ResumePoint:
-    """What the run directory and train.resume say. Reads files only; on rank 0.
+    """Decides by the run directory and train.resume. Only reads files; call it on rank 0.
 
-    Raises UserError where the directory is another's, or the recipe has changed in what a run learns.
+    Raises UserError where the directory belongs to another run, or the recipe has changed in what is learned.
     """
     resume_point = _find_resume_point(recipe)
     best = resume_point.facts.get("held_out", {}).get("best_step")
@@ -73,14 +78,14 @@ def find_resume_point(recipe: Recipe) -> ResumePoint:
         or best in storage.steps_in(recipe.run.directory / FOLDER)
     ):
         return resume_point
-    # A best that no checkpoint of this run can give back, as of the run it goes on from: any of its own is better.
+    # The best checkpoint is not in this run's folder (it resumes another run): the next held-out loss is the best.
     return replace(resume_point, facts={**resume_point.facts, "held_out": {}})
 
 
 def _find_resume_point(recipe: Recipe) -> ResumePoint:
     found = run_dir.find(recipe)
     resume, directory = recipe.train.resume, recipe.run.directory
-    if resume == "never" and AGAIN in os.environ:  # what the first start of this launch has left
+    if resume == "never" and AGAIN in os.environ:  # the first start of this launch made it
         resume = "auto"
     notes: list[str] = []
     if found is not None:
@@ -98,7 +103,7 @@ def _find_resume_point(recipe: Recipe) -> ResumePoint:
         return ResumePoint()
     if resume == "auto":
         return find_newest_checkpoint(directory / FOLDER, notes) if found is not None else ResumePoint()
-    if found is not None and found.train.resume == resume:  # the same command again: the run has come further since
+    if found is not None and found.train.resume == resume:  # the same command again, and the run has trained on since
         own = find_newest_checkpoint(directory / FOLDER, list(notes))
         if own.checkpoint is not None:
             return own
@@ -106,22 +111,24 @@ def _find_resume_point(recipe: Recipe) -> ResumePoint:
 
 
 def find_newest_checkpoint(checkpoints: Path, notes: list[str]) -> ResumePoint:
-    """From the newest whole checkpoint in a folder of them, or from the first step. notes: lines that come before."""
-    for folder, problem in storage.newest_whole(checkpoints):
+    """The newest intact checkpoint in a folder of them, or the first step. notes: lines to print before."""
+    for folder, problem in storage.newest_intact(checkpoints):
         if problem is None:
             facts = read_facts(folder)
             return ResumePoint(False, folder, facts, (*notes, f"resume          {folder}, at step {facts['step']}"))
-        notes.append(f"warning: {folder} is passed over: {problem}")
+        notes.append(f"warning: {folder} is skipped: {problem}")
     return ResumePoint(notes=(*notes, f"resume          no checkpoint in {checkpoints}: from the first step"))
 
 
 def _given(path: Path, recipe: Recipe, notes: list[str]) -> ResumePoint:
-    """From one checkpoint, or the newest of a run directory or a folder of checkpoints."""
+    """One checkpoint, or the newest of a run directory or of a folder of checkpoints."""
     if not (path / storage.INDEX).is_file():
         inside = path / FOLDER if (path / FOLDER).is_dir() else path
         resume_point = find_newest_checkpoint(inside, notes)
         if resume_point.checkpoint is None:
-            raise UserError(f"train.resume={path}: no whole checkpoint there; give a folder such as {path}/step-000100")
+            raise UserError(
+                f"train.resume={path}: no intact checkpoint there; give a folder such as {path}/step-000100"
+            )
     else:
         if problem := storage.verify(path):
             raise UserError(f"train.resume={path}: {problem}; give another checkpoint, or train.resume=auto")
@@ -136,7 +143,7 @@ def _given(path: Path, recipe: Recipe, notes: list[str]) -> ResumePoint:
 
 
 def _refuse_to_leave_behind(path: Path, resume_point: ResumePoint, recipe: Recipe) -> None:
-    """A run that went back within its directory would have later checkpoints, and metrics, of another course."""
+    """A run that went back within its directory would keep later checkpoints and metrics of steps it trains again."""
     later = [step for step in storage.steps_in(recipe.run.directory / FOLDER) if step > resume_point.step]
     if later:
         raise UserError(
@@ -150,17 +157,32 @@ def check_same_base_and_data(resume_point: ResumePoint, now: dict[str, Any]) -> 
     for key, what in (("base_fingerprint", "base.model"), ("prepared_key", "data.prepared_dir")):
         if resume_point.checkpoint is not None and resume_point.facts[key] != now[key]:
             raise UserError(
-                f"{what} holds something else than when {resume_point.checkpoint} was saved; put that back, or start "
-                "anew with train.resume=never and another run.name"
+                f"{what} holds something else than when {resume_point.checkpoint} was saved; restore it, or start a "
+                "new run with train.resume=never and another run.name"
             )
 
 
+def restore(resume_point: ResumePoint, saver: AsyncSaver, trainer: Trainer) -> None:
+    """Loads the checkpoint of a resume point that has one. Collective: every rank must call it.
+
+    Raises UserError where its tensors do not fit the adapter.
+    """
+    checkpoint = resume_point.checkpoint
+    assert checkpoint is not None
+    with raise_on_all_ranks():
+        problem = saver.check(checkpoint) if dist.get_rank() == 0 else None
+        if problem is not None:
+            raise UserError(f"train.resume: {checkpoint} is of another adapter ({problem}); remove it")
+    saver.restore(checkpoint, resume_point.step)
+    trainer.load_state(resume_point.facts)
+
+
 def accept_recipe_changes(old: Recipe, new: Recipe, refusal: str, remedy: str) -> list[str]:
-    """Lines about harmless changes. Raises UserError that begins with `refusal` and names those that are not."""
+    """Lines about changes that are allowed. Raises a UserError that begins with `refusal` and names the others."""
     lines, refused = [], []
     for key, before, now in differences(old.model_dump(mode="json"), new.model_dump(mode="json")):
-        harmless = any(key == known or key.startswith(f"{known}.") for known in HARMLESS)
-        (lines if harmless else refused).append(f"{key} was {before!r} and is {now!r}")
+        allowed = any(key == known or key.startswith(f"{known}.") for known in MAY_CHANGE)
+        (lines if allowed else refused).append(f"{key} was {before!r} and is {now!r}")
     if refused:
         raise UserError(f"{refusal}: {'; '.join(refused)}; undo that or {remedy}")
     return [f"changed         {line}" for line in lines]

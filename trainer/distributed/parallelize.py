@@ -1,0 +1,83 @@
+"""The one place where a model is distributed over ranks, in the order in which it must happen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from trainer.adapters.attach import attach_adapter
+from trainer.adapters.router_stats import RouterStats
+from trainer.base.loader import load_opened
+from trainer.base.weight_map import OpenedBase
+from trainer.distributed.autotune import autotune
+from trainer.distributed.engine import initialize
+from trainer.distributed.expert_parallel import ExpertParallel, place_experts
+from trainer.distributed.zero3_sharding import Zero3Sharding, sharding_for
+from trainer.objective.loss import LabelledLoss
+from trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """A model as it is trained: base and adapter, its routers, DeepSpeed's engine around a `LabelledLoss` of it.
+
+    expert_parallel: None where experts are not placed.
+    """
+
+    model: PeftModel
+    router_stats: RouterStats
+    engine: Any
+    expert_parallel: ExpertParallel | None
+
+
+def parallelize(
+    recipe: Recipe,
+    opened: OpenedBase,
+    config: dict[str, Any],
+    device: torch.device,
+    num_tasks: int,
+    steps: int,
+    progress: Callable[[int], None] = lambda _: None,
+    base_loaded: Callable[[], None] = lambda: None,
+) -> ParallelModel:
+    """Loads and distributes what the recipe trains, in training mode. Collective: every rank must call it.
+
+    config: DeepSpeed's, filled. steps: of the whole run, for the learning rate. progress: receives the bytes read of
+    the base so far. base_loaded: is called once the base is there.
+    """
+    # The base first, already in shards: it must not be whole on any rank, not even while it is loaded.
+    base = load_opened(opened, sharding_for(config, device), progress)
+    base_loaded()
+    # Initial values come from torch's generator, which must stand at the same place on every rank.
+    torch.manual_seed(recipe.run.seed)
+    # The adapter is still whole here; it takes device and dtype from the base.
+    model = attach_adapter(base, recipe.adapter)
+    # Before placement, which takes away the whole parameters whose shapes are read here.
+    router_stats = RouterStats(model, num_tasks)
+    # Before DeepSpeed sees the parameters: it partitions an expert over the group that its tag names.
+    expert_parallel = place_experts(model, recipe.experts) if recipe.experts.parallel_size > 1 else None
+    # Before DeepSpeed sees the modules; without re-entrance, since ZeRO-3's hooks must run in the recomputed forward.
+    if recipe.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # The loss is part of the module, so that its choice of positions lies within the forward that ZeRO-3 traces.
+    engine = initialize(LabelledLoss(model, router_stats, num_tasks).train(), recipe.train, config, steps)
+    # Last: it measures with the shards that ZeRO-3 has made.
+    if expert_parallel is not None and recipe.experts.dispatch == "auto":
+        autotune(expert_parallel)
+    return ParallelModel(model, router_stats, engine, expert_parallel)
+
+
+def shard_for_inference(opened: OpenedBase, config: dict[str, Any], device: torch.device) -> PreTrainedModel:
+    """The bare base in shards of ZeRO-3 over all ranks, in eval mode. Collective: every rank must call it.
+
+    Each forward gathers one layer's parameters at a time: every rank must make as many forwards as the others, or they
+    wait forever. An adapter that is attached afterwards is whole on every rank.
+    """
+    import deepspeed
+
+    base = load_opened(opened, Zero3Sharding(config, device))
+    engine, *_ = deepspeed.initialize(model=base, config=config)
+    return engine.module.eval()

@@ -1,0 +1,94 @@
+"""All that can be known of a run, and refused, before weights are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from data_prep.reader import PreparedSet, open_prepared
+from data_prep.user_error import UserError
+from trainer.adapters.attach import check_adapter
+from trainer.base.base_fingerprint import check_base_file
+from trainer.base.document_isolation import check_positions
+from trainer.base.model_config import load_tokenizer
+from trainer.base.weight_map import OpenedBase, open_base
+from trainer.distributed.deepspeed_config import check_expert_parallel, check_sharded_base, read_deepspeed_config
+from trainer.objective.batches import BatchPlan, plan_batches, steps_in
+from trainer.objective.optimizer import check_optimizer
+from trainer.recipe import Recipe, TrainConfig
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """config: DeepSpeed's, filled. total_steps: optimizer steps of the whole run."""
+
+    batches: BatchPlan
+    config: dict[str, Any]
+    opened: OpenedBase
+    prepared: PreparedSet
+    total_steps: int
+
+    def identity(self, recipe: Recipe) -> dict[str, Any]:
+        """The facts that every checkpoint of the run repeats, and by which a resumed run is compared with it."""
+        return {
+            "recipe": recipe.model_dump(mode="json"),
+            "world_size": self.batches.world_size,
+            "base_fingerprint": self.opened.fingerprint,
+            "prepared_key": self.prepared.manifest["key"],
+        }
+
+
+def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
+    """Opens the base and the prepared set and checks that the recipe goes with them and with these ranks.
+
+    local_ranks: LOCAL_RANK of every rank, in order. Raises UserError.
+    """
+    train = recipe.train
+    batches = plan_batches(train.global_batch_size, train.micro_batch_size, dist.get_world_size())
+    config = read_deepspeed_config(recipe, batches)
+    check_sharded_base(config, recipe.deepspeed.config)
+    check_expert_parallel(recipe.experts, local_ranks, config, recipe.deepspeed.config)
+    check_optimizer(train)
+    opened = open_base(recipe.base)
+    check_adapter(opened.model, recipe.adapter)
+    if recipe.adapter.init_from is not None:
+        check_base_file(recipe.adapter.init_from, recipe.base.model, opened.fingerprint)
+    prepared = open_prepared(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template))
+    steps = train.steps or steps_in(train.epochs or 0, len(prepared.train), train.global_batch_size)
+    _check_warm_up(train, steps)
+    check_positions(opened.model.config, recipe.data.seq_len)
+    _check_held_out(recipe, len(prepared.held_out))
+    return RunPlan(batches, config, opened, prepared, steps)
+
+
+def warnings_about(recipe: Recipe, opened: OpenedBase) -> list[str]:
+    """Lines about what a run may do, and probably should not."""
+    longest = getattr(opened.model.config, "max_position_embeddings", None)
+    if longest is None or recipe.data.seq_len <= longest:
+        return []
+    return [
+        f"warning: data.seq_len={recipe.data.seq_len}, but base.model was made for {longest} positions "
+        "(max_position_embeddings); later ones may make no sense to it"
+    ]
+
+
+def _check_warm_up(train: TrainConfig, steps: int) -> None:
+    if train.warmup_steps is not None and train.warmup_steps >= steps:
+        raise UserError(
+            f"train.warmup_steps={train.warmup_steps}: the run has {steps} steps, so it would end before the learning "
+            "rate is reached; lower it"
+        )
+
+
+def _check_held_out(recipe: Recipe, rows: int) -> None:
+    needing = {
+        "train.early_stopping_patience": recipe.train.early_stopping_patience,
+        "checkpoint.load_best_at_end": recipe.checkpoint.load_best_at_end or None,
+    }
+    for key, value in needing.items():
+        if value is not None and not rows:
+            raise UserError(
+                f"{key}={value} needs held-out losses, but {recipe.data.prepared_dir} has no held-out rows; prepare "
+                "with a larger data.held_out, or remove it"
+            )
