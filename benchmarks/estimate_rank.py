@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from trainer.training.loop import Parts, run_step
 
 from benchmarks.memory import PeakWatch, anonymous_bytes, settled_bytes
 from data_prep.reader import PreparedSet
@@ -20,7 +21,6 @@ from trainer.distributed.deepspeed_config import read_deepspeed_config
 from trainer.distributed.process_group import process_group
 from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe, load_recipe
-from trainer.training.loop import Parts, run_step
 from trainer.training.train import assemble, sharding_for
 
 STEPS = 2

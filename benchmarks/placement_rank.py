@@ -18,12 +18,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from trainer.distributed.expert_groups import make_groups, tag_experts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.adapters.adapter_config import TeamLoraConfig
 from trainer.console.library_logs import silence_libraries
 from trainer.distributed.autotune import autotune
-from trainer.distributed.expert_groups import make_groups, tag_experts
 from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.distributed.process_group import process_group
 from trainer.recipe import ExpertsConfig

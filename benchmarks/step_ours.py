@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset, load_from_disk
+from trainer.training.loop import Parts, StepReport, run_step
 
 from benchmarks.step import TARGETS, Setting
 from data_prep.reader import PreparedSet
@@ -18,7 +19,6 @@ from trainer.distributed.deepspeed_config import read_deepspeed_config
 from trainer.distributed.process_group import process_group
 from trainer.objective.batches import plan_batches, rows_of_step
 from trainer.recipe import Recipe
-from trainer.training.loop import Parts, StepReport, run_step
 from trainer.training.train import assemble, sharding_for
 
 EXPERTS = 4

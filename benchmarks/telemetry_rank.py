@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from datasets import load_from_disk
+from trainer.training.loop import Parts, StepReport, run_step
 
 from benchmarks.step import Setting
 from benchmarks.step_ours import recipe_of
@@ -24,7 +25,6 @@ from trainer.objective.batches import plan_batches
 from trainer.recipe import ReportConfig
 from trainer.telemetry.metrics import MetricsWriter, step_record
 from trainer.telemetry.router_images import SHARE, RouterImages
-from trainer.training.loop import Parts, StepReport, run_step
 from trainer.training.train import assemble, sharding_for
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

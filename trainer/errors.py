@@ -1,8 +1,8 @@
-"""What ends a run that no person's mistake ended. Imports nothing, so that the command can name it."""
+"""Exceptions that end a run, other than users' mistakes (data_prep.user_error). Imports nothing."""
 
 
 class TrainingFault(RuntimeError):
-    """Training cannot go on; the text says step, ranks and cause. Raised on every rank, weights untouched."""
+    """Training cannot go on. The text says step, ranks and cause. Raised on every rank, with the weights untouched."""
 
 
 class LostRank(TrainingFault):
@@ -10,4 +10,4 @@ class LostRank(TrainingFault):
 
 
 class Stopped(Exception):
-    """The run was asked to end and has saved where it stands; the text says so. Raised on every rank."""
+    """The run was asked to end and has saved its state; the text says so. Raised on every rank."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.quality.settings import METHODS, TRIALS, VALIDATION, WORK, Cell, recipe_of
 from data_prep.reader import open_prepared
-from trainer.adapters.adapter_writer import save_adapter
+from trainer.adapters.adapter_folder import save_adapter
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.layer import Experts
 from trainer.adapters.router_observer import find_experts

@@ -14,8 +14,7 @@ from data_prep.user_error import UserError
 from tests.adapters.parts import TOKENS, logits, plain_model, wake
 from tests.adapters.reference import off
 from tests.tiny_models import tiny_llama
-from trainer.adapters.adapter_folder import load_adapter
-from trainer.adapters.adapter_writer import save_adapter
+from trainer.adapters.adapter_folder import load_adapter, save_adapter
 from trainer.adapters.attach import attach_adapter, check_adapter
 from trainer.adapters.layer import Experts
 from trainer.recipe import AdapterConfig

@@ -5,7 +5,7 @@ import torch
 
 from tests.adapters.parts import METHODS, config_of, find_experts
 from tests.adapters.reference import loop
-from trainer.adapters.router_observer import alone, observe_routers, router_weights
+from trainer.adapters.router_observer import observe_routers, only_expert, router_weights
 
 methods = pytest.mark.parametrize(
     ("method", "options"), [*((m, {}) for m in METHODS), ("teamlora", {"renormalize": True})]
@@ -46,18 +46,18 @@ def test_an_expert_alone_computes_its_own_update_under_the_sum_of_all_weights(me
     for index in [(b, t) for b in range(2) for t in range(3)]:
         _, omega = written_out(module, x[index], options.get("renormalize"))
         expected[index] += scale * omega.sum() * (module.experts[expert].T @ (slices[expert] @ x[index]))
-    with alone(module, expert), torch.no_grad():
+    with only_expert(module, expert), torch.no_grad():
         assert torch.allclose(module(x, y), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_expert_is_alone_also_where_few_tokens_are_served_quicker():
     _, module, x, y = parts("teamlora", {})
     with torch.no_grad():
-        with alone(module, 1):
+        with only_expert(module, 1):
             expected = module(x, y)
         module.freeze()
         frozen = module(x, y)
-        with alone(module, 1):
+        with only_expert(module, 1):
             assert torch.equal(module(x, y), expected)
         assert torch.equal(module(x, y), frozen)
     assert not torch.allclose(frozen, expected)
@@ -67,7 +67,7 @@ def test_an_expert_is_alone_also_where_few_tokens_are_served_quicker():
 def test_afterwards_everything_is_as_it_was(method, options):
     config, module, x, y = parts(method, options)
     before = {name: p.clone() for name, p in module.named_parameters()}
-    with alone(module, 1):
+    with only_expert(module, 1):
         pass
     assert {name: p.shape for name, p in module.named_parameters()} == {n: p.shape for n, p in before.items()}
     assert torch.allclose(module(x, y), loop(config, before, x, y))

@@ -6,7 +6,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from data_prep.user_error import UserError
 from tests.tiny_models import FAMILIES, SIZES, tiny_model
-from trainer.base.document_isolation import check_packing, check_positions
+from trainer.base.document_isolation import check_document_isolation, check_positions
 from trainer.base.loader import load_base
 
 LENGTHS = (5, 9, 1, 7)
@@ -31,12 +31,12 @@ def test_logits_of_packed_documents_equal_those_alone(tmp_path, base_of, family,
 @pytest.mark.parametrize("family", ["bloom", "mpt", "opt", "biogpt", "bert"])
 def test_architectures_that_mix_packed_documents_are_refused(family):
     with pytest.raises(UserError, match=r"base\.attention=eager lets packed documents see one another"):
-        check_packing(CONFIG_MAPPING[family](), "eager", trust_remote_code=False)
+        check_document_isolation(CONFIG_MAPPING[family](), "eager", trust_remote_code=False)
 
 
 def test_attention_that_transformers_does_not_have_for_a_model_is_refused():
     with pytest.raises(UserError, match=r"gemma2 .*base\.attention=sdpa .*set another attention"):
-        check_packing(CONFIG_MAPPING["gemma2"](), "sdpa", trust_remote_code=False)
+        check_document_isolation(CONFIG_MAPPING["gemma2"](), "sdpa", trust_remote_code=False)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_attention_that_transformers_does_not_have_for_a_model_is_refused():
 )  # fmt: skip
 def test_long_context_scaling_does_not_get_in_the_way(rope):
     config = CONFIG_MAPPING["llama"](**{**SIZES, "head_dim": 128, "rope_parameters": rope})
-    check_packing(config, "sdpa", trust_remote_code=False)
+    check_document_isolation(config, "sdpa", trust_remote_code=False)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
@@ -73,6 +73,6 @@ def test_positions_that_depend_on_the_longest_document_are_refused(kind):
 def test_the_trial_leaves_random_state_and_configuration_alone():
     config = CONFIG_MAPPING["qwen3"]()
     before, state = config.to_dict(), torch.get_rng_state()
-    check_packing(config, "sdpa", trust_remote_code=False)
+    check_document_isolation(config, "sdpa", trust_remote_code=False)
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from trainer.training.loop import Parts, run_step
 
 from tests.distributed import scene
 from tests.distributed.worker import build, keep
@@ -21,7 +22,6 @@ from trainer.console.library_logs import silence_libraries
 from trainer.distributed.engine import gather_trainable
 from trainer.distributed.process_group import process_group
 from trainer.recipe import CheckpointConfig, Recipe
-from trainer.training.loop import Parts, run_step
 from trainer.training.resume import find_newest_checkpoint
 from trainer.training.train import restore
 

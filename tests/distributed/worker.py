@@ -17,13 +17,14 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import Tensor
+from trainer.training.loop import Parts, held_out_losses, run_step
 
 import trainer.training.train
 from data_prep.user_error import UserError
 from tests.distributed import scene
 from tests.estimate.engine_bytes import copied_bytes, learning_bytes
 from tests.tiny_models import FAMILIES
-from trainer.adapters.adapter_writer import save_adapter
+from trainer.adapters.adapter_folder import save_adapter
 from trainer.adapters.attach import attach_adapter
 from trainer.base.loader import load_opened
 from trainer.base.weight_map import open_base
@@ -40,7 +41,6 @@ from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe
 from trainer.run.launch_protocol import LAUNCH_ID
 from trainer.telemetry.startup import bytes_on_this_rank
-from trainer.training.loop import Parts, held_out_losses, run_step
 from trainer.training.train import assemble, sharding_for
 
 # name: (micro batch size, accumulation, changes of the recipe)

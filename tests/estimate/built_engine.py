@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from trainer.training.loop import run_step
 
 from tests.distributed import scene
 from tests.distributed.worker import build, plan_rows
@@ -20,7 +21,6 @@ from trainer.console.library_logs import silence_libraries
 from trainer.distributed.process_group import process_group
 from trainer.recipe import Recipe
 from trainer.telemetry.startup import bytes_on_this_rank
-from trainer.training.loop import run_step
 
 STAGES = (0, 1, 2, 3)
 

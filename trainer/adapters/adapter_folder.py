@@ -1,36 +1,41 @@
-"""Puts an adapter from disk on a model, whole or not at all."""
+"""An adapter's folder in PEFT's format: read whole or not at all, written and verified before anyone can see it."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
+from data_prep.publish import publish_atomically
 from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line
+from trainer.base.safetensors_writer import translate_disk_errors
 
 
 def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
-    """The base under the adapter of a folder, in the dtype of its base layers. options: `PeftModel.from_pretrained`'s.
+    """The base under a folder's adapter, in the dtype of its base layers. options: for `PeftModel.from_pretrained`.
 
-    Raises UserError where the adapter is not one of this base: where it lacks a part, PEFT would warn and go on with a
-    fresh value; what has no place in the base it would leave out without a word, or write into the base itself.
+    Raises UserError where the adapter is not one of this base. PEFT only warns where the adapter lacks a part, and goes
+    on with a fresh value; what has no place in the base it leaves out silently, or writes into the base itself.
     """
     stored = _names_in(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
         try:
-            # read on the CPU: PEFT would take every rank's through the first GPU
+            # read on the CPU: PEFT would load every rank's adapter through the first GPU
             model = PeftModel.from_pretrained(
                 base, str(folder), autocast_adapter_dtype=False, torch_device="cpu", **options
             )
         except UserWarning as warning:
-            told = str(warning)
+            text = str(warning)
             raise UserError(
-                f"{folder}: parts of the adapter are missing ({told[told.find('[') :][:160]}); give a whole one"
+                f"{folder}: parts of the adapter are missing ({text[text.find('[') :][:160]}); give a complete one"
             ) from warning
         except (RuntimeError, ValueError) as error:  # other shapes, or none of the linears
             raise UserError(
@@ -44,6 +49,27 @@ def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
     return model
 
 
+def save_adapter(
+    model: PeftModel, parameters: dict[str, torch.Tensor], folder: Path, also: Callable[[Path], None] = lambda _: None
+) -> None:
+    """Publishes `folder` with the adapter's whole parameters, by their names in `model`, under one rename.
+
+    The parameters are passed because under ZeRO-3 the model's own are empty (engine.gather_trainable). `also` adds
+    files of its own before the rename. Raises RuntimeError where what is read back differs, OSError where the disk
+    refuses.
+    """
+    with publish_atomically(folder) as staging:
+        with translate_disk_errors(staging):
+            model.save_pretrained(str(staging), state_dict=parameters, save_embedding_layers=False)
+        written = load_file(staging / SAFETENSORS_WEIGHTS_NAME)
+        if len(written) != len(parameters):
+            raise RuntimeError(f"{staging}: {len(written)} tensors were written of {len(parameters)}")
+        for name, tensor in parameters.items():
+            if not torch.equal(written.get(_name_on_disk(name), torch.empty(0)), tensor):
+                raise RuntimeError(f"{staging}: {name} was not written as it is")
+        also(staging)
+
+
 def _names_in(folder: Path) -> set[str]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
@@ -51,3 +77,8 @@ def _names_in(folder: Path) -> set[str]:
             return set(file.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); give an adapter's folder") from error
+
+
+def _name_on_disk(name: str) -> str:
+    """PEFT leaves the adapter's name out: ...experts.default.lora_a -> ...experts.lora_a."""
+    return name.replace(".default.", ".")

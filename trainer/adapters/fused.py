@@ -46,14 +46,14 @@ class BalanceTerm(Protocol):
     """The balance loss as the backward pass sees it."""
 
     def add_gradient(self, grad_phi: Tensor) -> None:
-        """Add the balance loss's gradient to grad_phi [k, tokens], in place."""
+        """Adds the balance loss's gradient to grad_phi [k, tokens], in place."""
 
 
 class RouterObserver(Protocol):
-    """Receives the router's weights of one training forward."""
+    """Receives the router's weights of each training forward."""
 
     def observe(self, phi: Tensor, interaction: Tensor | None) -> BalanceTerm | None:
-        """Take phi [k, tokens] and M as used; return the term whose gradient the backward pass adds, if any."""
+        """Takes phi [k, tokens] and M as used; returns the term whose gradient the backward pass adds, if any."""
 
 
 class Dispatcher(Protocol):
@@ -67,9 +67,9 @@ class Dispatcher(Protocol):
 
 
 class RemoteParameters(Protocol):
-    """Where the parameters of experts that live on several ranks are had from (trainer.distributed.expert_parallel).
+    """The source of parameters whose experts live on several ranks (trainer.distributed.expert_parallel).
 
-    What autograd is given for them are edges of its graph, which hold no values.
+    Autograd sees edges of its graph in their place, which hold no values.
     """
 
     dispatcher: Dispatcher | None
@@ -95,7 +95,7 @@ class GatedExperts(torch.autograd.Function):
         experts: Tensor,
         gate: Gate,
         dtype: torch.dtype,
-        probe: RouterObserver | None,
+        observer: RouterObserver | None,
         remote: RemoteParameters | None,
     ) -> Tensor:
         ctx.remote, ctx.dispatcher = remote, remote.dispatcher if remote is not None else None
@@ -109,7 +109,7 @@ class GatedExperts(torch.autograd.Function):
         phi = _softmax(logits)
         weights, _ = _compete(phi, _scaled(interaction, gate, phi.dtype), gate)
         gated = _apply_gate(z, weights)
-        ctx.balance = probe.observe(phi, interaction) if probe is not None else None
+        ctx.balance = observer.observe(phi, interaction) if observer is not None else None
         ctx.gate, ctx.dtype = gate, dtype
         if ctx.dispatcher is None:
             out, received = _accumulate(y, gated, experts.flatten(0, 1).to(dtype)), None
@@ -138,7 +138,7 @@ class GatedExperts(torch.autograd.Function):
             grad_gated, grad_experts = ctx.dispatcher.backward(grad, received, experts.to(dtype))
             grad_experts = grad_experts.to(experts.dtype)
         else:
-            # grad is the left operand and the small result is turned: else all of grad would be packed anew
+            # grad is the left operand, the small result is transposed: the other way all of grad would be packed
             grad_gated = (grad @ experts.flatten(0, 1).to(dtype).t()).t().contiguous()
             if want_experts:
                 grad_experts = _mm(_apply_gate(z, weights), grad, experts.shape).to(experts.dtype)
@@ -171,7 +171,7 @@ def gated_experts(
     interaction: Tensor | None,
     experts: Tensor,
     gate: Gate,
-    probe: RouterObserver | None = None,
+    observer: RouterObserver | None = None,
     remote: RemoteParameters | None = None,
 ) -> Tensor:
     """Add the gated experts' update of x to the base output y, out of place, in y's dtype.
@@ -182,11 +182,11 @@ def gated_experts(
     """
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, a.dtype, probe, remote)
+        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, a.dtype, observer, remote)
     dtype = torch.get_autocast_dtype(device)
     # autocast does not reach the backward of a custom function: the dtype is decided here, for both
     with torch.autocast(device, enabled=False):
-        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, probe, remote)
+        return GatedExperts.apply(x, y, a, router, interaction, experts, gate, dtype, observer, remote)
 
 
 class FrozenExperts:
@@ -233,11 +233,16 @@ class FrozenExperts:
         return torch.addmm(y.reshape(-1, y.shape[-1]), gated, self._experts).view(y.shape)
 
 
-def expert_weights(x: Tensor, router: Tensor, interaction: Tensor | None, gate: Gate) -> Tensor:
-    """omega of every token of x [..., d_in], as the gate applies it but for its scale: fp32 [k, tokens]."""
+def gate_weights(x: Tensor, router: Tensor, interaction: Tensor | None, gate: Gate) -> tuple[Tensor, Tensor]:
+    """phi [phi's entries, tokens] and omega [k, tokens] of every token of x [..., d_in]; fp32 (TeamLoRA, section 3).
+
+    Both as in the equations, without the factors k and alpha / r_B. Without M omega is phi.
+    """
     phi = _softmax(router @ _rows(x, router.dtype).t())
+    if interaction is None:
+        return phi, phi
     weights, _ = _compete(phi, _scaled(interaction, gate, phi.dtype), gate)
-    return weights / gate.scale
+    return phi, weights / gate.scale
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

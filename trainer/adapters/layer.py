@@ -21,10 +21,10 @@ class Experts(nn.Module):
     interaction  [k, k]            TeamLoRA's M, else None; [k, phi's entries]
     experts      [k, r_B, d_out]   the matrices B_i
 
-    A module with a forward of its own, because that is what ZeRO-3's hooks gather parameters for. `probe`, where a
-    training loop has set one, sees the router's weights (see `RouterStats`). `remote` is set where the experts (and
+    A module with its own forward, because ZeRO-3's hooks gather parameters for a module's forward. `observer`, where a
+    training loop has set one, receives the router's weights (see `RouterStats`). `remote` is set where the experts (and
     MoELoRA's A_i, `a_by_expert`) live on several ranks (see `ExpertParallel`). `frozen`, once `freeze` was called,
-    serves forwards of few tokens.
+    computes forwards of few tokens.
     """
 
     def __init__(self, in_features: int, out_features: int, config: ExpertLoraConfig) -> None:
@@ -45,7 +45,7 @@ class Experts(nn.Module):
         )
         self.dropout = config.dropout
         self.balance_loss_weight = config.balance_loss_weight
-        self.probe: RouterObserver | None = None
+        self.observer: RouterObserver | None = None
         self.remote: RemoteParameters | None = None
         self.frozen: FrozenExperts | None = None
         self.a_by_expert = isinstance(config, MoeLoraConfig)
@@ -66,7 +66,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Makes forwards of few tokens quicker, for parameters that do not change any more and are whole here."""
+        """Makes forwards of few tokens faster, for parameters that are whole here and do not change any more."""
         if not self.gate.renormalize and self.remote is None:
             self.frozen = FrozenExperts(self.lora_a, self.router, self.interaction, self.experts, self.gate)
 
@@ -74,8 +74,8 @@ class Experts(nn.Module):
         """x [..., d_in], base output y [..., d_out] -> [..., d_out] in the dtype of y."""
         if self.frozen is not None and self.frozen.serves(x, y):
             return self.frozen(x, y)
-        probe = self.probe if self.training else None
-        if self.training and self.probe is None and self.balance_loss_weight:
+        observer = self.observer if self.training else None
+        if self.training and self.observer is None and self.balance_loss_weight:
             warnings.warn(
                 "balance_loss_weight has no effect: no training loop drives the routers (see RouterStats)",
                 stacklevel=2,
@@ -86,11 +86,11 @@ class Experts(nn.Module):
             parameters = self.lora_a, self.router, self.interaction, self.experts
         else:
             parameters = self.remote.edges()
-        return gated_experts(x, y, *parameters, self.gate, probe, self.remote)
+        return gated_experts(x, y, *parameters, self.gate, observer, self.remote)
 
 
 class ExpertLayer(nn.Module, BaseTunerLayer):
-    """A linear layer and its adapters by name; a subclass a method, since PEFT tells methods apart by attribute."""
+    """A linear layer and its adapters by name. One subclass per method: PEFT distinguishes methods by an attribute."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: ExpertLoraConfig) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def update_layer(self, adapter_name: str, config: ExpertLoraConfig) -> None:
-        """Adds an adapter, on the base layer's device and in its dtype (packed bases: their compute dtype)."""
+        """Adds an adapter on the base layer's device and in its dtype (for packed bases, their compute dtype)."""
         base = self.get_base_layer()
         self.adapters[adapter_name] = Experts(base.in_features, base.out_features, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -123,7 +123,7 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
 
 
 def freeze_experts(model: nn.Module) -> None:
-    """Makes the model generate quicker; its adapters must not change afterwards (see `FrozenExperts`)."""
+    """Makes the model generate faster; its adapters must not change afterwards (see `FrozenExperts`)."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.freeze()

@@ -1,4 +1,4 @@
-"""What a training loop knows of its routers: their statistics by step, and the balance loss's gradient.
+"""Statistics of the routers in training, step by step, and the gradient of the balance loss.
 
 The balance loss is defined on the *global* batch, so that micro-batches, ranks, packing and recomputation change
 nothing: with m the mean router weights (phi) [k] of a layer over the real tokens of the last optimizer step,
@@ -43,7 +43,7 @@ class RouterReport:
 
     @property
     def balance(self) -> float:
-        """Mean over layers of sum_i (m_i - 1/k)^2: 0 for routers that use their experts alike."""
+        """Mean over layers of sum_i (m_i - 1/k)^2: 0 for routers that use all experts equally."""
         return (self.weights - 1 / self.weights.shape[1]).square().sum(1).mean().item()
 
     @property
@@ -60,7 +60,23 @@ class RouterReport:
         """
         if self.interaction is None or self.renormalized:
             return None
-        return (self.interaction @ self.weights[:, :, None]).squeeze(2)
+        return mean_omega(self.interaction, self.weights)
+
+
+def mean_omega(interaction: Tensor, phi: Tensor) -> Tensor:
+    """Mean weights after competition [layers, ..., experts] from mean phi [layers, ..., k]: omega = M phi is linear.
+
+    interaction: M [layers, experts, k].
+    """
+    return torch.einsum("lij,l...j->l...i", interaction, phi)
+
+
+def task_distance(by_task: Tensor, overall: Tensor) -> Tensor:
+    """[layers, tasks]: half the sum over k of |mean phi of the task - mean phi of all tokens|, from 0 to 1.
+
+    by_task [layers, tasks, k], overall [layers, k].
+    """
+    return (by_task - overall[:, None]).abs().sum(2) / 2
 
 
 def place_of(name: str) -> tuple[int, str]:
@@ -77,10 +93,10 @@ def by_decoder_layer(names: Sequence[str], values: Tensor) -> dict[int, Tensor]:
 
 
 class RouterStats:
-    """The routers of one model. The loop drives it:
+    """The routers of one model. The training loop calls, in this order:
 
     begin_step, then for each micro-batch begin_micro_batch, forward (which calls `capture_loss_grad`), backward and
-    end_micro_batch, then end_step. What is measured for reports changes no bit of what is trained.
+    end_micro_batch, then end_step. Measuring for reports changes no bit of what is trained.
     """
 
     def __init__(self, model: nn.Module, num_tasks: int = 1) -> None:
@@ -104,10 +120,10 @@ class RouterStats:
         if first is not None and first.interaction is not None:
             self._interaction = torch.zeros(layers, *first.interaction.shape, device=device)
         for index, module in enumerate(modules.values()):
-            module.probe = _LayerObserver(self, index)
+            module.observer = _LayerObserver(self, index)
 
     def begin_step(self, tokens: int, measure: bool) -> None:
-        """tokens: real ones of the global batch. measure: whether the step's report will be wanted."""
+        """tokens: real tokens of the global batch. measure: whether `end_step` is to return a report."""
         self.tokens = tokens
         self._measure = bool(self.names) and measure
         self._balance = bool(self.names) and self.balance_loss_weight > 0
@@ -123,7 +139,7 @@ class RouterStats:
             self._micro_batch.tokens.copy_(self._of_task.sum(0))
 
     def capture_loss_grad(self, loss: Tensor) -> Tensor:
-        """The same loss; its backward remembers the gradient that comes in, accumulation and loss scale included."""
+        """Returns the same loss; its backward keeps the incoming gradient, accumulation and loss scale included."""
         return _CaptureLossGrad.apply(loss, self)
 
     def end_micro_batch(self) -> None:
@@ -131,7 +147,7 @@ class RouterStats:
         self._step.add_(self._micro_batch, by_task=self._measure)
 
     def end_step(self) -> RouterReport | None:
-        """The step's report, None where it was not to be measured. Every rank takes part in its one all-reduce."""
+        """The step's report, None where it was not measured. Collective: one all-reduce, every rank must call it."""
         if not (self._measure or self._balance):
             return None
         self._step.sum_over_ranks(by_task=self._measure)
@@ -194,7 +210,7 @@ class _Sums:
             part += more
 
     def sum_over_ranks(self, by_task: bool) -> None:
-        """One all-reduce; every rank takes part."""
+        """Collective: one all-reduce, every rank must call it."""
         if not dist.is_initialized():
             return
         parts = self._parts(by_task)

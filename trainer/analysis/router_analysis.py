@@ -14,7 +14,7 @@ from data_prep.encode import IGNORED
 from data_prep.publish import blame_option, publish_atomically
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
-from trainer.adapters.router_observer import alone, find_experts, observe_routers
+from trainer.adapters.router_observer import find_experts, observe_routers, only_expert
 from trainer.adapters.router_stats import by_decoder_layer
 from trainer.analysis.document_scores import Document, Scores, first_documents, score
 from trainer.analysis.router_usage import RouterWatch
@@ -65,7 +65,7 @@ def watch(run: LoadedRun, documents: Sequence[Document], tasks: list[str]) -> Ro
         learned = score(model, documents, before=watcher.begin)
     scores = {"base": _scored(run, documents, model.disable_adapter()), "learned": learned}
     first = next(iter(adapters.values()))
-    scores |= {alone_name(i): _scored(run, documents, alone(model, i)) for i in range(len(first.experts))}
+    scores |= {alone_name(i): _scored(run, documents, only_expert(model, i)) for i in range(len(first.experts))}
     matrices = [module.interaction for module in adapters.values()]
     return RouterView(
         method=run.recipe.adapter.method,

@@ -1,9 +1,9 @@
-"""Whether an architecture keeps packed documents apart, found by trying it on a tiny copy of itself.
+"""Checks that an architecture keeps packed documents apart, by trying it on a tiny copy of itself.
 
 transformers isolates documents where position_ids restart, if the model hands position_ids to its mask, no
 attention_mask is given and no cache is in use. Models with ALiBi, learned positions counted from the mask, or
-a recurrent state do not. Which do is not written anywhere, so it is tested: changing one document must not
-change the other's logits.
+a recurrent state do not. No list says which do, so it is tried: changing one document must not change the other's
+logits.
 """
 
 import copy
@@ -32,7 +32,7 @@ DOCUMENTS = (5, 8)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def check_packing(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> None:
+def check_document_isolation(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> None:
     """Raise UserError unless packed documents are isolated in this architecture with this attention.
 
     Leaves the random state as it was. flash_attention_2 is tried on the GPU, in bf16 and with one row: with
@@ -52,7 +52,7 @@ def check_packing(config: PretrainedConfig, attention: str, trust_remote_code: b
             leak = _leak(model.eval().to(device))
         except Exception as error:
             raise UserError(
-                f"base.model: could not find out whether {config.model_type} keeps packed documents apart "
+                f"base.model: could not check whether {config.model_type} keeps packed documents apart "
                 f"with base.attention={attention} ({one_line(error)}); "
                 "set another attention or another model"
             ) from error

@@ -1,8 +1,7 @@
-"""Load the frozen base: built on meta, read piece by piece, its decoder linears quantised as they come.
+"""Loads the frozen base: built on meta, read piece by piece, its linears quantised as they are read.
 
-What is quantised: every nn.Linear but the output embedding. The rest is stored in the compute dtype. NF4 is
-computed from the values as the files hold them. No rank ever holds more than its own run of a parameter, and
-one piece of a few megabytes.
+Every nn.Linear except the output embedding is quantised; the rest is stored in the compute dtype. NF4 is computed from
+the values in the files. No rank ever holds more than its own part of a parameter and one piece of a few megabytes.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ NAMED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_t
 
 
 def load_base(base: "BaseModelConfig", device: torch.device | str) -> PreTrainedModel:
-    """Opens a base and loads it whole on one device: what one process without an engine needs."""
+    """Opens a base and loads it whole on one device, for one process without an engine."""
     return load_opened(open_base(base), Unsharded(device))
 
 
@@ -36,7 +35,7 @@ def load_opened(
 
     Of every parameter just the run that `shards` keeps on this rank; buffers and NF4's second level are whole on
     `shards.device`. With the sharding of a process group (Zero3Sharding) every rank calls this together.
-    `progress` is told the bytes read so far, after each tensor, of about `bytes_to_read`.
+    `progress` receives the bytes read so far after each tensor; `bytes_to_read` is about their total.
     """
     model = opened.model
     if opened.base.quantization == "nf4":
@@ -53,12 +52,12 @@ def load_opened(
 
 
 def bytes_to_read(opened: OpenedBase, world: int) -> int:
-    """What a rank reads of the files, but for the ends of rows and blocks that two ranks read."""
+    """Bytes of the files that each of `world` ranks reads, not counting ends of rows and blocks that two ranks read."""
     return sum(map(opened.weights.nbytes, opened.names)) // world
 
 
 def pack_linears(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Put an empty NF4Linear in the place of every nn.Linear but the output embedding."""
+    """Replaces every nn.Linear except the output embedding by an empty NF4Linear."""
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
@@ -67,7 +66,7 @@ def pack_linears(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
 
 
 def tie(model: PreTrainedModel) -> None:
-    """Make tied parameters one object again: assignment broke their bond."""
+    """Makes tied parameters one object again: assigning new ones has untied them."""
     for target, source in model.all_tied_weights_keys.items():
         loaded, other = (target, source) if model.get_parameter(source).is_meta else (source, target)
         owner, _, attribute = other.rpartition(".")
@@ -75,11 +74,11 @@ def tie(model: PreTrainedModel) -> None:
 
 
 def set_generation(model: PreTrainedModel, folder: Path) -> None:
-    """The tokens that the folder's generation config names, if it has one; none of its penalties or temperatures, under
-    which the likeliest answer would not be given. Generation caches, while a plain forward does not.
+    """Takes over only the special tokens of the folder's generation config, if it has one, and turns the cache off.
 
-    transformers isolates packed documents by position_ids only while no cache is in use, and makes a cache
-    unless told otherwise.
+    Its penalties and temperatures are left out, since with them greedy decoding would not give the likeliest answer.
+    Generation still uses a cache; a plain forward does not, because transformers isolates packed documents by
+    position_ids only while no cache is in use.
     """
     if (folder / "generation_config.json").is_file():
         named = GenerationConfig.from_pretrained(folder)
@@ -89,7 +88,7 @@ def set_generation(model: PreTrainedModel, folder: Path) -> None:
 
 
 def move_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Bring buffers to the device; parameters are where they belong already."""
+    """Moves buffers to the device; parameters are already where they belong."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

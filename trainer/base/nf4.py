@@ -1,9 +1,9 @@
 """A frozen linear layer whose weight is held in 4-bit NormalFloat (NF4), as plain uint8 parameters.
 
-NF4 with double quantisation is QLoRA's (Dettmers et al. 2023, section 3): each block of 64 weights keeps
-4-bit indices and its absolute maximum; each block of 256 of those maxima, less their mean, keeps 8-bit
-indices and one fp32 maximum. Packed weights and first-level maxima are ordinary parameters here, so ZeRO-3
-partitions, gathers and offloads both of them as it does any frozen parameter.
+NF4 with double quantisation is QLoRA's (Dettmers et al. 2023, section 3): each block of 64 weights keeps 4-bit
+indices and its absolute maximum; each block of 256 of those maxima, less their mean, keeps 8-bit indices and one fp32
+maximum. Packed weights and first-level maxima are ordinary parameters here, so ZeRO-3 partitions, gathers and offloads
+both like any frozen parameter.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ BLOCKS_OF_BLOCKS = 256
 
 @dataclass(frozen=True)
 class SecondLevel:
-    """What turns uint8 maxima back into fp32: absmax [ceil(blocks / 256)], code [256], offset [] (all fp32).
+    """Turns uint8 maxima back into fp32: absmax [ceil(blocks / 256)], code [256], offset [] (all fp32).
 
     About a 2000th of the packed weight's size, so every rank keeps it whole.
     """
@@ -69,10 +69,10 @@ def quantize_blocks(pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _count_boundaries(piece: Tensor, boundaries: list[float]) -> tuple[Tensor, Tensor]:
-    """What bitsandbytes' CPU kernel makes of whole blocks, bit for bit, in less than half its time.
+    """The result of bitsandbytes' CPU kernel for whole blocks, bit for bit, in less than half its time.
 
-    That searches each scaled value's place among the 15 boundaries between NF4's values one by one (torch.bucketize,
-    three quarters of its time); the place is also the number of boundaries below the value, which vectorises.
+    The kernel searches each scaled value's place among the 15 boundaries between NF4's values (torch.bucketize, three
+    quarters of its time). The place is also the number of boundaries below the value, which vectorises.
     """
     blocks = piece.float().view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
@@ -85,7 +85,7 @@ def _count_boundaries(piece: Tensor, boundaries: list[float]) -> tuple[Tensor, T
 
 
 def compress_absmax(absmax: Tensor) -> tuple[Tensor, SecondLevel]:
-    """Second level: all fp32 maxima of one tensor [blocks] -> uint8 codes [blocks] and what undoes them."""
+    """Second level: all fp32 maxima of one tensor [blocks] -> uint8 codes [blocks] and their inverse."""
     offset = absmax.mean()
     codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=BLOCKS_OF_BLOCKS)
     return codes, SecondLevel(state.absmax, state.code, offset)
@@ -95,7 +95,7 @@ def dequantize(packed: Tensor, absmax: Tensor, second: SecondLevel, shape: tuple
     """The weight of `shape` in `dtype` from packed [numel / 2] and absmax [blocks].
 
     Goes past bitsandbytes' dequantize_4bit, which transposes when its input has one row. Its CPU kernel with
-    AVX512 reads wrong maxima where a row is no whole number of blocks, so it is given one block a row.
+    AVX512 reads wrong maxima where a row is not a whole number of blocks, so it gets one block per row.
     """
     numel = torch.Size(shape).numel()
     maxima = torch.ops.bitsandbytes.dequantize_blockwise(
@@ -108,12 +108,11 @@ def dequantize(packed: Tensor, absmax: Tensor, second: SecondLevel, shape: tuple
 class NF4Linear(nn.Linear):
     """y = x W^T + b with W [out_features, in_features] frozen in NF4.
 
-    weight: uint8 [ceil(numel / 2)]; absmax: uint8 [ceil(numel / 64)]; bias: [out_features] in the compute
-    dtype, or None; none of them learns. They begin on meta and are put in their place by a loader, or by
-    `from_linear`. `second` is a plain attribute: casts (`.bfloat16()`, an engine's own) never touch it, and a
-    move of the module to another device takes it along. Computes in the dtype of its input; `compute_dtype`
-    says what the model was loaded for. A subclass of nn.Linear, so that PEFT's own LoRA and "all-linear" see
-    a linear layer.
+    weight: uint8 [ceil(numel / 2)]; absmax: uint8 [ceil(numel / 64)]; bias: [out_features] in the compute dtype, or
+    None; all frozen. They begin on meta; a loader or `from_linear` fills them. `second` is a plain attribute: casts
+    (`.bfloat16()`, an engine's own) never touch it, and moving the module to another device moves it too. Computes in
+    the dtype of its input; `compute_dtype` is the dtype that the model was loaded for. A subclass of nn.Linear, so
+    that PEFT's own LoRA and "all-linear" see a linear layer.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, compute_dtype: torch.dtype):
@@ -160,7 +159,7 @@ class NF4Linear(nn.Linear):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Keeps only the packed weight for backward, and dequantises it there once more."""
+    """Keeps only the packed weight for backward, and dequantises it again there."""
 
     @staticmethod
     def forward(ctx, x, packed, absmax, bias, second, shape):

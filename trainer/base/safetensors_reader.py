@@ -1,4 +1,4 @@
-"""The tensors of a model's safetensors files, read by ranges, so that none need ever be whole in memory."""
+"""Reads the tensors of a model's safetensors files by ranges, so that none needs to be whole in memory."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How a parameter's elements are dealt out to ranks, and the plain case of one process that keeps all."""
+"""How a parameter's elements are divided among ranks, and the plain case of one process that keeps all."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class ShardingStrategy(Protocol):
-    """Where the loader puts what it reads: this rank's share of every parameter.
+    """Decides which part of every parameter this rank loads, and where it stays.
 
-    A parameter of n elements is cut into `world` runs of ceil(n / world); the last may be short or empty.
-    `device` is where pieces are computed on, which under offload is not where they are kept.
+    A parameter of n elements is cut into `world` runs of ceil(n / world); the last may be short or empty. `device` is
+    where pieces are computed, which with offload is not where they are kept.
     """
 
     rank: int

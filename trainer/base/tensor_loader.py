@@ -1,4 +1,4 @@
-"""Read one tensor of the files into its place in the model: only this rank's run of it, a piece at a time."""
+"""Reads one tensor of the files into its place in the model: only this rank's part of it, one piece at a time."""
 
 import math
 
@@ -10,15 +10,15 @@ from trainer.base.safetensors_reader import Weights
 from trainer.base.sharding import ShardingStrategy, shard_range
 
 BLOCK_BYTES = BLOCK // 2
-# Elements read at once, whole blocks. Small ones stay in a CPU's cache while bitsandbytes makes temporaries of
-# 16 bytes an element; on a GPU large ones save launches.
+# Elements read at once, whole blocks. On a CPU a small piece stays in the cache while bitsandbytes makes temporaries of
+# 16 bytes per element; on a GPU a large piece saves kernel launches.
 PIECE = {"cpu": 2**17, "cuda": 2**22}
 
 
 def fill(model: nn.Module, target: str, weights: Weights, source: str, shards: ShardingStrategy) -> None:
-    """Put the tensor `source` of the files in the place of `target`, quantised where an NF4Linear waits.
+    """Puts the tensor `source` of the files in the place of `target`, quantised where the target is an NF4Linear's.
 
-    Every rank calls this for the same tensors in the same order: each NF4 weight takes one collective.
+    Collective: every rank calls it for the same tensors in the same order; each NF4 weight takes one collective.
     """
     owner, _, attribute = target.rpartition(".")
     module = model.get_submodule(owner)
@@ -49,8 +49,8 @@ def plain_run(weights: Weights, source: str, dtype: torch.dtype, shards: Shardin
 def quantized_run(weights: Weights, source: str, shards: ShardingStrategy) -> tuple[Tensor, Tensor, SecondLevel]:
     """This rank's runs of the packed weight and of its absmax, and the second level, which is whole.
 
-    Runs are cut in bytes, so one may begin inside a block: that block is then read and quantised by both its
-    ranks. Its maximum is told by the rank that holds its first byte.
+    Runs are cut in bytes, so one may begin inside a block: both its ranks then read and quantise that block. Its
+    maximum comes from the rank that holds its first byte.
     """
     numel = math.prod(weights.shape(source))
     size, blocks = -(-numel // 2), -(-numel // BLOCK)
@@ -72,16 +72,16 @@ def quantized_run(weights: Weights, source: str, shards: ShardingStrategy) -> tu
 
 
 def read_whole(weights: Weights, source: str, into: Tensor) -> None:
-    """Read all of a small tensor into a tensor of the same shape."""
+    """Reads all of a small tensor into a tensor of the same shape."""
     numel = math.prod(weights.shape(source))
     flat = torch.cat(list(weights.read(source, 0, numel, max(numel, 1))))
     into.copy_(flat.view(into.shape))
 
 
 def _gather_absmax(absmax: Tensor, first: int, size: int, shards: ShardingStrategy) -> Tensor:
-    """All maxima of a tensor [blocks], on every rank, from what each found in its run (from block `first`).
+    """All maxima of a tensor [blocks], on every rank, from those of each rank's run (this rank's begin at `first`).
 
-    One collective among all ranks, of 1/16 byte an element of the tensor.
+    Collective: every rank must call it. Moves 1/16 byte per element of the tensor.
     """
     owned = [_blocks_begun(size, rank, shards.world) for rank in range(shards.world)]
     longest = max(stop - start for start, stop in owned)
@@ -99,7 +99,7 @@ def _blocks_begun(size: int, rank: int, world: int) -> tuple[int, int]:
 
 
 def _lay(target: Tensor, values: Tensor, position: int) -> None:
-    """Copy `values` to `target[position:]`, dropping what falls off either end."""
+    """Copies `values` to `target[position:]`, dropping what falls off either end."""
     start, stop = max(position, 0), min(position + values.numel(), target.numel())
     if start < stop:
         target[start:stop] = values[start - position : stop - position]

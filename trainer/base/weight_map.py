@@ -1,4 +1,4 @@
-"""Whether a model and its files fit each other, found out on meta before anything is read."""
+"""Maps the tensors of a model's files to its parameters, on meta, and refuses what does not fit before it is read."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from data_prep.user_error import UserError
 from trainer.base.base_fingerprint import fingerprint
-from trainer.base.document_isolation import check_packing
+from trainer.base.document_isolation import check_document_isolation
 from trainer.base.model_config import parse_config
 from trainer.base.model_folder import resolve_folder
 from trainer.base.safetensors_reader import BYTES, Weights
@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class OpenedBase:
-    """A base that can be loaded: its model on meta, its files, and which tensor goes where."""
+    """A base that can be loaded: its model on meta, its files, and {name in the files: name in the model}."""
 
     base: "BaseModelConfig"
     model: PreTrainedModel
@@ -39,7 +39,7 @@ class OpenedBase:
 
 
 def open_base(base: "BaseModelConfig") -> OpenedBase:
-    """Build the model on meta and match it with its files; everything that can be refused is refused here.
+    """Builds the model on meta and matches it with its files; everything that can be refused is refused here.
 
     Needs no process group and allocates no weights; run it before either. On a Hub id it fetches the model.
 
@@ -52,7 +52,7 @@ def open_base(base: "BaseModelConfig") -> OpenedBase:
     model = skeleton(config, base)
     weights = Weights(resolve_folder(base))
     names = match_names(model, weights)
-    check_packing(config, base.attention, base.trust_remote_code)
+    check_document_isolation(config, base.attention, base.trust_remote_code)
     return OpenedBase(base, model, weights, names, fingerprint(weights.folder))
 
 
@@ -102,7 +102,7 @@ def match_names(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
             names[source] = target
     _leave_out_tied(model, weights, names)
     _check_missing(model, weights, names, slots)
-    _tell_unused(model, set(weights.names) - set(names))
+    _warn_of_unused(model, set(weights.names) - set(names))
     return names
 
 
@@ -156,7 +156,7 @@ def _check_missing(model: PreTrainedModel, weights: Weights, names: dict[str, st
         )
 
 
-def _tell_unused(model: PreTrainedModel, unused: set[str]) -> None:
+def _warn_of_unused(model: PreTrainedModel, unused: set[str]) -> None:
     expected = model._keys_to_ignore_on_load_unexpected or []
     unused = {name for name in unused if not any(re.search(pattern, name) for pattern in expected)}
     unused -= {name for name in unused if name in model.all_tied_weights_keys or name.endswith("inv_freq")}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_prep.reader import PreparedSet
 from data_prep.user_error import UserError
-from trainer.adapters.fused import expert_weights
+from trainer.adapters.fused import gate_weights
 from trainer.adapters.layer import ExpertLayer, Experts
 from trainer.objective.batches import NO_TASK, Batch, collate
 
@@ -67,5 +67,5 @@ def adapted_by_experts(model: PeftModel) -> dict[str, Experts]:
 
 def _add(into: Tensor, experts: Experts, inputs: tuple[Tensor, Tensor], counted: Tensor) -> None:
     """Adds the omega of the tokens that count, in one forward of `experts`; counted: bool [tokens]."""
-    omega = expert_weights(inputs[0], experts.router, experts.interaction, experts.gate)
+    _, omega = gate_weights(inputs[0], experts.router, experts.interaction, experts.gate)
     into += omega[:, counted].sum(1, dtype=into.dtype)

@@ -1,4 +1,4 @@
-"""Which rows go to which rank at which step: pure functions of (seed, step), so that no state has to be kept."""
+"""Which rows go to which rank at which step, as pure functions of (seed, step): no state has to be saved."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ class BatchPlan:
 
 
 def plan_batches(global_batch_size: int, micro_batch_size: int, world_size: int) -> BatchPlan:
-    """Derives the accumulation; raises UserError where the global batch cannot be cut evenly."""
+    """Derives the accumulation. Raises UserError where the global batch cannot be cut evenly."""
     unit = micro_batch_size * world_size
     if global_batch_size % unit:
         nearest = max(unit, round(global_batch_size / unit) * unit)
@@ -82,7 +82,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> Batch:
 
 
 def empty_batch() -> Batch:
-    """One row without labels, for a rank that has no rows left while others have (ZeRO-3 needs its forward)."""
+    """One row without labels, for a rank that has no rows left while others do: ZeRO-3 needs its forward."""
     return collate([{"input_ids": [0, 0], "labels": [IGNORED] * 2, "position_ids": [0, 1], "task_ids": [NO_TASK] * 2}])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.adapters.router_stats import RouterReport, by_decoder_layer
+from trainer.adapters.router_stats import RouterReport, by_decoder_layer, task_distance
 from trainer.objective.loss import TaskLosses
 from trainer.telemetry.step_report import StepReport
 
@@ -52,7 +52,7 @@ def router_record(router: RouterReport, tasks: Sequence[str]) -> dict[str, Any]:
     where M is square), and the largest entry off its diagonal.
     """
     weights, entropies = router.weights_by_task.mean(0), router.entropy_by_task.mean(0)
-    distances = (router.weights_by_task - router.weights[:, None]).abs().sum(2).mean(0) / 2
+    distances = task_distance(router.weights_by_task, router.weights).mean(0)
     seen = [(index, task) for index, task in enumerate(tasks) if router.task_tokens[index] > 0]
     by_layer = by_decoder_layer(router.names, router.weights)
     record = {

@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from trainer.adapters.router_stats import RouterReport
+from trainer.adapters.router_stats import RouterReport, mean_omega
 from trainer.telemetry.router_plots import as_pixels, interaction_picture, layers_picture, tasks_picture
 
 SHARE = 0.01  # of training's time that drawing may take
@@ -63,8 +62,8 @@ class RouterImages:
             interaction = newest.interaction.cpu()
             figures["interaction"] = interaction_picture(newest.names, interaction.numpy())
             if not newest.renormalized:
-                by_layer, what = torch.einsum("lij,lj->li", interaction, by_layer), "omega"
-                panels[what] = torch.einsum("lij,ltj->lti", interaction, by_task).mean(0).numpy()
+                by_layer, what = mean_omega(interaction, by_layer), "omega"
+                panels[what] = mean_omega(interaction, by_task).mean(0).numpy()
         figures["layers_x_experts"] = layers_picture(newest.names, by_layer.numpy(), f"mean {what}")
         figures["tasks_x_experts"] = tasks_picture(self._tasks, panels)
         return figures

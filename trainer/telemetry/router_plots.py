@@ -31,7 +31,7 @@ def tasks_picture(tasks: Sequence[str], panels: dict[str, np.ndarray]) -> Any:
     """Heat maps tasks x experts of values [tasks, experts], numbers written in; NaN stays blank.
 
     Experts of one number in two layers have nothing in common, so means over layers are near 1/k whatever a router
-    does; `distances_picture` tells whether it tells tasks apart.
+    does; `distances_picture` shows whether it treats tasks differently.
     """
     experts = max(values.shape[1] for values in panels.values())
     figure = _figure(2 + (1 + 0.6 * experts) * len(panels), 1.5 + 0.28 * len(tasks))
@@ -128,7 +128,7 @@ def _by_kind(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _around_alike(weights: np.ndarray) -> dict[str, Any]:
-    """A scale of colours around 1/k, the weight of experts that are used alike; at least 0.05 to each side."""
+    """A colour scale around 1/k, the weight of equally used experts; at least 0.05 to each side."""
     middle = 1 / weights.shape[-1]
     reach = max(0.05, np.nanmax(np.abs(weights - middle)))
     return {"cmap": "PuOr_r", "vmin": middle - reach, "vmax": middle + reach}

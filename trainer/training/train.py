@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer.adapters.adapter_writer import save_adapter
+from trainer.adapters.adapter_folder import save_adapter
 from trainer.base.base_fingerprint import write_base_file
 from trainer.base.loader import bytes_to_read
 from trainer.checkpoint.async_saver import AsyncSaver
