@@ -2,10 +2,10 @@
 
     python -m benchmarks.cluster
 
-Needs root and Debian's openssh-server, openssh-client and iproute2 (`bash tests/cluster/install.sh`). Runs of two ranks
-under `bash launch/train.sh hostfile=...`, with both time-outs of the recipe at 15 s, meet each fault in turn; the time
-is taken from the harm, or where nodes do not come or ranks do not meet from the command, until no process of the launch
-is left on any host. Then `teamlora check` is asked about each bad set-up.
+Needs root and Debian's openssh-server, openssh-client and iproute2 (`bash tests/support/cluster/install.sh`). Runs of
+two ranks under `bash launch/train.sh hostfile=...`, with both time-outs of the recipe at 15 s, meet each fault in turn.
+The clock starts at the fault (for nodes that never start and ranks that cannot meet: at the command) and stops when no
+process of the launch is left on any host. Then `teamlora check` has to find each bad set-up.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tests.cluster.bad_setups import BAD_SETUPS, check_on_hosts
-from tests.cluster.emulated import NODES, Cluster, emulated, ended, why_not
-from tests.cluster.faults import FAULTS, write_raises
-from tests.cluster.launching import Train, prepared_workplace, unable_to_meet
-from tests.e2e.test_lost_ranks import wait_for_steps
+from tests.support.cluster.bad_setups import BAD_SETUPS, check_on_hosts
+from tests.support.cluster.emulated import NODES, Cluster, emulated, ended, why_not
+from tests.support.cluster.faults import FAULTS, write_raises
+from tests.support.cluster.launching import Train, prepared_workplace, unable_to_meet
+from tests.support.workplace import wait_for_steps
 
 TIMEOUT = 15  # seconds
 TOO_LONG = 60  # seconds after which a process counts as left running

@@ -27,7 +27,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from benchmarks.load import build_model
-from benchmarks.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from trainer.estimate.estimate import Estimator
 from trainer.estimate.measured import FITTED_ON
 from trainer.recipe import Recipe, dump_recipe

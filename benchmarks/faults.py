@@ -27,8 +27,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.ranks import run_ranks
-from tests.e2e.conftest import REPOSITORY, Workplace, make_workplace
+from tests.support.ranks import run_ranks
+from tests.support.workplace import REPOSITORY, Workplace, make_workplace
 from trainer.checkpoint import storage
 
 STEPS, SAVE_EVERY = 2400, 20

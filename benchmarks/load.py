@@ -20,7 +20,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SIZES = {
     "hidden_size": 2048,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.placement_rank import EXPERT_RANK, FOR_BYTES, NUM_EXPERTS
-from benchmarks.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 GRID = [8, 64, 512, 1024]
 FULL_GRID = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 WORLD = 2

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.ranks import run_ranks
 from benchmarks.step import DEFAULT_BASE, write_rows
+from tests.support.ranks import run_ranks
 
 TASKS = 6
 NEVER = 1_000_000

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.user_error import UserError
-from tests.adapters.parts import TOKENS, logits, plain_model, wake
 from tests.adapters.reference import off
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_adapters import TOKENS, logits, plain_model, wake
+from tests.support.tiny_models import tiny_llama
 from trainer.adapters.adapter_folder import load_adapter
 from trainer.adapters.adapter_writer import save_adapter
 from trainer.adapters.attach import attach_adapter, check_adapter

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ranks import run_ranks
-from tests.distributed import scene
+from tests.support import scene
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed import scene
 from tests.distributed.worker import build, keep
+from tests.support import scene
 from trainer.checkpoint.async_saver import AsyncSaver
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.storage import folder_name

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.distributed import scene
 from tests.distributed.worker import HELD
+from tests.support import scene
 from trainer.estimate.estimate import Estimator
 
 pytestmark = pytest.mark.slow

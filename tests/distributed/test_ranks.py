@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.encode import IGNORED
-from tests.distributed import scene
 from tests.distributed.reference import Reference
 from tests.distributed.worker import FAULTS, PLACEMENTS, plan_rows
+from tests.support import scene
 from trainer.base.loader import load_base
 from trainer.objective.batches import rows_of_step
 

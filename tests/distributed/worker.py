@@ -20,9 +20,9 @@ from torch import Tensor
 
 import trainer.training.train
 from data_prep.user_error import UserError
-from tests.distributed import scene
-from tests.estimate.engine_bytes import copied_bytes, learning_bytes
-from tests.tiny_models import FAMILIES
+from tests.support import scene
+from tests.support.engine_bytes import copied_bytes, learning_bytes
+from tests.support.tiny_models import FAMILIES
 from trainer.adapters.adapter_writer import save_adapter
 from trainer.adapters.attach import attach_adapter
 from trainer.base.loader import load_opened

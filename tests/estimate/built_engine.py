@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed import scene
 from tests.distributed.worker import build, plan_rows
-from tests.estimate.engine_bytes import copied_bytes, learning_bytes, storage_bytes
+from tests.support import scene
+from tests.support.engine_bytes import copied_bytes, learning_bytes, storage_bytes
 from trainer.base.nf4 import NF4Linear
 from trainer.checkpoint.async_saver import AsyncSaver
 from trainer.checkpoint.trained_state import TrainedState
