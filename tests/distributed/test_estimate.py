@@ -8,7 +8,7 @@ from tests.distributed.worker import HELD
 from tests.support import scene
 from trainer.estimate.estimate import Estimator
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ranks_run("held")]
 
 
 @pytest.mark.parametrize("name", HELD)

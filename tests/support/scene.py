@@ -74,6 +74,11 @@ def rows(count: int, seed: int, unlabelled: tuple[int, ...] = ()) -> list[dict[s
     return made
 
 
+def training_rows(recipe: Recipe) -> list[dict[str, np.ndarray]]:
+    """Three batches; in one micro-batch of some rank nothing is labelled."""
+    return rows(3 * recipe.train.global_batch_size, seed=5, unlabelled=(2,))
+
+
 def prompt() -> torch.Tensor:
     return torch.arange(3, 15).view(2, 6)
 
