@@ -13,8 +13,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.step import TARGETS, Setting
-from benchmarks.usual import usual_quantization
+from benchmarks.shared.usual_quantization import usual_quantization
+from benchmarks.step.setting import TARGETS, Setting
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.memory import PeakWatch, anonymous_bytes, settled_bytes
+from benchmarks.shared.process_memory import PeakWatch, anonymous_bytes, settled_bytes
 from data_prep.reader import PreparedSet
 from trainer.base.loader import load_opened
 from trainer.base.weight_map import open_base

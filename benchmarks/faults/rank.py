@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.placement_rank import Shape, Variant, engine_of
+from benchmarks.placement.rank import Shape, Variant, engine_of
 from trainer.checkpoint.async_saver import AsyncSaver
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.trained_state import TrainedState

@@ -23,7 +23,7 @@ from tests.support.cluster.bad_setups import BAD_SETUPS, check_on_hosts
 from tests.support.cluster.emulated import NODES, Cluster, emulated, ended, why_not
 from tests.support.cluster.faults import FAULTS, write_raises
 from tests.support.cluster.launching import Train, prepared_workplace, unable_to_meet
-from tests.support.workplace import wait_for_steps
+from tests.support.workplace import REPOSITORY, wait_for_steps
 
 TIMEOUT = 15  # seconds
 TOO_LONG = 60  # seconds after which a process counts as left running
@@ -105,7 +105,7 @@ def measure(folder: Path) -> dict[str, float]:
         (folder / part).mkdir(parents=True)
     write_raises(folder / "raises")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    os.environ["PYTHONPATH"] = os.pathsep.join((str(folder / "raises"), str(Path(__file__).parent.parent)))
+    os.environ["PYTHONPATH"] = os.pathsep.join((str(folder / "raises"), str(REPOSITORY)))
     with emulated(folder / "hosts") as cluster:
         train = Train(cluster, prepared_workplace(folder / "place" / "recipe"))
         ends = {name: show(name, *fault_in_mid_run(train, name)) for name in FAULTS}

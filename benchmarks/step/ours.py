@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset, load_from_disk
 
-from benchmarks.step import TARGETS, Setting
+from benchmarks.step.setting import TARGETS, Setting
 from data_prep.reader import PreparedSet
 from trainer.base.loader import load_opened
 from trainer.base.weight_map import open_base

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.memory import PeakWatch, anonymous_bytes
-from benchmarks.usual import usual_quantization
+from benchmarks.shared.process_memory import PeakWatch, anonymous_bytes
+from benchmarks.shared.usual_quantization import usual_quantization
 from trainer.base.loader import load_opened
 from trainer.base.nf4 import NF4Linear
 from trainer.base.weight_map import open_base

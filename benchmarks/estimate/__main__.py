@@ -26,7 +26,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from benchmarks.load import build_model
+from benchmarks.shared.random_llama import build_model
 from tests.support.ranks import run_ranks
 from trainer.estimate.estimate import Estimator
 from trainer.estimate.measured import FITTED_ON
@@ -106,7 +106,7 @@ def estimated(recipe: Recipe, world: int) -> dict[str, int]:
 def measured(recipe: Recipe, world: int, folder: Path, environment: dict[str, str]) -> dict[str, int]:
     path = folder / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
-    said = run_ranks(world, ["-m", "benchmarks.estimate_rank", str(path)], environment=environment)
+    said = run_ranks(world, ["-m", "benchmarks.estimate.rank", str(path)], environment=environment)
     return json.loads(said[0].splitlines()[-1])
 
 

@@ -68,13 +68,13 @@ def write_recipe(folder: Path, base: str, documents: Path) -> Path:
 
 
 def measured(side: str, recipe: Path) -> dict[str, float]:
-    """Runs one side in a process of its own (benchmarks/prepare_side.py); what it printed, and its peak memory."""
-    command = [sys.executable, "-m", "benchmarks.prepare_side", side, str(recipe)]
+    """Runs one side in a process of its own (benchmarks/prepare/side.py); what it printed, and its peak memory."""
+    command = [sys.executable, "-m", "benchmarks.prepare.side", side, str(recipe)]
     threads = {**os.environ, "TOKENIZERS_PARALLELISM": str(side == "tokenizer").lower()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=threads) as process:
-        peak, observe_routers = 0, psutil.Process(process.pid)
+        peak, watched = 0, psutil.Process(process.pid)
         while process.poll() is None:
-            peak = max(peak, anonymous_memory(observe_routers))
+            peak = max(peak, anonymous_memory(watched))
             time.sleep(SAMPLED_EVERY)
         output = process.stdout.read()
     if process.returncode:

@@ -178,7 +178,7 @@ def equal_runs(place: Workplace) -> bool:
 def stall(folder: Path) -> dict[str, Any]:
     """Seconds that training waits for a save, and that the save takes, of an adapter of 100 M parameters."""
     output = folder / "stall.json"
-    run_ranks(WORLD, ["-m", "benchmarks.faults_rank", str(folder / "checkpoints"), str(output)])
+    run_ranks(WORLD, ["-m", "benchmarks.faults.rank", str(folder / "checkpoints"), str(output)])
     return json.loads(output.read_text())
 
 

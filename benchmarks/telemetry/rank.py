@@ -11,9 +11,8 @@ import numpy as np
 import torch.distributed as dist
 from datasets import load_from_disk
 
-from benchmarks.step import Setting
-from benchmarks.step_ours import recipe_of
-from benchmarks.telemetry import DRAWINGS, NEVER, TASKS, WARM_UP
+from benchmarks.step.ours import recipe_of
+from benchmarks.step.setting import Setting
 from data_prep.reader import PreparedSet
 from trainer.base.loader import load_opened
 from trainer.base.weight_map import open_base
@@ -28,6 +27,10 @@ from trainer.training.loop import Parts, StepReport, run_step
 from trainer.training.train import assemble, sharding_for
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TASKS = 6
+NEVER = 1_000_000
+WARM_UP = 2
+DRAWINGS = 3
 NAMES = [f"task {index}" for index in range(TASKS)]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.placement_rank import EXPERT_RANK, FOR_BYTES, NUM_EXPERTS
+from benchmarks.placement.rank import EXPERT_RANK, FOR_BYTES, NUM_EXPERTS
 from tests.support.ranks import run_ranks
 
 GRID = [8, 64, 512, 1024]
@@ -68,7 +68,7 @@ def count_bytes(world: int, sizes: list[int], output: Path) -> list[dict[str, An
             for rank in range(world)
         ]
         master = "10.77.0.1" if world > 2 else "127.0.0.1"
-        arguments = ["-m", "benchmarks.placement_rank", "bytes_and_state", given, str(output)]
+        arguments = ["-m", "benchmarks.placement.rank", "bytes_and_state", given, str(output)]
         run_ranks(world, arguments, within=within, master=master)
     return json.loads(output.read_text())
 
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counted = {world: count_bytes(world, sizes, output) for world, sizes in ((2, [2]), (4, [2, 4]))}
         numbers |= show_bytes(counted) | show_state(counted)
         given = {"grid": FULL_GRID if options.full else GRID, "repetitions": 9 if options.full else 7}
-        said = run_ranks(2, ["-m", "benchmarks.placement_rank", "times", json.dumps(given), str(output)], limit=3600)
+        said = run_ranks(2, ["-m", "benchmarks.placement.rank", "times", json.dumps(given), str(output)], limit=3600)
         numbers |= show_times(json.loads(output.read_text())[0])
         print("\n".join(line for line in said[0].splitlines() if line.startswith("auto:")))
     numbers["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

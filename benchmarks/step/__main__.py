@@ -13,60 +13,23 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from benchmarks.step.setting import DEFAULT_BASE, WARM_UP, Setting, write_rows
 from tests.support.ranks import run_ranks
 
-TARGETS = ["gate_proj", "up_proj", "down_proj"]
 WORLD = 2
-WARM_UP = 2  # steps not counted
-ROWS = 64
-DEFAULT_BASE = "bases/smollm2-135m-instruct"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What one run of either side is given. persistence_threshold: elements below which ZeRO-3 keeps a tensor whole."""
-
-    total_rank: int = 32
-    seq_len: int = 256
-    micro_batch_size: int = 2
-    steps: int = WARM_UP + 8
-    persistence_threshold: int = 0
-
-
 # name of a case: share of labelled tokens
 CASES = {"all": 1.0, "quarter": 0.25}
 
 
-def write_rows(base: str, labelled: float, seq_len: int, folder: Path) -> None:
-    """Rows of `seq_len` real tokens, one document each; the last share of each row is labelled."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    text = (Path(__file__).parent.parent / "LICENSE").read_text()
-    ids = tokenizer(text)["input_ids"]
-    stream = np.resize(np.array(ids), ROWS * seq_len).reshape(ROWS, seq_len)
-    first = seq_len - round(labelled * seq_len)
-    labels = np.where(np.arange(seq_len) >= max(first, 1), stream, -100)
-    columns = {
-        "input_ids": stream.tolist(),
-        "labels": labels.tolist(),
-        "position_ids": [list(range(seq_len))] * ROWS,
-        "task_ids": [[0] * seq_len] * ROWS,
-    }
-    Dataset.from_dict(columns).save_to_disk(folder)
-
-
 def run_side(side: str, base: str, rows: Path, setting: Setting, output: Path) -> list[float]:
     """Tokens a second a rank of each counted step."""
-    run_ranks(WORLD, ["-m", f"benchmarks.step_{side}", base, str(rows), json.dumps(asdict(setting)), str(output)])
+    run_ranks(WORLD, ["-m", f"benchmarks.step.{side}", base, str(rows), json.dumps(asdict(setting)), str(output)])
     seconds = json.loads(output.read_text())["seconds"][WARM_UP:]
     return [setting.micro_batch_size * setting.seq_len / s for s in seconds]
 

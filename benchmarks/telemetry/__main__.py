@@ -19,14 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.step import DEFAULT_BASE, write_rows
+from benchmarks.step.setting import DEFAULT_BASE, write_rows
 from tests.support.ranks import run_ranks
 
-TASKS = 6
-NEVER = 1_000_000
-WARM_UP = 2
 SEQ_LEN = 256
-DRAWINGS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
         write_rows(options.base, 1.0, SEQ_LEN, rows)
-        words = ["-m", "benchmarks.telemetry_rank", options.base, str(rows), str(options.steps), folder]
+        words = ["-m", "benchmarks.telemetry.rank", options.base, str(rows), str(options.steps), folder]
         run_ranks(options.ranks, words)
         found = json.loads((Path(folder) / "found.json").read_text())
     print(report(found, options.ranks))
