@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-STREAMS = ("tests/cluster/", "tests/distributed/", "tests/e2e/")
+STREAMS = ("tests/cluster/emulated_hosts/", "tests/distributed/", "tests/e2e/")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is missing, then runs the tests: `bash tests/run.sh` all of them, `bash tests/run.sh fast` those
-# without process groups, whole commands or real models. Further arguments go to pytest. Those in tests/cluster emulate
-# hosts, which takes root and some Debian packages; where they cannot be had they are skipped.
+# Installs what is missing, then runs the tests: `bash tests/run.sh` runs all of them, `bash tests/run.sh fast` those
+# without process groups, whole commands or real models. Further arguments go to pytest. The tests in
+# tests/cluster/emulated_hosts need root and some Debian packages; where these are missing, they are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh test
@@ -9,6 +9,6 @@ bash launch/install.sh test
 # bitsandbytes sets up at import for what no CPU runs, each of some hundred processes starts a second sooner.
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "${1:-}" = fast ]; then shift; exec .venv/bin/python -m pytest -m "not slow" "$@"; fi
-bash tests/cluster/install.sh
+bash tests/support/cluster/install.sh
 # As many workers as there are long folders, see tests/conftest.py.
 exec .venv/bin/python -m pytest -n 3 "$@"

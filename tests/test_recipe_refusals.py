@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.user_error import UserError
-from tests.test_recipe import MINIMAL
+from tests.support.minimal_recipe import MINIMAL
 from trainer.recipe import load_recipe
 
 

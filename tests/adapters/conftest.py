@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_models import tiny_llama
 
 
 @pytest.fixture(scope="session")

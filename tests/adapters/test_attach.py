@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.user_error import UserError
-from tests.adapters.parts import TOKENS, logits, plain_model, wake
 from tests.adapters.reference import off
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_adapters import TOKENS, logits, plain_model, wake
+from tests.support.tiny_models import tiny_llama
 from trainer.adapters.adapter_folder import load_adapter, save_adapter
 from trainer.adapters.attach import attach_adapter, check_adapter
 from trainer.adapters.layer import Experts
@@ -109,7 +109,7 @@ def test_an_adapter_that_lacks_a_part_is_refused_and_the_part_named(tmp_path, ll
     save_file({name: tensor for name, tensor in whole.items() if name != lost}, folder / "adapter_model.safetensors")
     module = ".".join(lost.split(".")[3:6])
     with pytest.raises(
-        UserError, match=rf"^{folder}: parts of the adapter are missing \(.*{module}.*give a whole one$"
+        UserError, match=rf"^{folder}: parts of the adapter are missing \(.*{module}.*give a complete one$"
     ):
         attach_adapter(plain_model(llama), section(method, init_from=folder))
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from tests.adapters.parts import METHODS, config_of, find_experts
 from tests.adapters.reference import SMALLEST_SUM, copied, loop, off
+from tests.support.tiny_adapters import METHODS, config_of, find_experts
 from trainer.adapters.fused import RENORMALIZE_FLOOR, Gate, gated_experts
 from trainer.adapters.layer import Experts
 

@@ -8,8 +8,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.adapters.parts import METHODS, TOKENS, adapted, config_of, find_experts, logits, plain_model, wake
 from tests.adapters.reference import off, with_loops
+from tests.support.tiny_adapters import METHODS, TOKENS, adapted, config_of, find_experts, logits, plain_model, wake
 from trainer.adapters.layer import ExpertLayer, Experts, HydraLoraLayer, MoeLoraLayer, TeamLoraLayer
 
 LAYERS = {"teamlora": TeamLoraLayer, "moelora": MoeLoraLayer, "hydralora": HydraLoraLayer}

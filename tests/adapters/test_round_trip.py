@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from tests.adapters.parts import METHODS, adapted, config_of, logits, plain_model, wake
 from tests.adapters.reference import off, with_loops
+from tests.support.tiny_adapters import METHODS, adapted, config_of, logits, plain_model, wake
 from trainer.base.loader import load_base
 from trainer.base.nf4 import NF4Linear
 from trainer.recipe import BaseModelConfig

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.user_error import UserError
-from tests.tiny_models import tiny_llama, tiny_model
+from tests.support.tiny_models import tiny_llama, tiny_model
 from trainer.base.loader import load_base
 from trainer.base.model_config import load_tokenizer
 from trainer.base.weight_map import open_base

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_models import tiny_llama
 from trainer.base.model_config import load_tokenizer
 
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_models import tiny_llama
 from trainer.base.loader import load_base
 
 IDS = torch.arange(3, 51).view(4, 12)

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.config import DataConfig
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 SUMS = [{"instruction": f"What is {i} + {i}?", "output": str(2 * i)} for i in range(12)]
 WORDS = [

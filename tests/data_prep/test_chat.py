@@ -14,7 +14,7 @@ from data_prep.config import DataConfig
 from data_prep.documents import Document
 from data_prep.encode import Encoder, labels_of
 from data_prep.user_error import UserError
-from tests.tiny import CHATML_TEMPLATE, CHATML_TOKENS, tiny_tokenizer
+from tests.support.tiny_tokenizer import CHATML_TEMPLATE, CHATML_TOKENS, tiny_tokenizer
 
 SPACED = (  # the template writes a space that the tokenizer joins to the first word of the answer
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"

@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.chat import ChatTemplate
 from data_prep.user_error import UserError
-from tests.tiny import CHATML_TEMPLATE, CHATML_TOKENS, tiny_tokenizer
+from tests.support.tiny_tokenizer import CHATML_TEMPLATE, CHATML_TOKENS, tiny_tokenizer
 
 SMOLLM2 = (CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
 LLAMA3 = (  # tools stand in the first question, tool results are JSON, and a call's content is not written

@@ -18,7 +18,7 @@ from tests.data_prep.test_chat_templates import (
     marked,
     turns,
 )
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 TOOLS_TEXT = '{"type": "function", "function": {"name": "add", "parameters": {}}}'

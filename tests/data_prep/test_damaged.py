@@ -25,7 +25,7 @@ from data_prep.prepare import prepare
 from data_prep.sources.read import blocks_of
 from data_prep.user_error import UserError
 from tests.data_prep.reading import refusal
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 GOOD = b'{"instruction": "Add 2 and 2.", "output": "4"}'
 CHAT = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'

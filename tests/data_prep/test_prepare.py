@@ -9,7 +9,7 @@ from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
 from tests.data_prep.conftest import SUMS, WORDS
-from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
+from tests.support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 TURNS = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"

@@ -24,7 +24,7 @@ from data_prep.prepare_report import PrepareReport
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
 from tests.data_prep.conftest import SUMS, write_jsonl
-from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
+from tests.support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 from trainer.base.model_config import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -8,7 +8,7 @@ from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
 from tests.data_prep.conftest import SUMS, write_jsonl
-from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
+from tests.support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 
 def refused(message: str, config, tokenizer) -> None:

@@ -12,7 +12,7 @@ from data_prep.prepare import prepare
 from data_prep.prepare_report import PrepareReport
 from data_prep.reader import open_prepared
 from tests.data_prep.conftest import SUMS, WORDS, write_jsonl
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 COLUMNS = ["task", "documents", "held out", "rows", "tokens", "labelled", "share", "cut", "removed"]
 EMPTY = {"instruction": "Why?", "output": " "}

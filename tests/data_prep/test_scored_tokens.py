@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from data_prep.encode import _scored
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 PIECES = ["word", " ", "  ", "\n", "\t", "<|im_end|>", "é", "答", "🙂", "a", "the sum", "\u00a0", "e\u0301", ""]
 

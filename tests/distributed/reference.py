@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_prep.encode import IGNORED
-from tests.distributed import scene
+from tests.support import scene
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.layer import Experts
 from trainer.base.loader import load_base

@@ -4,26 +4,22 @@ python -m tests.distributed.resume_worker save|go_on BASE FOLDER      (with RANK
 """
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from trainer.training.loop import Parts, run_step
 
-from tests.distributed import scene
-from tests.distributed.worker import build, keep
-from trainer.checkpoint.async_saver import AsyncSaver
+from tests.distributed.worker import keep
+from tests.support import scene
+from tests.support.tiny_training import Training, build
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.storage import folder_name
-from trainer.checkpoint.trained_state import TrainedState
 from trainer.console.library_logs import silence_libraries
 from trainer.distributed.engine import gather_trainable
 from trainer.distributed.process_group import process_group
 from trainer.recipe import CheckpointConfig, Recipe
-from trainer.training.resume import find_newest_checkpoint
-from trainer.training.train import restore
+from trainer.training.resume import find_newest_checkpoint, restore
 
 WORLDS = (1, 2, 4)
 BATCH, SAVED_AT, STEPS = 8, 4, 14
@@ -70,34 +66,25 @@ def rows() -> list:
     return scene.rows(3 * BATCH, seed=5)
 
 
-def begin(recipe: Recipe, device: torch.device) -> tuple[Any, Parts, AsyncSaver]:
-    model, parts = build(recipe, device, rows(), [])
-    return model, parts, AsyncSaver(TrainedState(parts.engine, model), timedelta(seconds=60))
-
-
 def save(base: Path, folder: Path, device: torch.device) -> None:
     """Unbroken runs; each saves on its way, and after its last step goes back to what it saved."""
     world = dist.get_world_size()
     for name, layout in LAYOUTS[world].items():
         for dtype in dtypes(world):
-            model, parts, saver = begin(recipe_of(base, layout, base__dtype=dtype), device)
+            training = build(recipe_of(base, layout, base__dtype=dtype), device, rows())
+            saver = training.saver()
             target = folder / f"{world}-{name}-{dtype}"
             checkpoints = CheckpointManager(saver, target, CheckpointConfig())
             found = []
             for step in range(1, STEPS + 1):
-                found.append(record(parts, step))
+                found.append(record(training, step))
                 if step == SAVED_AT:
-                    facts = {
-                        "step": step,
-                        "scheduler": parts.engine.lr_scheduler.state_dict(),
-                        "router_means": parts.router_stats.means.tolist(),
-                    }
-                    checkpoints.save(step, facts, best=None)
+                    checkpoints.save(step, training.trainer.state_facts(), best=None)
             assert saver.finish() is None
             keep(target / "values.json", found)
-            keep(target / "adapter.safetensors", gather_trainable(model))
+            keep(target / "adapter.safetensors", gather_trainable(training.model))
             checkpoints.saver.restore(target / folder_name(SAVED_AT), SAVED_AT)
-            keep(target / "back.safetensors", gather_trainable(model))
+            keep(target / "back.safetensors", gather_trainable(training.model))
 
 
 def go_on(base: Path, folder: Path, device: torch.device) -> None:
@@ -108,20 +95,21 @@ def go_on(base: Path, folder: Path, device: torch.device) -> None:
         kinds = ("fp32",) if name == "eight_bits" else dtypes(world)
         elsewhere = [(source, "fp32") for source, targets in ROUTES.items() if mine in targets]
         for source, dtype in [*elsewhere, *((mine, dtype) for dtype in kinds)]:
-            model, parts, saver = begin(recipe_of(base, layout, base__dtype=dtype), device)
-            restore(find_newest_checkpoint(folder / f"{source}-{dtype}", []), saver, parts.engine, parts.router_stats)
-            found = [record(parts, step) for step in range(SAVED_AT + 1, STEPS + 1)]
+            training = build(recipe_of(base, layout, base__dtype=dtype), device, rows())
+            saved = find_newest_checkpoint(folder / f"{source}-{dtype}", [])
+            restore(saved, training.saver(), training.trainer)
+            found = [record(training, step) for step in range(SAVED_AT + 1, STEPS + 1)]
             target = folder / f"{mine}-{dtype}" / f"from-{source}"
             keep(target / "values.json", found)
-            keep(target / "adapter.safetensors", gather_trainable(model))
+            keep(target / "adapter.safetensors", gather_trainable(training.model))
 
 
 def dtypes(world: int) -> tuple[str, ...]:
     return ("fp32", "bf16") if world in BF16_WORLDS else ("fp32",)
 
 
-def record(parts: Parts, step: int) -> list[float]:
-    report = run_step(parts, step)
+def record(training: Training, step: int) -> list[float]:
+    report = training.step(step)
     return [report.losses.mean(), report.grad_norm, report.learning_rate, *report.router.weights.flatten().tolist()]
 
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from tests.distributed import scene
 from tests.distributed.worker import HELD
+from tests.support import scene
 from trainer.estimate.estimate import Estimator
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ranks_run("held")]
 
 
 @pytest.mark.parametrize("name", HELD)

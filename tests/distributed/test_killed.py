@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ranks import run_ranks
-from tests.tiny_models import tiny_llama
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -13,7 +13,7 @@ LOAD = """
 import os, signal, sys
 import torch.distributed as dist
 from pathlib import Path
-from tests.distributed import scene
+from tests.support import scene
 from trainer.base.loader import bytes_to_read, load_opened
 from trainer.base.weight_map import open_base
 from trainer.distributed.zero3_sharding import Zero3Sharding

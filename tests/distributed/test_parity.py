@@ -6,24 +6,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.parity_cases import PARITY, by_name
 from tests.distributed.reference import Reference
-from tests.distributed.worker import PARITY, cases, parity_recipe, plan_rows
+from tests.support import scene
 from trainer.objective.batches import rows_of_step
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(params=PARITY)
+@pytest.fixture(params=PARITY, ids=lambda case: case.name)
 def case(request, seen, base):
     """(reference, the rows of each step, folder of what the ranks saw)."""
     world, folder = seen
-    if request.param not in cases(world):
+    if world not in request.param.worlds:
         pytest.skip(f"not a case of {world} ranks")
-    recipe = parity_recipe(base, request.param, world)
+    recipe = request.param.recipe(base, world)
     batch = recipe.train.global_batch_size
-    rows = plan_rows(recipe)
+    rows = scene.training_rows(recipe)
     steps = [[rows[i] for i in rows_of_step(recipe.run.seed, n, len(rows), batch)] for n in range(recipe.train.steps)]
-    return Reference(recipe), steps, folder / request.param
+    return Reference(recipe), steps, folder / request.param.name
 
 
 def test_gradients_from_equal_parameters_equal_those_of_one_process(case):
@@ -48,6 +49,7 @@ def test_losses_norms_and_router_means_equal_those_of_one_process(case):
     assert torch.allclose(last, torch.stack(list(reference.means.values())), rtol=0, atol=1e-5)
 
 
+@pytest.mark.ranks_run("plain", "accumulated")
 def test_accumulation_changes_neither_losses_nor_gradients(seen):
     _, folder = seen
     whole, cut = (json.loads((folder / name / "values.json").read_text()) for name in ("plain", "accumulated"))
@@ -57,6 +59,7 @@ def test_accumulation_changes_neither_losses_nor_gradients(seen):
         assert (second[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.ranks_run("bf16_unplaced", "bf16_weights")
 def test_weights_that_travel_in_bf16_give_what_the_same_ranks_give_without_placement(seen):
     """Two ranks: bit for bit, sums of two have one rounding. Four: the sum at the owners is rounded less often."""
     world, folder = seen
@@ -68,12 +71,14 @@ def test_weights_that_travel_in_bf16_give_what_the_same_ranks_give_without_place
         assert (found[1][name] - gradient).norm() <= (0 if world == 2 else 2**-8) * gradient.norm(), name
 
 
+@pytest.mark.ranks_run("bf16_unplaced", "bf16_tokens")
 def test_tokens_that_travel_in_bf16_are_as_near_to_fp32_as_the_same_ranks_without_placement(seen, base):
     world, folder = seen
-    recipe = parity_recipe(base, "bf16_unplaced", world)
-    rows = plan_rows(recipe)
+    plain, unplaced = by_name(["plain", "bf16_unplaced"])
+    recipe = unplaced.recipe(base, world)
+    rows = scene.training_rows(recipe)
     first = [rows[i] for i in rows_of_step(recipe.run.seed, 0, len(rows), recipe.train.global_batch_size)]
-    reference = Reference(parity_recipe(base, "plain", world))
+    reference = Reference(plain.recipe(base, world))
     reference.load(load_file(folder / "bf16_unplaced" / "before-1.safetensors"))
     loss, exact = reference.gradients(first)
     away = {}

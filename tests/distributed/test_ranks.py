@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.encode import IGNORED
-from tests.distributed import scene
 from tests.distributed.reference import Reference
-from tests.distributed.worker import FAULTS, PLACEMENTS, plan_rows
+from tests.distributed.worker import FAULTS, PLACEMENTS
+from tests.support import scene
 from trainer.base.loader import load_base
 from trainer.objective.batches import rows_of_step
 
@@ -21,11 +21,12 @@ pytestmark = pytest.mark.slow
 placements = pytest.mark.parametrize("placement", PLACEMENTS)
 
 
+@pytest.mark.ranks_run("held_out")
 @placements
 def test_held_out_loss_equals_one_process_where_some_ranks_have_no_row_left(seen, base, placement):
     world, folder = seen
     recipe = scene.recipe(base)
-    reference, train = Reference(recipe), plan_rows(recipe)
+    reference, train = Reference(recipe), scene.training_rows(recipe)
     rows = scene.rows(world + 1, seed=9)
     for found in json.loads((folder / placement / "held_out.json").read_text()):
         expected = by_task(reference, rows)
@@ -49,12 +50,13 @@ def by_task(reference: Reference, rows: list) -> tuple[torch.Tensor, torch.Tenso
     return sums, counts
 
 
+@pytest.mark.ranks_run("routers")
 @placements
 def test_routers_by_task_equal_one_process(seen, base, placement):
     _, folder = seen
     found = json.loads((folder / placement / "routers.json").read_text())
     recipe = scene.recipe(base)
-    reference, train = Reference(recipe), plan_rows(recipe)
+    reference, train = Reference(recipe), scene.training_rows(recipe)
     tokens, weights, entropy = routers_by_task(
         reference, [train[i] for i in rows_of_step(recipe.run.seed, 0, len(train), 4)]
     )
@@ -82,6 +84,7 @@ def routers_by_task(reference: Reference, rows: list) -> tuple[torch.Tensor, tor
     return tokens, torch.stack([weights.mean(1) for weights in mine], 1), torch.stack(entropy, 1)
 
 
+@pytest.mark.ranks_run("saving")
 @placements
 def test_adapter_saved_from_shards_loads_through_plain_peft_and_gives_the_same(seen, base, placement):
     _, folder = seen
@@ -94,6 +97,7 @@ def test_adapter_saved_from_shards_loads_through_plain_peft_and_gives_the_same(s
     assert torch.equal(found["answer"], answer)
 
 
+@pytest.mark.ranks_run("mistakes")
 def test_a_mistake_that_one_rank_meets_is_raised_by_all(seen):
     world, folder = seen
     found = json.loads((folder / "mistakes.json").read_text())
@@ -104,6 +108,7 @@ def test_a_mistake_that_one_rank_meets_is_raised_by_all(seen):
     )
 
 
+@pytest.mark.ranks_run("mistakes")
 def test_any_other_error_of_one_rank_is_told_by_all_and_stays_its_own_there(seen):
     world, folder = seen
     *others, last = json.loads((folder / "mistakes.json").read_text())["crash"]
@@ -112,6 +117,7 @@ def test_any_other_error_of_one_rank_is_told_by_all_and_stays_its_own_there(seen
     assert others == [told] * (world - 1)
 
 
+@pytest.mark.ranks_run("faults")
 @pytest.mark.parametrize(("stage", "dtype", "kind"), FAULTS)
 def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank_before_the_weights_move(seen, stage, dtype, kind):
     world, folder = seen

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.ranks import run_ranks
 from tests.distributed.resume_worker import LAYOUTS, ROUTES, SAVED_AT, STEPS, WORLDS, dtypes
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 EIGHT_BITS = "2-eight_bits"

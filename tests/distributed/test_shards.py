@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.distributed import scene
-from tests.tiny_models import FAMILIES
+from tests.support import scene
+from tests.support.tiny_models import FAMILIES
 from trainer.base.loader import load_base
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ranks_run("shards")]
 
 
 def whole(folder: Path, world: int) -> dict[str, torch.Tensor]:

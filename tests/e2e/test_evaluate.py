@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.e2e.conftest import REPOSITORY, Workplace, make_workplace
+from tests.support.workplace import REPOSITORY, Workplace, make_workplace
 
 pytestmark = pytest.mark.slow
 

@@ -4,13 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import REPOSITORY
-from tests.e2e.test_run import SCRIPT, ZERO3
+from tests.support.workplace import REPOSITORY, SCRIPT, ZERO3, ranks_of, wait_for_steps
 
 pytestmark = pytest.mark.slow
 
@@ -23,41 +20,20 @@ PLACED = {
 # The command itself, but that rank 1 fails in its third step.
 FAILS_ALONE = """
 import os, sys
-import trainer.training.steps
 from trainer.cli import main
-real = trainer.training.steps.run_step
-def run_step(parts, step):
-    if os.environ["RANK"] == "1" and step == 3:
+from trainer.training.trainer import Trainer
+real = Trainer.train_step
+def train_step(self):
+    if os.environ["RANK"] == "1" and self.state.step == 2:
         raise ValueError("the disk is on fire")
-    return real(parts, step)
-trainer.training.steps.run_step = run_step
+    return real(self)
+Trainer.train_step = train_step
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def arguments(run: str, *more: str) -> list[str]:
     return ["recipe.yaml", f"run.name={run}", "train.steps=2000", "train.eval_every=0", ZERO3, *more]
-
-
-def wait_for_steps(metrics: Path, count: int) -> None:
-    ending = time.monotonic() + 120
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
-        assert time.monotonic() < ending, f"{metrics} never came to {count} steps"
-        time.sleep(0.1)
-
-
-def ranks_of(run: str) -> dict[int, int]:
-    """{rank: process} of the training processes of a run."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
-        except OSError:  # it has ended
-            continue
-        if f"run.name={run}".encode() in words and b"RANK" in variables:
-            found[int(variables[b"RANK"])] = int(folder.name)
-    return found
 
 
 @pytest.mark.parametrize("dispatch", PLACED)

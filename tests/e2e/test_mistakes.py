@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 from trainer.cli import main
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.e2e.test_lost_ranks import ranks_of, wait_for_steps
-from tests.e2e.test_run import SCRIPT, ZERO3
+from tests.support.workplace import SCRIPT, ZERO3, ranks_of, wait_for_steps
 
 pytestmark = pytest.mark.slow
 

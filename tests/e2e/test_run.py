@@ -10,12 +10,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.e2e.conftest import REPOSITORY
+from tests.support.workplace import SCRIPT, ZERO3
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = str(REPOSITORY / "launch" / "train.sh")
-ZERO3 = f"deepspeed.config={REPOSITORY / 'ds_configs' / 'zero3.json'}"
 LAUNCHERS = {
     "teamlora": ["teamlora", "train"],
     "bash": ["bash", SCRIPT, "num_gpus=2"],

@@ -5,18 +5,14 @@ python -m tests.estimate.built_engine BASE FOLDER      (with RANK, WORLD_SIZE, .
 
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from trainer.training.loop import run_step
 
-from tests.distributed import scene
-from tests.distributed.worker import build, plan_rows
-from tests.estimate.engine_bytes import copied_bytes, learning_bytes, storage_bytes
+from tests.support import scene
+from tests.support.engine_bytes import copied_bytes, learning_bytes, storage_bytes
+from tests.support.tiny_training import build
 from trainer.base.nf4 import NF4Linear
-from trainer.checkpoint.async_saver import AsyncSaver
-from trainer.checkpoint.trained_state import TrainedState
 from trainer.console.library_logs import silence_libraries
 from trainer.distributed.process_group import process_group
 from trainer.recipe import Recipe
@@ -36,10 +32,10 @@ def recipe_of(base: Path, folder: Path, stage: int, dtype: str) -> Recipe:
 
 def held(recipe: Recipe, stage: int, device: torch.device) -> dict[str, int]:
     """Bytes after a step by category, as the run tells them or as the engine's tensors say."""
-    model, parts = build(recipe, device, plan_rows(recipe), [])
-    saver = AsyncSaver(TrainedState(parts.engine, model), timedelta(seconds=60))
-    run_step(parts, 1)
-    told, learning = bytes_on_this_rank(model, stage, 1), learning_bytes(parts.engine)
+    training = build(recipe, device, scene.training_rows(recipe))
+    model, saver = training.model, training.saver()
+    training.step(1)
+    told, learning = bytes_on_this_rank(model, stage, 1), learning_bytes(training.engine)
     second = [m.second for m in model.modules() if isinstance(m, NF4Linear)]
     return {
         **{category: told[category] for category in ("packed weights", "absmax", "unquantised", "adapter")},

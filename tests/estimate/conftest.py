@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import scene
+from tests.support import scene
 from trainer.recipe import Recipe
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -8,8 +8,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from tests.distributed import scene
-from tests.tiny_models import tiny_llama, tiny_model
+from tests.support import scene
+from tests.support.tiny_models import tiny_llama, tiny_model
 from trainer.adapters.attach import attach_adapter
 from trainer.base.loader import load_base
 from trainer.base.model_config import parse_config_alone

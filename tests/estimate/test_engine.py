@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from benchmarks.ranks import run_ranks
-from tests.adapters.parts import adapted
 from tests.estimate.built_engine import STAGES, recipe_of
-from tests.tiny_models import tiny_llama
+from tests.support.ranks import run_ranks
+from tests.support.tiny_adapters import adapted
+from tests.support.tiny_models import tiny_llama
 from trainer.estimate.estimate import Estimator
 
 pytestmark = pytest.mark.slow

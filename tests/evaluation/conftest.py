@@ -4,9 +4,9 @@ import pytest
 import yaml
 from peft import get_peft_model
 
-from tests.adapters.parts import config_of, wake
-from tests.tiny import tiny_tokenizer
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_adapters import config_of, wake
+from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
 from trainer.base.loader import load_base
 from trainer.evaluation.loaded_models import LoadedRun, load_run
 from trainer.recipe import Recipe, dump_recipe

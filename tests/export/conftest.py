@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.prepare import prepare
-from tests.adapters.parts import config_of, plain_model, wake
-from tests.tiny import tiny_tokenizer
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_adapters import config_of, plain_model, wake
+from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
 from trainer.base.base_fingerprint import fingerprint, write_base_file
 from trainer.recipe import Recipe, dump_recipe
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tests.adapters.parts import METHODS, plain_model
+from tests.support.tiny_adapters import METHODS, plain_model
 from trainer.adapters.adapter_config import ExpertLoraConfig
 
 

@@ -10,9 +10,9 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 from data_prep.reader import open_prepared
-from tests.adapters.parts import METHODS, config_of, logits, plain_model
 from tests.export.fixed_gates import fixed_gate_model, omega_of
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny_adapters import METHODS, config_of, logits, plain_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 from trainer.export.export import Request, export
 from trainer.export.mean_gates import calibration_rows
 

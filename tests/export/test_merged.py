@@ -9,8 +9,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data_prep.user_error import UserError
-from tests.adapters.parts import logits, plain_model
-from tests.full_disk import files_up_to
+from tests.support.full_disk import files_up_to
+from tests.support.tiny_adapters import logits, plain_model
 from trainer.base.loader import load_base
 from trainer.base.weight_map import open_base
 from trainer.evaluation.loaded_models import load_run

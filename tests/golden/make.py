@@ -72,8 +72,8 @@ def scores(folder: Path, run: str) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    from tests.tiny import tiny_tokenizer
-    from tests.tiny_models import tiny_llama
+    from tests.support.tiny_models import tiny_llama
+    from tests.support.tiny_tokenizer import tiny_tokenizer
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
     tiny_llama(folder / "base", tie=True, **sizes)

@@ -15,7 +15,7 @@ PORTS = range(10000, 32768)  # below those that kernels hand out to connections
 
 
 def free_port() -> int:
-    """A port at which nothing listens. Each launch takes a fresh one: at a fixed one a rank of another run may answer."""
+    """A port at which nothing listens. Each launch takes a fresh one: at a fixed one another run may answer."""
     while True:
         port = random.SystemRandom().choice(PORTS)
         with socket.socket() as probe:

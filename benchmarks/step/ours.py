@@ -1,0 +1,84 @@
+"""One timed run of our loop with TeamLoRA, one rank of it: our side of `python -m benchmarks.step`."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset, load_from_disk
+
+from benchmarks.step.setting import TARGETS, Setting
+from data_prep.reader import PreparedSet
+from trainer.base.weight_map import open_base
+from trainer.console.library_logs import silence_libraries
+from trainer.distributed.deepspeed_config import read_deepspeed_config
+from trainer.distributed.parallelize import parallelize
+from trainer.distributed.process_group import process_group
+from trainer.objective.batches import plan_batches, rows_of_step
+from trainer.recipe import Recipe
+from trainer.telemetry.step_report import StepReport
+from trainer.training.trainer import Trainer
+
+EXPERTS = 4
+
+
+def recipe_of(base: str, setting: Setting, world: int) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run": {"name": "benchmark"},
+            "base": {"model": base, "quantization": "nf4", "dtype": "bf16"},
+            "adapter": {
+                "num_experts": EXPERTS,
+                "total_rank": setting.total_rank,
+                "alpha": setting.total_rank // EXPERTS,
+                "target_modules": TARGETS,
+            },
+            "data": {
+                "prepared_dir": "unused",
+                "seq_len": setting.seq_len,
+                "sources": [{"type": "files", "task": "text", "path": "unused"}],
+            },
+            "train": {
+                "steps": setting.steps,
+                "global_batch_size": setting.micro_batch_size * world,
+                "micro_batch_size": setting.micro_batch_size,
+                "learning_rate": 2e-4,
+                "lr_scheduler": "constant",
+            },
+            "deepspeed": {"config": "ds_configs/zero3.json"},
+        }
+    )
+
+
+def in_order_of_steps(rows: Dataset, seed: int) -> Dataset:
+    """The rows so placed that our seeded order meets them one after the other, as TRL's sequential sampler does."""
+    return rows.select(np.argsort(rows_of_step(seed, 0, len(rows), len(rows))))
+
+
+def main(base: str, rows: str, setting: Setting, output: Path) -> None:
+    silence_libraries()
+    with process_group() as device:
+        reports = train(base, rows, setting, device)
+        if dist.get_rank() == 0:
+            found = {"seconds": [r.seconds for r in reports], "losses": [r.losses.mean() for r in reports]}
+            output.write_text(json.dumps(found))
+        dist.barrier()
+
+
+def train(base: str, rows: str, setting: Setting, device: torch.device) -> list[StepReport]:
+    recipe = recipe_of(base, setting, dist.get_world_size())
+    plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
+    config = read_deepspeed_config(recipe, plan)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = setting.persistence_threshold
+    parallel = parallelize(recipe, open_base(recipe.base), config, device, num_tasks=1, steps=setting.steps)
+    train = in_order_of_steps(load_from_disk(rows), recipe.run.seed).with_format("numpy")
+    prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, train, [])
+    trainer = Trainer(recipe, parallel, prepared, plan, device, setting.steps)
+    trainer.router_every = 1
+    return [trainer.train_step() for _ in range(setting.steps)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Setting(**json.loads(sys.argv[3])), Path(sys.argv[4]))

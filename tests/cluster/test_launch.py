@@ -1,0 +1,246 @@
+"""What a launch is told: hostfile, variables, options; and what it tells of its ranks' endings."""
+
+import importlib.util
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from data_prep.user_error import UserError
+from tests.support.minimal_recipe import MINIMAL
+from trainer.cluster.hostfile import Node, read_hostfile
+from trainer.cluster.launch_environment import passed_on
+from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
+from trainer.cluster.local_ranks import slots_here
+from trainer.cluster.ssh import launch_folder
+from trainer.distributed import network
+from trainer.recipe import Recipe
+from trainer.run.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def supervise():
+    """launch/ is a folder of programs, no package."""
+    spec = importlib.util.spec_from_file_location("supervise", REPOSITORY / "launch" / "supervise.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_hostfile_is_read_in_its_order(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# the cluster\nnode-b slots=2\n\n  node-a   slots=8  # the old one\n")
+    assert read_hostfile(path) == (Node("node-b", 2), Node("node-a", 8))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("node-a\n", "line 1: 'node-a': expected `name slots=N`"),
+        ("node-a slots=0\n", "line 1: 'node-a slots=0': expected"),
+        ("node-a slots=2\nnode-a slots=2\n", "line 2: node-a is listed twice"),
+        ("# nothing\n", "lists no node"),
+        (None, "No such file or directory; give a file with a line such as `node-a slots=8` a node"),
+    ],
+)
+def test_a_bad_hostfile_is_refused(tmp_path, text, told):
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as refusal:
+        read_hostfile(path)
+    assert str(refusal.value).startswith(f"hostfile={path}")
+    assert told in str(refusal.value)
+
+
+def test_threads_interface_and_proxy_are_passed_on_and_the_shell_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / ".deepspeed_env").write_text('NCCL_SOCKET_IFNAME=ib0\nMY_TOKEN="two words"\n')
+    shell = {
+        "OMP_NUM_THREADS": "8",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "HTTPS_PROXY": "http://proxy:3128",
+        "no_proxy": "localhost",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "SSH_CONNECTION": "here",
+        "HOME": "/root",
+    }
+    assert passed_on(shell, tmp_path) == {
+        "OMP_NUM_THREADS": "8",
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "HTTPS_PROXY": "http://proxy:3128",
+        "no_proxy": "localhost",
+        "MY_TOKEN": "two words",
+    }
+
+
+@pytest.mark.parametrize("line", ["", "# threads", "OMP_NUM_THREADS", "=8"])
+def test_a_line_of_deepspeed_env_that_would_end_its_launcher_is_refused(tmp_path, monkeypatch, line):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / ".deepspeed_env").write_text(f"A=1\n{line}\nB=2\n")
+    with pytest.raises(UserError, match=r"deepspeed_env, line 2: .*expected NAME=VALUE"):
+        passed_on({}, tmp_path)
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "-1,0"])
+def test_ranks_on_cpus_are_shown_no_gpu_where_none_is_visible(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert slots_here(None) == [-1]
+    assert slots_here(2) == [-1, -1]
+
+
+def test_devices_are_those_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f,7")
+    assert slots_here(None) == [2, "GPU-5f", 7]
+    assert slots_here(2) == [2, "GPU-5f"]
+    with pytest.raises(UserError, match="num_gpus=4: 3 are here"):
+        slots_here(4)
+
+
+def test_the_launchs_options_are_told_from_the_recipes(supervise):
+    found = supervise.parse_options(
+        ["hostfile=hf", "my.yaml", "min_nodes=1", "retries=2", "check=false", "train.steps=3"]
+    )
+    assert found.arguments == ("my.yaml", "train.steps=3")
+    assert (found.hostfile, found.min_nodes, found.retries, found.check) == (Path("hf"), 1, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["num_gpus=two"], "num_gpus=two: expected a whole number of at least 1"),
+        (["retries=-1"], "retries=-1: expected a whole number of at least 0"),
+        (["check=yes"], "check=yes: expected true or false"),
+        (["hostfile=hf", "num_gpus=2"], "num_gpus=2: with a hostfile its slots say it"),
+        (["min_nodes=1"], "min_nodes=1: needs hostfile=FILE"),
+        (["master_port=70000"], "master_port=70000: expected a whole number from 1 to 65535"),
+    ],
+)
+def test_bad_options_of_a_launch_are_refused(supervise, arguments, told):
+    with pytest.raises(UserError, match=told):
+        supervise.parse_options(arguments)
+
+
+@pytest.mark.parametrize(
+    ("answering", "least", "batch", "experts", "expected"),
+    [
+        (8, 1, 128, 1, 8),
+        (7, 1, 128, 1, 4),
+        (7, 5, 128, 1, 7),
+        (3, 2, 128, 1, 2),
+        (6, 1, 96, 1, 6),
+        (1, 1, 128, 1, 1),
+        (3, 1, 96, 16, 2),
+        (3, 1, 96, 8, 3),
+        (3, 3, 96, 16, 3),
+    ],
+)
+def test_of_the_nodes_that_answer_as_many_are_taken_as_batch_and_experts_can_be_cut_for(
+    supervise, answering, least, batch, experts, expected
+):
+    """Nodes of 8 ranks, micro-batches of 2; none of 5 to 7 nodes divides 128, so all 7 come, and the ranks refuse."""
+    recipe = Recipe.model_validate(
+        yaml.safe_load(MINIMAL)
+        | {
+            "train": {"steps": 1, "global_batch_size": batch, "micro_batch_size": 2},
+            "adapter": {"num_experts": 16},
+            "experts": {"parallel_size": experts, "across_nodes": experts > 1},
+        }
+    )
+    nodes = [Node(f"node-{number}", 8) for number in range(answering)]
+    assert supervise.dividing_nodes(nodes, least, recipe) == expected
+
+
+def test_a_link_on_the_way_to_the_checkout_stays_in_what_nodes_are_told(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(REPOSITORY)
+    program = f"import runpy; print(runpy.run_path('{link}/launch/supervise.py')['SCRIPT'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{link}/launch/train.sh"
+
+
+@pytest.mark.parametrize(("told", "expected"), [("link", "link"), ("elsewhere", "real"), ("none", "real")])
+def test_the_folder_of_a_launch_is_named_as_in_the_shell(tmp_path, monkeypatch, told, expected):
+    for name in ("real", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "link")
+    monkeypatch.setenv("PWD", str(tmp_path / told))
+    assert launch_folder() == tmp_path / expected
+
+
+@pytest.mark.parametrize(
+    ("ssh", "outward", "interfaces", "expected"),
+    [
+        ("10.0.0.9 1 10.0.0.2 22", "10.1.0.2", ["127.0.0.1"], "10.0.0.2"),
+        ("127.0.0.1 1 127.0.1.1 22", "10.1.0.2", ["127.0.0.1", "172.17.0.1", "10.1.0.2"], "10.1.0.2"),
+        (None, None, ["127.0.0.1", "169.254.3.1", "10.1.0.2"], "10.1.0.2"),
+        (None, None, ["127.0.0.1", "169.254.3.1"], "169.254.3.1"),
+        (None, None, ["127.0.0.1"], "127.0.0.1"),
+    ],
+)
+def test_a_machine_is_reached_where_ssh_reached_it_or_where_it_goes_out(
+    monkeypatch, ssh, outward, interfaces, expected
+):
+    monkeypatch.setenv("SSH_CONNECTION", ssh or "")
+    found = [SimpleNamespace(family=socket.AF_INET, address=address) for address in interfaces]
+    monkeypatch.setattr(network.psutil, "net_if_addrs", lambda: {"all": found})
+    monkeypatch.setattr(network, "_address_towards", lambda _: outward)
+    assert network.reached_at() == expected
+
+
+def ended(rank: int, status: int, line: str = "", followed: bool = False, stuck: bool = False) -> RankEnding:
+    return RankEnding(rank, Ending(status, line, followed), stuck)
+
+
+LOST = ended(0, FAULT, "another rank has ended", followed=True)
+HALTED = ended(1, FAULT, "was halted", stuck=True)
+OWN = ended(2, FAULT, "ValueError: no")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "launchers", "stopping", "expected"),
+    [
+        ([ended(0, 0), ended(1, 0)], [0, 0], False, Outcome(0)),
+        ([ended(0, STOPPED), ended(1, STOPPED)], [1], False, Outcome(STOPPED)),
+        ([ended(1, MISTAKE), ended(0, FAULT, "x")], [1], False, Outcome(MISTAKE)),
+        ([LOST, HALTED], [1], False, Outcome(FAULT, "node, rank 1: was halted")),
+        ([LOST, HALTED, OWN], [1], False, Outcome(FAULT, "node, rank 2: ValueError: no")),
+        ([LOST], [1], False, Outcome(FAULT, "node, rank 0: another rank has ended")),
+        ([LOST], [1], True, Outcome(STOPPED, "node, rank 0: another rank has ended")),
+        ([], [2], False, Outcome(MISTAKE)),
+        (
+            [],
+            [-9],
+            False,
+            Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} (SIGKILL)"),
+        ),
+        (
+            [ended(0, STOPPED), ended(1, STOPPED)],
+            [-9],
+            False,
+            Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} (SIGKILL)"),
+        ),
+        ([ended(0, STOPPED)], [-9], True, Outcome(STOPPED)),
+        ([OWN, LOST], [1], True, Outcome(FAULT, "node, rank 2: ValueError: no")),
+        ([HALTED], [1], True, Outcome(STOPPED, "node, rank 1: was halted")),
+        ([], [1], True, Outcome(STOPPED)),
+    ],
+)
+def test_the_outcome_names_the_first_cause(ranks, launchers, stopping, expected):
+    assert outcome([("node, ", found) for found in ranks], launchers, stopping) == expected
+
+
+def test_a_rank_leaves_its_ending_for_its_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv(ENDINGS, raising=False)
+    write_ending(Ending(0))
+    monkeypatch.setenv(ENDINGS, str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    write_ending(Ending(FAULT, "the disk is full"))
+    assert read_endings(tmp_path) == {3: Ending(FAULT, "the disk is full")}

@@ -1,0 +1,44 @@
+"""metrics.jsonl through a disk that fills, and the start of a run's later part."""
+
+import json
+
+import pytest
+
+from tests.support.full_disk import files_up_to
+from trainer.telemetry.metrics import METRICS, MetricsWriter
+
+
+def steps(path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("length", [10, 2500, 50_000])
+def test_lines_without_room_wait_for_it(tmp_path, length, capfd):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    with files_up_to(60_000):
+        for step in range(1, 41):
+            writer.write({"step": step, "text": "x" * length})
+        position = writer.position()
+    writer.write({"step": 41})
+    assert writer.position() > position
+    writer.close()
+    assert steps(tmp_path / METRICS) == list(range(1, 42))
+    assert ("metrics.jsonl cannot be written (File too large); training goes on" in capfd.readouterr().err) == (
+        length > 1500
+    )
+
+
+def test_a_later_part_begins_after_whole_lines(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for step in (1, 2, 3):
+        writer.write({"step": step})
+    kept = writer.position()
+    writer.write({"step": 4})
+    writer.close()
+    MetricsWriter(tmp_path, tensorboard=False, step=3, keep=kept).close()
+    assert steps(tmp_path / METRICS) == [1, 2, 3]
+    later = MetricsWriter(tmp_path, tensorboard=False, step=2, keep=kept - 1)  # half of the third is there
+    assert later.position() == 2 * kept // 3
+    later.write({"step": 3})
+    later.close()
+    assert steps(tmp_path / METRICS) == [1, 2, 3]

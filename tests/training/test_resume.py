@@ -1,0 +1,140 @@
+"""Whether a changed recipe may go on with a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.differences import differences
+from data_prep.user_error import UserError
+from tests.support import scene
+from trainer.checkpoint import storage
+from trainer.checkpoint.manager import FACTS, FOLDER
+from trainer.recipe import Recipe
+from trainer.run import run_dir
+from trainer.run.launch_protocol import AGAIN
+from trainer.training.resume import MAY_CHANGE, accept_recipe_changes, find_resume_point
+
+BASE = "base"
+
+
+def accept(**changes):
+    return accept_recipe_changes(scene.recipe(BASE), scene.recipe(BASE, **changes), "refused", "think again")
+
+
+def test_what_only_changes_how_it_computes_is_told_and_accepted():
+    lines = accept(train__micro_batch_size=2, experts__parallel_size=2, deepspeed__config="other.json")
+    assert lines == [
+        "changed         experts.parallel_size was 1 and is 2",
+        "changed         train.micro_batch_size was 1 and is 2",
+        "changed         deepspeed.config was 'ds_configs/zero3.json' and is 'other.json'",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"adapter__alpha": 9}, {"train__learning_rate": 1}, {"run__seed": 4}, {"base__dtype": "bf16"},
+                {"train__steps": 6}, {"data__seq_len": 128}]
+)  # fmt: skip
+def test_what_changes_the_run_is_refused_by_name(changes):
+    (key,) = changes
+    with pytest.raises(UserError, match=f"^refused: {key.replace('__', '.')} was .*; undo that or think again$"):
+        accept(**changes)
+
+
+def test_every_harmless_key_is_a_key_of_the_recipe():
+    resolved = scene.recipe(BASE).model_dump(mode="json")
+    for key in MAY_CHANGE:
+        section, _, name = key.partition(".")
+        assert not name or name in resolved[section], key
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that was stopped, with checkpoints of steps 2 and 4."""
+    recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
+    run_dir.create(recipe, {})
+    for step in (2, 4):
+        draft = storage.CheckpointWriter(recipe.run.directory / FOLDER, step)
+        facts = {"step": step, "recipe": recipe.model_dump(mode="json"), "metrics_bytes": 10 * step}
+        draft.add(FACTS, json.dumps(facts).encode())
+        draft.publish()
+    return recipe.run.directory
+
+
+def begin(run, resume, name="test"):
+    changes = {"run__output_dir": str(run.parent), "run__name": name, "train__resume": str(resume)}
+    return find_resume_point(scene.recipe(BASE, **changes))
+
+
+def test_a_run_goes_on_from_its_newest_intact_checkpoint(run):
+    assert (begin(run, "auto").step, begin(run, "auto").metrics_bytes(run)) == (4, 40)
+    (run / FOLDER / "step-000004" / FACTS).write_text("{}")
+    resume_point = begin(run, "auto")
+    assert (resume_point.step, resume_point.metrics_bytes(run)) == (2, 20)
+    assert "step-000004 is passed over: run.json has 2 bytes" in "".join(resume_point.notes)
+
+
+def test_a_run_is_recognised_by_whatever_path_its_checkpoint_is_given(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert begin(run, run / FOLDER / "step-000004").metrics_bytes(Path("test")) == 40
+    assert begin(run, "test", name="fork").metrics_bytes(Path("fork")) == 0
+
+
+def test_going_back_within_a_run_is_refused_and_works_in_another(run):
+    earlier = run / FOLDER / "step-000002"
+    with pytest.raises(UserError, match="has a later checkpoint, of step 4; remove it, or go on in a run of its own"):
+        begin(run, earlier)
+    assert begin(run, earlier, name="fork").step == 2
+
+
+def test_a_run_begun_from_another_goes_on_with_its_own_checkpoints(run):
+    """The same command again, as retries and a requeued job give it."""
+    other = run / FOLDER / "step-000002"
+    recipe = scene.recipe(BASE, run__output_dir=str(run.parent), run__name="fork", train__resume=str(other))
+    run_dir.create(recipe, {})
+    assert find_resume_point(recipe).checkpoint == other
+    draft = storage.CheckpointWriter(recipe.run.directory / FOLDER, 3)
+    draft.add(FACTS, json.dumps({"step": 3, "recipe": recipe.model_dump(mode="json"), "metrics_bytes": 7}).encode())
+    draft.publish()
+    found = find_resume_point(recipe)
+    assert (found.checkpoint, found.step) == (recipe.run.directory / FOLDER / "step-000003", 3)
+
+
+@pytest.mark.parametrize(("keep_best", "known"), [(True, {}), (False, {"best_loss": 1.0, "best_step": 2, "since": 1})])
+def test_a_best_of_another_run_is_no_best_of_this_one(run, keep_best, known):
+    facts = run / FOLDER / "step-000004"
+    told = {**json.loads((facts / FACTS).read_text()), "held_out": {"best_loss": 1.0, "best_step": 2, "since": 1}}
+    draft = storage.CheckpointWriter(run / FOLDER, 4)
+    draft.add(FACTS, json.dumps(told).encode())
+    draft.publish()
+    assert begin(run, "auto").facts["held_out"] == told["held_out"]
+    changes = {"run__output_dir": str(run.parent), "run__name": "fork", "train__resume": str(facts)}
+    assert find_resume_point(scene.recipe(BASE, checkpoint__keep_best=keep_best, **changes)).facts["held_out"] == known
+
+
+def test_never_is_for_the_first_start_of_a_launch(run, monkeypatch):
+    with pytest.raises(UserError, match=r"^train\.resume=never: .* holds an unfinished run"):
+        begin(run, "never")
+    monkeypatch.setenv(AGAIN, "1")
+    assert begin(run, "never").step == 4
+
+
+def test_a_start_that_was_killed_at_once_is_in_no_later_ones_way(tmp_path):
+    recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
+    recipe.run.directory.mkdir()
+    (recipe.run.directory / ".recipe.yaml.part").write_text("ru")
+    assert run_dir.find(recipe) is None
+    (recipe.run.directory / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files that belong to no run"):
+        run_dir.find(recipe)
+
+
+def test_differences_are_found_at_any_depth():
+    old = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+    new = {"a": {"b": 1, "c": {"d": 3}}, "e": [1, 2], "f": 4}
+    assert list(differences(old, new)) == [("a.c.d", 2, 3), ("e", [1], [1, 2]), ("f", None, 4)]
+
+
+def test_a_recipe_reads_back_equal_from_a_checkpoint():
+    recipe = scene.recipe(BASE)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
