@@ -26,7 +26,7 @@ def test_size_must_divide_the_ranks():
 
 @pytest.mark.parametrize("local_ranks", [[0, 1, 0, 1], [0, 0, 0, 0]], ids=["two nodes of two", "four of one"])
 def test_a_group_stands_on_one_node_unless_the_recipe_says_otherwise(local_ranks):
-    with pytest.raises(UserError, match="would stand on two nodes"):
+    with pytest.raises(UserError, match="would span two nodes"):
         check_expert_parallel(ExpertsConfig(parallel_size=4), local_ranks, ZERO3, PATH)
     check_expert_parallel(ExpertsConfig(parallel_size=4, across_nodes=True), local_ranks, ZERO3, PATH)
 

@@ -29,11 +29,14 @@ def test_ranks_that_differ_in_their_place_only_agree():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"launch": "two"}, "is of another launch than rank 0 on a: one of them was left behind"),
-        ({"launch": None}, "is of another launch than rank 0 on a: one of them was left behind"),
+        ({"launch": "two"}, "belongs to another launch than rank 0 on a: one of them was left behind"),
+        ({"launch": None}, "belongs to another launch than rank 0 on a: one of them was left behind"),
         ({"versions": {**FIRST.versions, "torch": "2.12.0"}}, "has torch 2.12.0, rank 0 on a has 2.13.0; install"),
         ({"versions": {**FIRST.versions, "python": "3.11.7"}}, "has python 3.11.7, rank 0 on a has 3.12.1; install"),
-        ({"code": ("x", "z")}, "runs other code of this trainer than rank 0 on a; bring every node to the same commit"),
+        (
+            {"code": ("x", "z")},
+            "runs other code of this trainer than rank 0 on a; check out the same commit on every node",
+        ),
         ({"recipe": {**RECIPE, "train": {"steps": 11}}}, "has train.steps=11, rank 0 on a has 10; give every node"),
     ],
     ids=["launch", "no launch", "package", "interpreter", "code", "recipe"],

@@ -104,7 +104,7 @@ def test_a_mistake_that_one_rank_meets_is_raised_by_all(seen):
     assert found["disk"] == ["UserError: the last rank's disk is full"] * world
     assert len(set(found["launch"])) == 1
     assert found["launch"][0].startswith(
-        f"UserError: rank {world - 1} on {socket.gethostname()} is of another launch than rank 0"
+        f"UserError: rank {world - 1} on {socket.gethostname()} belongs to another launch than rank 0"
     )
 
 

@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(w
     state.write_bytes(spoilt)
     run = Launched(workplace, "damaged")
     assert run.status() == 0, run.said()
-    assert f"{newest.name} is passed over: state-00001.safetensors is not what was written" in run.said()
+    assert f"{newest.name} is skipped: state-00001.safetensors is not what was written" in run.said()
     assert_equal_runs(workplace, run, unbroken())
 
 
@@ -253,7 +253,7 @@ def test_a_changed_recipe_is_refused_by_name_and_harmless_changes_are_told(workp
     assert workplace.teamlora(*elsewhere, "run.seed=7").returncode == 2
     missing = workplace.teamlora(*again, "train.resume=nowhere")
     assert missing.returncode == 2
-    assert "train.resume=nowhere: no whole checkpoint there" in missing.stderr
+    assert "train.resume=nowhere: no intact checkpoint there" in missing.stderr
 
 
 def test_another_run_can_go_on_from_a_checkpoint_with_another_micro_batch(workplace, unfinished):

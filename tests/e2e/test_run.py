@@ -89,7 +89,7 @@ def test_facts_are_told_before_the_first_step(workplace, first):
     for fact in (
         "trainable",
         "frozen",
-        "bytes a rank",
+        "bytes per rank",
         "4 accumulation",
         "4 steps",
         "tensorboard --logdir",

@@ -71,7 +71,7 @@ def test_a_run_goes_on_from_its_newest_intact_checkpoint(run):
     (run / FOLDER / "step-000004" / FACTS).write_text("{}")
     resume_point = begin(run, "auto")
     assert (resume_point.step, resume_point.metrics_bytes(run)) == (2, 20)
-    assert "step-000004 is passed over: run.json has 2 bytes" in "".join(resume_point.notes)
+    assert "step-000004 is skipped: run.json has 2 bytes" in "".join(resume_point.notes)
 
 
 def test_a_run_is_recognised_by_whatever_path_its_checkpoint_is_given(run, monkeypatch):

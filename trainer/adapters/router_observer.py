@@ -20,7 +20,7 @@ def find_experts(model: nn.Module) -> dict[str, Experts]:
 def router_weights(module: Experts, x: Tensor) -> tuple[Tensor, Tensor]:
     """phi [..., phi's entries] and omega [..., k] of x [..., d_in]; fp32, see `gate_weights`."""
     weights = gate_weights(x, module.router, module.interaction, module.gate)
-    phi, omega = (each.t().unflatten(0, x.shape[:-1]) for each in weights)
+    phi, omega = (each.t().unflatten(0, x.shape[:-1]).float() for each in weights)
     return phi, omega
 
 

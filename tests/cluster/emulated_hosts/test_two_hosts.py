@@ -74,7 +74,7 @@ def test_a_signal_to_one_rank_saves_the_run_of_both_hosts(shared, cluster, train
 def test_a_hostfile_that_is_missing_does_not_train_on_one_host_in_silence(cluster, train):
     line = refused(train(run__name="local", run__nodes=2), cluster)
     assert line.startswith("error: run.nodes=2, and the ranks are on 1: launcher (")
-    assert "give the launcher a hostfile that is there and lists every node" in line
+    assert "give the launcher an existing hostfile that lists every node" in line
 
 
 def test_one_host_under_two_names_is_not_two_nodes(cluster, train):
