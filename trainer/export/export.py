@@ -17,9 +17,9 @@ from data_prep.reader import PreparedSet, manifest_for, open_prepared
 from data_prep.user_error import UserError
 from trainer.base.base_fingerprint import BASE_FILE
 from trainer.base.weight_map import open_base
-from trainer.evaluation.generation import ends_of, named_ends
+from trainer.evaluation.generation import config_end_ids, template_end_ids
 from trainer.evaluation.loaded_models import LoadedRun, load_run
-from trainer.evaluation.runner import some_of_each_task
+from trainer.evaluation.runner import sample_per_task
 from trainer.export.fidelity import TaskFidelity, measure, table
 from trainer.export.load_exported import free_bytes, load_merged, load_plain_lora
 from trainer.export.lora import LowRank, low_rank_updates, write_lora
@@ -171,8 +171,8 @@ def _name_taught_end(run: LoadedRun, folder: Path) -> None:
     """A chat template of the recipe's own may end answers with a token that the base's generation_config lacks."""
     if not run.tokenizer.chat_template:
         return
-    named = named_ends(run.model)
-    if missing := [end for end in ends_of(run.tokenizer, ChatTemplate(run.tokenizer)) if end not in named]:
+    named = config_end_ids(run.model)
+    if missing := [end for end in template_end_ids(run.tokenizer, ChatTemplate(run.tokenizer)) if end not in named]:
         path = folder / GENERATION_CONFIG_NAME  # as JSON: transformers refuses to write what it reads of older models
         config = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps({**config, "eos_token_id": [*named, *missing]}, indent=2) + "\n")
@@ -191,7 +191,7 @@ def _fidelity(
         return "price not measured: the prepared set has no held-out rows", None
     if size > free_bytes(run.model.device):
         return f"price not measured: {size / 1e9:.1f} GB beside the run's own model do not fit into memory", None
-    items = some_of_each_task(prepared.items, request.items_per_task)
+    items = sample_per_task(prepared.items, request.items_per_task)
     try:
         exported = load_plain_lora(run, folder) if request.to == "lora" else load_merged(run, folder)
         price = measure(run.model, exported, _held_out(prepared, rows), prepared.tasks, scorer(run, items))

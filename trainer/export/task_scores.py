@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from trainer.evaluation.loaded_models import LoadedRun
-from trainer.evaluation.runner import RunnerOptions, ask, questions
+from trainer.evaluation.runner import RunnerOptions, build_questions, run_items
 from trainer.evaluation.scoring import metrics_of
 from trainer.export.fidelity import Score
 
@@ -20,12 +20,12 @@ def scorer(run: LoadedRun, items: Sequence[dict[str, Any]]) -> Score | None:
     """
     if not items:
         return None
-    asked, metrics = questions(items, run.tokenizer, run.recipe.data), metrics_of(items)
+    asked, metrics = build_questions(items, run.tokenizer, run.recipe.data), metrics_of(items)
 
     def score(model: nn.Module) -> dict[str, float]:
         by_task: dict[str, list[float]] = {}
         for item, found in zip(
-            items, ask(model, asked, RunnerOptions(run.tokenizer, BATCH, sharded=False)), strict=True
+            items, run_items(model, asked, RunnerOptions(run.tokenizer, BATCH, sharded=False)), strict=True
         ):
             by_task.setdefault(item["task"], []).append(found[metrics[item["task"]]])
         return {task: sum(scores) / len(scores) for task, scores in by_task.items()}
