@@ -31,7 +31,7 @@ def no_loading(monkeypatch):
         (
             "teamlora",
             ["--to", "peft", "--task", "upper"],
-            "--task upper: --to peft keeps the gates that depend on tokens",
+            "--task upper: --to peft keeps the gates as they are",
         ),
         (
             "lora",

@@ -42,8 +42,8 @@ def change_experts(run: Path, keep: list[int] | None, add: int, to: Path | None)
     config = _config(run)
     if not isinstance(config, TeamLoraConfig):
         raise UserError(
-            f"{run}: the experts of its adapter, a {config.peft_type.value}, cannot be changed: only teamlora has the "
-            "interaction matrix that keeps the other experts' weights; give a run of teamlora"
+            f"{run}: its experts cannot be changed: only teamlora has the interaction matrix that keeps the other "
+            "experts' weights; give a run of teamlora"
         )
     if config.renormalize:
         raise UserError(

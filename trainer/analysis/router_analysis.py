@@ -67,7 +67,7 @@ def measure_routers(run: LoadedRun, documents: Sequence[Document], tasks: list[s
     scores = {"base": _score_within(model.disable_adapter(), run, documents), "learned": learned}
     for expert in range(len(next(iter(adapters.values())).experts)):
         scores[only_expert_name(expert)] = _score_within(alone(model, expert), run, documents)
-    matrices = [module.interaction for module in adapters.values() if module.interaction is not None]
+    matrices: list[Tensor] = [module.interaction for module in adapters.values() if module.interaction is not None]
     return RouterView(
         method=run.recipe.adapter.method,
         tasks=tasks,

@@ -72,7 +72,7 @@ class Exported:
         return "\n".join([f"{self.folder}: {self.what}", self.measured, *table])
 
     def as_dict(self) -> dict[str, Any]:
-        """As in export.json, where the key of `fidelity` is `price`."""
+        """As in export.json, where `fidelity` has the key `price`."""
         lines = None if self.fidelity is None else [asdict(line) for line in self.fidelity]
         return {"what": self.what, "measured": self.measured, "price": lines, "facts": self.facts}
 
@@ -109,7 +109,7 @@ def _check(request: ExportRequest, recipe: Recipe) -> None:
 
 def _check_task(request: ExportRequest, recipe: Recipe) -> None:
     if request.to == "peft":
-        raise UserError(f"--task {request.task}: --to peft keeps the gates that depend on tokens; remove it")
+        raise UserError(f"--task {request.task}: --to peft keeps the gates as they are; remove it")
     if recipe.adapter.method == "lora":
         raise UserError(
             f"--task {request.task}: {request.run} was trained with adapter.method=lora, which has no gates; remove it"
@@ -174,8 +174,10 @@ def _write_merged(
 
 
 def _add_template_end(run: LoadedRun, folder: Path) -> None:
-    """Adds the chat template's end token to generation_config.json: a recipe's own template may end answers with a token
-    that the base's configuration lacks."""
+    """Adds the chat template's end token to generation_config.json, if it is missing.
+
+    A chat template from the recipe may end answers with a token that the base's configuration lacks.
+    """
     if not run.tokenizer.chat_template:
         return
     known = config_end_ids(run.model)
@@ -192,7 +194,7 @@ def _rank(updates: dict[str, LowRank]) -> int:
 def _measure(
     request: ExportRequest, run: LoadedRun, prepared: PreparedSet, folder: Path, size: int
 ) -> tuple[str, list[TaskFidelity] | None]:
-    """How fidelity was measured, or why not, and the fidelity of `folder`. size: bytes it takes beside the run's model."""
+    """How fidelity was measured, or why not; and that of `folder`. size: bytes needed beside the run's model."""
     rows = min(request.rows, len(prepared.held_out))
     if not rows:
         return "fidelity not measured: the prepared set has no held-out rows", None
