@@ -258,10 +258,10 @@ def _experts(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from trainer.export.export import Request, export
+    from trainer.export.export import ExportRequest, export
 
     asked = (options.output, options.task, options.rows, options.items_per_task, options.base)
-    print(export(Request(options.directory, options.to, *asked)))
+    print(export(ExportRequest(options.directory, options.to, *asked)))
 
 
 def _router(options: argparse.Namespace) -> None:

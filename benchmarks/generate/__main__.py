@@ -26,7 +26,7 @@ from trainer.adapters import TeamLoraConfig
 from trainer.adapters.layer import Experts, freeze_experts
 from trainer.base.loader import load_base
 from trainer.base.model_config import load_tokenizer
-from trainer.evaluation.generation import greedy, prompt_ids
+from trainer.evaluation.generation import generate_greedy, prompt_ids
 from trainer.recipe import BaseModelConfig
 
 DEFAULT_BASE = "bases/smollm2-135m-instruct"
@@ -83,7 +83,7 @@ def measure(base: BaseModelConfig, repetitions: int) -> tuple[list[float], list[
         )
 
     def ours() -> None:
-        greedy(under_adapter, tokenizer, prompts, NEW_TOKENS)
+        generate_greedy(under_adapter, tokenizer, prompts, NEW_TOKENS)
 
     times: tuple[list[float], list[float]] = ([], [])
     for repetition in range(-1, repetitions):

@@ -25,10 +25,10 @@ from trainer.adapters.router_observer import find_experts
 from trainer.base.model_config import load_tokenizer
 from trainer.base.weight_map import open_base
 from trainer.console.library_logs import silence_libraries
-from trainer.evaluation.generation import like_lengths
+from trainer.evaluation.generation import batches_by_length
 from trainer.evaluation.likelihood import log_likelihoods
-from trainer.evaluation.loaded_models import load_whole, with_adapter
-from trainer.evaluation.runner import Questions, RunnerOptions, ask, questions
+from trainer.evaluation.loaded_models import load_unsharded, with_adapter
+from trainer.evaluation.runner import Questions, RunnerOptions, build_questions, run_items
 from trainer.evaluation.scoring import metrics_of
 from trainer.recipe import Recipe
 from trainer.run import run_dir
@@ -56,8 +56,8 @@ def run(cell: Cell, base: str) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
     prepared, opened = open_prepared(recipe.data, tokenizer), open_base(recipe.base)
     found |= {"prepared_key": prepared.manifest["key"], "base_fingerprint": opened.fingerprint}
-    asked = questions(chosen(prepared.items, cell.tuning), tokenizer, recipe.data)
-    base_model = load_whole(opened, "cuda" if torch.cuda.is_available() else "cpu")
+    asked = build_questions(chosen(prepared.items, cell.tuning), tokenizer, recipe.data)
+    base_model = load_unsharded(opened, "cuda" if torch.cuda.is_available() else "cpu")
     with with_adapter(base_model, adapter) as model:
         if adapter is not None:
             found["parameters"] = sum(p.numel() for name, p in model.named_parameters() if is_adapters(name))
@@ -70,7 +70,7 @@ def run(cell: Cell, base: str) -> dict[str, Any]:
 def resume_point(recipe: Recipe, change: Callable[[Experts], Any]) -> Recipe:
     """The recipe, beginning with a fresh adapter's values changed."""
     torch.manual_seed(recipe.run.seed)
-    model = attach_adapter(load_whole(open_base(recipe.base), "cpu"), recipe.adapter)
+    model = attach_adapter(load_unsharded(open_base(recipe.base), "cpu"), recipe.adapter)
     for adapter in find_experts(model).values():
         change(adapter)
     folder = WORK / f"{recipe.run.name}-start"
@@ -104,15 +104,15 @@ def chosen(items: Sequence[dict[str, Any]], validation: bool) -> list[dict[str, 
 
 def losses(model: PreTrainedModel | PeftModel, asked: Questions, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """losses: by task, nats a token of the wanted answers."""
-    totals = np.empty(len(asked.wanted))
-    for batch in like_lengths([len(text.ids) for text in asked.wanted], BATCH):
-        totals[batch] = log_likelihoods(model, [asked.wanted[i] for i in batch], tokenizer.pad_token_id)
-    return by_task(asked.items, -totals, [text.scored for text in asked.wanted])
+    totals = np.empty(len(asked.references))
+    for batch in batches_by_length([len(text.ids) for text in asked.references], BATCH):
+        totals[batch] = log_likelihoods(model, [asked.references[i] for i in batch], tokenizer.pad_token_id)
+    return by_task(asked.items, -totals, [text.scored for text in asked.references])
 
 
 def scores(model: PreTrainedModel | PeftModel, asked: Questions, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """scores: by task, each item's score by the task's metric, from 0 to 1; losses as above."""
-    given = ask(model, asked, RunnerOptions(tokenizer, BATCH, sharded=False))
+    given = run_items(model, asked, RunnerOptions(tokenizer, BATCH, sharded=False))
     of_items: dict[str, list[float]] = {}
     metrics = metrics_of(asked.items)
     for item, one in zip(asked.items, given, strict=True):

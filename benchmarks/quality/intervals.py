@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from trainer.evaluation.bootstrap import RESAMPLES, SEED, Difference, interval
+from trainer.evaluation.bootstrap import RESAMPLES, SEED, Difference, confidence_interval
 
 Scores = Mapping[str, np.ndarray]  # by task: [seeds, items]
 
@@ -20,7 +20,7 @@ class Draws:
     def mean(self, scores: Scores) -> Difference:
         """Every task counts alike."""
         tasks = [self._of_task(scores[task], self._items[task]) for task in scores]
-        return interval(np.mean(tasks, axis=0))
+        return confidence_interval(np.mean(tasks, axis=0))
 
     def difference(self, ours: Scores, theirs: Scores) -> Difference:
         return self.mean({task: ours[task] - theirs[task] for task in ours})

@@ -10,7 +10,7 @@ from tests.support.tiny_adapters import METHODS, adapted
 from tests.support.tiny_models import tiny_llama
 from trainer.adapters.router_observer import find_experts, observe_routers
 from trainer.analysis.document_scores import first_documents, score
-from trainer.analysis.router_usage import RouterWatch
+from trainer.analysis.router_usage import RouterUsageCollector
 
 TASK_COUNT = len(TASKS)
 
@@ -67,10 +67,10 @@ def test_scores_are_those_of_each_document_alone_with_whole_logits(llama, docume
 def test_use_is_that_of_a_loop_over_tokens(llama, documents, method):
     model = adapted(llama, method).eval()
     adapters = find_experts(model)
-    watch = RouterWatch(list(adapters.values()), TASK_COUNT)
-    with observe_routers(model, watch.see):
-        score(model, documents, before=watch.begin)
-    use = watch.use()
+    collector = RouterUsageCollector(list(adapters.values()), TASK_COUNT)
+    with observe_routers(model, collector.observe):
+        score(model, documents, on_batch=collector.begin_batch)
+    use = collector.usage()
     inputs = {}
     for name, module in adapters.items():
         module.register_forward_hook(lambda _m, args, _out, name=name: inputs.update({name: args[0][0]}))

@@ -49,7 +49,7 @@ def test_what_differs_is_named_with_rank_host_and_both_values(change, message):
 def test_another_number_of_nodes_than_the_recipe_says_is_refused(nodes, found):
     ranks = [FIRST, FIRST] if nodes == 2 else [FIRST, SECOND]
     message = refusal(*ranks, nodes=nodes)
-    assert message.startswith(f"run.nodes={nodes}, and the ranks are on {found}; give the launcher a hostfile")
+    assert message.startswith(f"run.nodes={nodes}, and the ranks are on {found}; give the launcher an")
 
 
 def test_machines_of_one_name_are_as_many_nodes():

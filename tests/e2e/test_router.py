@@ -70,7 +70,7 @@ def test_mistakes(workplace, runs, monkeypatch, capsys):
     assert "adapter.method=lora has no router" in mistake(["router", "runs/router-lora"], capsys)
     assert "no run here (no recipe.yaml)" in mistake(["router", "base"], capsys)
     taken = mistake(["router", "runs/router-teamlora", "--to", "base"], capsys)
-    assert "--to: base exists and is no folder of this command" in taken
+    assert "--to: base exists and was not written by this command" in taken
 
 
 def test_tensorboard_has_the_last_steps_pictures(runs):

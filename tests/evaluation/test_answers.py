@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_prep.chat import ChatTemplate
-from trainer.evaluation.generation import answer, greedy, like_lengths, prompt_ids
+from trainer.evaluation.generation import answer, batches_by_length, generate_greedy, prompt_ids
 
 NEW_TOKENS = 12
 
@@ -24,17 +24,17 @@ def one_by_one(run, prompt: list[int]) -> str:
 def test_answers_are_those_of_one_question_at_a_time_whatever_the_batch(run, items, size):
     prompts = [prompt_ids(run.tokenizer, item, ChatTemplate(run.tokenizer)) for item in items]
     found = {}
-    for batch in like_lengths([len(p) for p in prompts], size):
-        given = greedy(run.model, run.tokenizer, [prompts[i] for i in batch], NEW_TOKENS)
+    for batch in batches_by_length([len(p) for p in prompts], size):
+        given = generate_greedy(run.model, run.tokenizer, [prompts[i] for i in batch], NEW_TOKENS)
         found |= dict(zip(batch, given, strict=True))
     assert [found[i] for i in range(len(items))] == [one_by_one(run, prompt) for prompt in prompts]
 
 
 def test_the_adapter_takes_part(run, items):
     prompts = [prompt_ids(run.tokenizer, item, ChatTemplate(run.tokenizer)) for item in items]
-    adapted = greedy(run.model, run.tokenizer, prompts, NEW_TOKENS)
+    adapted = generate_greedy(run.model, run.tokenizer, prompts, NEW_TOKENS)
     with run.model.disable_adapter():
-        assert greedy(run.model, run.tokenizer, prompts, NEW_TOKENS) != adapted
+        assert generate_greedy(run.model, run.tokenizer, prompts, NEW_TOKENS) != adapted
 
 
 def test_a_prompt_is_asked_with_the_recipes_system_prompt(run):
@@ -45,4 +45,4 @@ def test_a_prompt_is_asked_with_the_recipes_system_prompt(run):
 
 def test_batches_hold_every_index_once_and_like_lengths():
     lengths = [5, 1, 9, 4, 8]
-    assert like_lengths(lengths, 2) == [[2, 4], [0, 3], [1]]
+    assert batches_by_length(lengths, 2) == [[2, 4], [0, 3], [1]]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trainer.evaluation.evaluation_report import EVALUATION, Evaluation, write
+from trainer.evaluation.evaluation_report import EVALUATION, Evaluation, write_json
 from trainer.evaluation.summary import TaskSummary
 
 NOTHING = TaskSummary("t", "exact_match", 0, 0, 0.0, {}, {}, 0.0)
@@ -15,15 +15,15 @@ def evaluation(answer: str) -> Evaluation:
 
 
 def test_it_is_read_as_it_was_written_in_any_script(tmp_path):
-    write(evaluation("답 é"), tmp_path)
+    write_json(evaluation("답 é"), tmp_path)
     assert json.loads((tmp_path / EVALUATION).read_text(encoding="utf-8"))["items"] == [{"answer": "답 é"}]
     assert [path.name for path in tmp_path.iterdir()] == [EVALUATION]
 
 
 def test_a_full_disk_costs_no_older_evaluation(tmp_path):
-    write(evaluation("old"), tmp_path)
+    write_json(evaluation("old"), tmp_path)
     (tmp_path / f".{EVALUATION}.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        write(evaluation("new"), tmp_path)
+        write_json(evaluation("new"), tmp_path)
     assert json.loads((tmp_path / EVALUATION).read_text())["items"] == [{"answer": "old"}]
     assert [path.name for path in tmp_path.iterdir()] == [EVALUATION]

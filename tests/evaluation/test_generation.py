@@ -10,8 +10,8 @@ from tests.data_prep.test_chat_templates import QWEN3
 from tests.support.tiny_models import tiny_llama
 from tests.support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 from trainer.base.loader import load_base
-from trainer.evaluation.generation import ends_of, greedy, named_ends
-from trainer.evaluation.runner import questions, some_of_each_task
+from trainer.evaluation.generation import config_end_ids, generate_greedy, template_end_ids
+from trainer.evaluation.runner import build_questions, sample_per_task
 from trainer.recipe import BaseModelConfig
 
 # As Qwen3's template: an empty reasoning block before the last answer, which the generation prompt does not hold.
@@ -47,8 +47,8 @@ def data_config() -> DataConfig:
 @pytest.mark.parametrize("template", PROMPTS)
 def test_an_answer_and_each_choice_stand_where_training_puts_them(template):
     tokenizer = tiny_tokenizer(template)
-    asked = questions([item()], tokenizer, data_config())
-    (prompt,), (wanted,), (choices,) = asked.prompts, asked.wanted, asked.choices
+    asked = build_questions([item()], tokenizer, data_config())
+    (prompt,), (wanted,), (choices,) = asked.prompts, asked.references, asked.choices
     assert tokenizer.decode(prompt) == PROMPTS[template]
     blank = " " if template == SPACED else ""
     for text, choice in zip(choices, item()["choices"], strict=True):
@@ -57,7 +57,7 @@ def test_an_answer_and_each_choice_stand_where_training_puts_them(template):
     trained = tokenizer.decode(wanted.ids)  # encoded as for training: in it the answer follows the prompt, and the end
     assert trained == PROMPTS[template] + blank + "word<|im_end|>"
     assert wanted.ids[: len(choices[0].ids)] == choices[0].ids
-    assert asked.ends == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert asked.end_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_an_answer_and_each_choice_stand_where_training_puts_them(template):
 )
 def test_reasoning_is_asked_for_and_scored_as_it_is_learnt_and_choices_stand_where_there_is_none(wanted):
     tokenizer = tiny_tokenizer(*QWEN3)
-    asked = questions([{**item(), **wanted}], tokenizer, data_config())
+    asked = build_questions([{**item(), **wanted}], tokenizer, data_config())
     before = PROMPTS[CHATML_TEMPLATE]
     assert tokenizer.decode(asked.prompts[0]) == before
-    learnt = asked.wanted[0]
+    learnt = asked.references[0]
     assert tokenizer.decode(learnt.ids[: learnt.start]) == before
     assert tokenizer.decode(learnt.ids[learnt.start :]) == "<think>\nletter\n</think>\n\nword<|im_end|>"
     for text, choice in zip(asked.choices[0], item()["choices"], strict=True):
@@ -79,9 +79,9 @@ def test_an_answer_ends_where_the_template_ends_it_whatever_the_base_names(run, 
     prompt = run.tokenizer("Sort these words", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         first = run.model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax().item()
-    assert first not in named_ends(run.model)
-    (whole,) = greedy(run.model, run.tokenizer, [prompt], 8)
-    (ended,) = greedy(run.model, run.tokenizer, [prompt], 8, ends=[first])
+    assert first not in config_end_ids(run.model)
+    (whole,) = generate_greedy(run.model, run.tokenizer, [prompt], 8)
+    (ended,) = generate_greedy(run.model, run.tokenizer, [prompt], 8, end_ids=[first])
     assert ended == run.tokenizer.decode([first], skip_special_tokens=True) != whole
 
 
@@ -90,9 +90,9 @@ def test_greedy_is_the_likeliest_token_whatever_penalties_the_base_comes_with(tm
     penalty = GenerationConfig(repetition_penalty=5.0, temperature=0.5, do_sample=True, eos_token_id=[2, 7])
     penalty.save_pretrained(tmp_path)
     model = load_base(BaseModelConfig(model=str(tmp_path), quantization="none", dtype="fp32"), "cpu")
-    assert named_ends(model) == [2, 7]
+    assert config_end_ids(model) == [2, 7]
     ids = [3, 4, 5]
-    (text,) = greedy(model, tiny_tokenizer(), [ids], LONG)
+    (text,) = generate_greedy(model, tiny_tokenizer(), [ids], LONG)
     for _ in range(LONG):
         ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
     assert text == tiny_tokenizer().decode(ids[3:], skip_special_tokens=True)
@@ -101,7 +101,7 @@ def test_greedy_is_the_likeliest_token_whatever_penalties_the_base_comes_with(tm
 
 def test_without_an_end_token_an_answer_has_no_end_of_the_templates():
     tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}")
-    assert ends_of(tokenizer, ChatTemplate(tokenizer)) == []
+    assert template_end_ids(tokenizer, ChatTemplate(tokenizer)) == []
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,6 @@ def test_without_an_end_token_an_answer_has_no_end_of_the_templates():
 )
 def test_some_items_of_each_task_are_evenly_spread_and_in_order(count, kept):
     made = [{"task": task, "number": number} for number in range(7) for task in ("a", "b")]
-    found = some_of_each_task(made, count)
+    found = sample_per_task(made, count)
     assert [i["number"] for i in found if i["task"] == "a"] == [i["number"] for i in found if i["task"] == "b"] == kept
     assert found == [i for i in made if i["number"] in kept]

@@ -5,7 +5,7 @@ import torch
 
 from data_prep.chat import ChatTemplate
 from trainer.evaluation.generation import prompt_text
-from trainer.evaluation.likelihood import choices_of, log_likelihoods, wanted_answers
+from trainer.evaluation.likelihood import encode_choices, log_likelihoods, reference_answers
 
 
 @torch.no_grad()
@@ -20,8 +20,8 @@ def by_token(run, ids: list[int], start: int) -> float:
 @pytest.mark.parametrize("size", [1, 4, 57])
 def test_choices_and_answers_are_as_likely_as_token_by_token(run, items, size):
     template = ChatTemplate(run.tokenizer)
-    texts = [text for item in items[:6] for text in choices_of(item, run.tokenizer, template)]
-    texts += wanted_answers(items[:6], run.tokenizer, run.recipe.data)
+    texts = [text for item in items[:6] for text in encode_choices(item, run.tokenizer, template)]
+    texts += reference_answers(items[:6], run.tokenizer, run.recipe.data)
     found = []
     for start in range(0, len(texts), size):
         found += log_likelihoods(run.model, texts[start : start + size], run.tokenizer.pad_token_id)
@@ -29,13 +29,13 @@ def test_choices_and_answers_are_as_likely_as_token_by_token(run, items, size):
 
 
 def test_after_a_likelihood_the_model_gives_all_logits(run, items):
-    texts = choices_of(items[0], run.tokenizer, ChatTemplate(run.tokenizer))
+    texts = encode_choices(items[0], run.tokenizer, ChatTemplate(run.tokenizer))
     log_likelihoods(run.model, texts, run.tokenizer.pad_token_id)
     assert run.model(input_ids=torch.arange(3, 9).view(1, 6)).logits.shape == (1, 6, 512)
 
 
 def test_an_answer_is_scored_with_its_end_token_and_never_cut(run, items):
-    (found,) = wanted_answers(items[:1], run.tokenizer, run.recipe.data)
+    (found,) = reference_answers(items[:1], run.tokenizer, run.recipe.data)
     assert run.tokenizer.decode(found.ids[: found.start]) == prompt_text(ChatTemplate(run.tokenizer), items[0])
     assert run.tokenizer.decode(found.ids[found.start :]) == items[0]["answer"] + "<|im_end|>"
     assert len(found.ids) > run.recipe.data.seq_len
@@ -43,12 +43,12 @@ def test_an_answer_is_scored_with_its_end_token_and_never_cut(run, items):
 
 def test_of_several_answers_in_a_conversation_the_last_is_scored(run):
     turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
-    (found,) = wanted_answers([{"task": "t", "messages": turns, "answer": "b"}], run.tokenizer, run.recipe.data)
+    (found,) = reference_answers([{"task": "t", "messages": turns, "answer": "b"}], run.tokenizer, run.recipe.data)
     assert found.scored == 2
     assert run.tokenizer.decode(found.ids[found.start :]) == "b<|im_end|>"
 
 
 def test_choices_are_scored_without_an_end_token(run, items):
-    texts = choices_of(items[0], run.tokenizer, ChatTemplate(run.tokenizer))
+    texts = encode_choices(items[0], run.tokenizer, ChatTemplate(run.tokenizer))
     for choice, text in zip(items[0]["choices"], texts, strict=True):
         assert run.tokenizer.decode(text.ids[text.start :]) == choice

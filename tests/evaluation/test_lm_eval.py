@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.chat import ChatTemplate
 from trainer.evaluation.generation import prompt_text
-from trainer.evaluation.likelihood import choices_of, log_likelihoods
+from trainer.evaluation.likelihood import encode_choices, log_likelihoods
 from trainer.evaluation.scoring import likeliest
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def test_lm_eval_runs_on_a_loaded_run_and_agrees_on_choices(run, items, tmp_path
     told = lm_eval.simple_evaluate(
         model=model, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
     )
-    texts = [choices_of(item, run.tokenizer, template) for item in items]
+    texts = [encode_choices(item, run.tokenizer, template) for item in items]
     totals = [log_likelihoods(run.model, own, run.tokenizer.pad_token_id) for own in texts]
     right = [likeliest(found) == row["gold"] for found, row in zip(totals, rows, strict=True)]
     assert 0 < sum(right) < len(items)

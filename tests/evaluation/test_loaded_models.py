@@ -14,6 +14,6 @@ def test_a_run_on_other_values_of_the_base_is_refused(tmp_path, folder):
     run_dir.create(run, {})
     check_same_base(tmp_path / folder, run)
     check_same_base(tmp_path / "an adapter alone", scene.recipe("base", base__quantization="nf4"))
-    told = r"test.*: was trained with base\.quantization=none, and what is evaluated with nf4: one base cannot"
+    told = r"test.*: trained with base\.quantization=none, but the evaluated model with nf4; one base cannot"
     with pytest.raises(UserError, match=told):
         check_same_base(tmp_path / folder, scene.recipe("base", base__quantization="nf4"))

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.evaluation.evaluation_report import Evaluation
-from trainer.evaluation.summary import summarise
+from trainer.evaluation.summary import summarize
 
 
 def given(exact: float, loss: float = 1.0, tokens: int = 2, **more: float) -> dict:
@@ -33,7 +33,7 @@ FOUND = {
 
 @pytest.fixture
 def summary() -> dict:
-    return {task.task: task for task in summarise(ITEMS, FOUND)}
+    return {task.task: task for task in summarize(ITEMS, FOUND)}
 
 
 def test_each_task_is_judged_by_its_own_metric_and_the_mean_counts_tasks_alike(summary):
@@ -71,7 +71,7 @@ def test_the_table_has_a_line_a_task_and_the_mean_with_intervals(summary):
     *tasks, mean = summary.values()
     items = [{**item, "models": {n: FOUND[n][i] for n in ("base", "adapter")}} for i, item in enumerate(ITEMS)]
     lines = str(Evaluation({"base": None}, tasks, mean, items)).splitlines()
-    assert lines[1].split()[:8] == ["task", "items", "answers", "metric", "commonest", "base", "adapter", "gain"]
+    assert lines[1].split()[:8] == ["task", "items", "answers", "metric", "majority", "base", "adapter", "gain"]
     assert lines[2].split()[:8] == ["sums", "4", "3", "exact_match", "50%", "25%", "75%", "+25"]
     assert lines[2].endswith("]")
     assert [line.split()[0] for line in lines[2:5]] == ["sums", "kinds", "mean"]

@@ -1,4 +1,4 @@
-"""The price told is the price: measured again here, with whole logits, in fp64, by the loop with fixed gates."""
+"""The reported fidelity against whole logits in fp64, from the loop with fixed gates."""
 
 import json
 
@@ -12,8 +12,8 @@ from tests.export.fixed_gates import fixed_gate_model
 from tests.support.tiny_adapters import METHODS, plain_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from trainer.export import export as exporting
-from trainer.export.export import Request, export
-from trainer.export.fidelity import measure, table
+from trainer.export.export import ExportRequest, export
+from trainer.export.fidelity import fidelity_table, measure
 
 ROWS = 64
 
@@ -22,7 +22,7 @@ ROWS = 64
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_printed_is_what_we_measure(make_run, method, to):
     run = make_run(method)
-    exported = export(Request(run.folder, to, rows=ROWS))
+    exported = export(ExportRequest(run.folder, to, rows=ROWS))
     kept = json.loads((exported.folder / "export.json").read_text())
     before = PeftModel.from_pretrained(plain_model(run.base), run.folder / "adapter").eval()
     after = fixed_gate_model(run.base, method, run.adapter(), kept["facts"]["gates"], alpha=6.0)
@@ -67,14 +67,14 @@ def test_scores_are_those_of_the_items_before_and_after(make_run, monkeypatch):
     for number, item in enumerate(upper):  # of the first, which goes on where the answer ends, the answer is likelier
         item["choices"] = [item["answer"] + "s" if number == 0 else item["answer"].lower(), item["answer"]]
     monkeypatch.setattr(exporting, "open_prepared", lambda *_: prepared)
-    exported = export(Request(run.folder, "lora", items_per_task=3))
+    exported = export(ExportRequest(run.folder, "lora", items_per_task=3))
     gates = json.loads((exported.folder / "export.json").read_text())["facts"]["gates"]
     before = PeftModel.from_pretrained(plain_model(run.base), run.folder / "adapter").eval()
     after = fixed_gate_model(run.base, "teamlora", run.adapter(), gates, alpha=6.0)
     asked = [upper[0], *upper[2:]]  # three of four, evenly spread
     expected = [sum(chooses_the_answer(model, item) for item in asked) / 3 for model in (before, after)]
     assert any(expected)
-    by_task = {line.task: [line.score_before, line.score_after] for line in exported.price}
+    by_task = {line.task: [line.score_before, line.score_after] for line in exported.fidelity}
     assert by_task == {"upper": expected, "twice": [0, 0], "all": [score / 2 for score in expected]}
     assert str(exported).splitlines()[3].split()[-2:] == [f"{score:.1%}" for score in expected]
     assert ", 6 items for the scores; " in str(exported)
@@ -100,13 +100,13 @@ def test_a_task_without_labelled_tokens_keeps_its_scores():
         ("a", 0, None, 0.5),
         ("all", 0, None, 0.5),
     ]
-    assert table(told).splitlines()[1].split() == ["a", "0", "-", "-", "-", "50.0%", "50.0%"]
+    assert fidelity_table(told).splitlines()[1].split() == ["a", "0", "-", "-", "-", "50.0%", "50.0%"]
 
 
 def test_a_model_that_does_not_fit_is_written_but_not_measured(make_run, monkeypatch):
     monkeypatch.setattr(exporting, "free_bytes", lambda _: 1000)
-    exported = export(Request(make_run().folder, "merged"))
-    assert "price not measured: 0.0 GB beside the run's own model do not fit" in str(exported)
+    exported = export(ExportRequest(make_run().folder, "merged"))
+    assert "fidelity not measured: 0.0 GB beside the run's own model do not fit" in str(exported)
     assert json.loads((exported.folder / "export.json").read_text())["price"] is None
     assert (exported.folder / "model.safetensors").exists()
 
@@ -114,6 +114,7 @@ def test_a_model_that_does_not_fit_is_written_but_not_measured(make_run, monkeyp
 def test_fewer_rows_are_measured_when_asked(make_run):
     run = make_run()
     one, all_rows = (
-        export(Request(run.folder, "lora", run.folder / str(rows), rows=rows)).price[-1].tokens for rows in (1, 64)
+        export(ExportRequest(run.folder, "lora", run.folder / str(rows), rows=rows)).fidelity[-1].tokens
+        for rows in (1, 64)
     )
     assert 0 < one < all_rows

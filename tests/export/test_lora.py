@@ -13,7 +13,7 @@ from data_prep.reader import open_prepared
 from tests.export.fixed_gates import fixed_gate_model, omega_of
 from tests.support.tiny_adapters import METHODS, config_of, logits, plain_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
-from trainer.export.export import Request, export
+from trainer.export.export import ExportRequest, export
 from trainer.export.mean_gates import calibration_rows
 
 PLAIN_PEFT = """
@@ -40,7 +40,7 @@ def exported_gates(folder):
 
 def test_plain_peft_computes_our_model_with_fixed_gates(make_run, tmp_path):
     runs = {method: make_run(method) for method in METHODS}
-    folders = [export(Request(run.folder, "lora")).folder for run in runs.values()]
+    folders = [export(ExportRequest(run.folder, "lora")).folder for run in runs.values()]
     base = runs["teamlora"].base
     command = [sys.executable, "-c", PLAIN_PEFT, str(base), str(tmp_path), *map(str, folders)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -60,7 +60,7 @@ def test_plain_peft_computes_our_model_with_fixed_gates(make_run, tmp_path):
 @pytest.mark.parametrize("task", [None, "twice"])
 def test_gates_are_means_over_real_tokens(make_run, method, options, task):
     run = make_run(method, **options)
-    found = exported_gates(export(Request(run.folder, "lora", task=task, rows=ALL_ROWS)).folder)
+    found = exported_gates(export(ExportRequest(run.folder, "lora", task=task, rows=ALL_ROWS)).folder)
     model = PeftModel.from_pretrained(plain_model(run.base), run.folder / "adapter").eval()
     adapter, sums, tokens = run.adapter(), dict.fromkeys(found, 0.0), 0
     prepared = open_prepared(run.recipe.data, tiny_tokenizer())
@@ -105,14 +105,14 @@ def test_calibration_draws_rows_by_seed_and_only_such_as_hold_the_task(make_run)
 @pytest.mark.parametrize(("method", "rank"), [("teamlora", 12), ("moelora", 12), ("hydralora", 3)])
 def test_the_rank_is_that_of_all_experts_and_hydraloras_that_of_its_one_a(make_run, method, rank):
     run = make_run(method)
-    config = PeftConfig.from_pretrained(export(Request(run.folder, "lora")).folder)
+    config = PeftConfig.from_pretrained(export(ExportRequest(run.folder, "lora")).folder)
     assert (config.peft_type.value, config.r, config.lora_alpha) == ("LORA", rank, rank)
     assert config.base_model_name_or_path == str(run.base)
 
 
 def test_experts_added_later_are_folded_too(make_run):
     run = make_run(num_router_outputs=3)
-    folder = export(Request(run.folder, "lora")).folder
+    folder = export(ExportRequest(run.folder, "lora")).folder
     model = PeftModel.from_pretrained(plain_model(run.base), folder)
     expected = fixed_gate_model(run.base, "teamlora", run.adapter(), exported_gates(folder), alpha=6.0)
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
@@ -120,18 +120,18 @@ def test_experts_added_later_are_folded_too(make_run):
 
 def test_a_run_of_method_lora_is_exported_as_it_computes(make_run):
     run = make_run("lora")
-    exported = export(Request(run.folder, "lora"))
+    exported = export(ExportRequest(run.folder, "lora"))
     found, expected = (
         logits(PeftModel.from_pretrained(plain_model(run.base), folder).eval())
         for folder in (exported.folder, run.folder / "adapter")
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert exported.price[-1].kl == pytest.approx(0, abs=1e-8)
+    assert exported.fidelity[-1].kl == pytest.approx(0, abs=1e-8)
 
 
 def test_peft_is_the_adapters_folder_as_it_is(make_run):
     run = make_run()
-    exported = export(Request(run.folder, "peft"))
+    exported = export(ExportRequest(run.folder, "peft"))
     assert "import trainer.adapters" in str(exported)
     for path in (run.folder / "adapter").iterdir():
         assert (exported.folder / path.name).read_bytes() == path.read_bytes()

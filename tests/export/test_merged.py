@@ -14,7 +14,7 @@ from tests.support.tiny_adapters import logits, plain_model
 from trainer.base.loader import load_base
 from trainer.base.weight_map import open_base
 from trainer.evaluation.loaded_models import load_run
-from trainer.export.export import Request, export
+from trainer.export.export import ExportRequest, export
 from trainer.export.load_exported import load_merged
 from trainer.export.lora import LowRank
 from trainer.export.merged import write_merged
@@ -26,21 +26,21 @@ def lora_on(base, run):
     """The run's exported LoRA, by plain PEFT, on a base."""
     folder = run.folder / "export-lora"
     if not folder.exists():
-        export(Request(run.folder, "lora"))
+        export(ExportRequest(run.folder, "lora"))
     return PeftModel.from_pretrained(base, folder)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_merged_into_the_original_it_is_that_base_with_the_lora(make_run, quantization):
     run = make_run(quantization=quantization)
-    exported = export(Request(run.folder, "merged"))
+    exported = export(ExportRequest(run.folder, "merged"))
     expected = logits(lora_on(plain_model(run.base), run))
     torch.testing.assert_close(logits(plain_model(exported.folder)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_merged_into_the_dequantised_base_it_is_the_nf4_model_with_the_lora(make_run):
     run = make_run(quantization="nf4")
-    exported = export(Request(run.folder, "merged", base="dequantised"))
+    exported = export(ExportRequest(run.folder, "merged", base="dequantised"))
     expected = logits(lora_on(load_base(run.recipe.base, "cpu"), run))
     found = logits(plain_model(exported.folder))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # fp32: sums in another order
@@ -51,7 +51,7 @@ def test_merged_into_the_dequantised_base_it_is_the_nf4_model_with_the_lora(make
 @pytest.mark.parametrize("base", ["original", "dequantised"])
 def test_a_bf16_run_is_merged_in_bf16_and_rounded_once(make_run, base):
     run = make_run(quantization="nf4", dtype="bf16")
-    exported = export(Request(run.folder, "merged", base=base))
+    exported = export(ExportRequest(run.folder, "merged", base=base))
     fp32 = run.recipe.base.model_copy(update={"dtype": "fp32"})
     loaded = load_base(fp32, "cpu") if base == "dequantised" else plain_model(run.base)
     model = lora_on(loaded, run)
@@ -100,7 +100,7 @@ def run_bytes(path):
 
 def test_tokenizer_and_chat_template_come_along(make_run):
     run = make_run()
-    folder = export(Request(run.folder, "merged")).folder
+    folder = export(ExportRequest(run.folder, "merged")).folder
     found, expected = (AutoTokenizer.from_pretrained(path) for path in (folder, run.base))
     turns = [{"role": "user", "content": "Sort the words"}]
     assert found.apply_chat_template(turns) == expected.apply_chat_template(turns)
@@ -113,7 +113,7 @@ def test_a_merged_model_stops_where_its_template_ends_an_answer(make_run):
     config = {"eos_token_id": 7, "repetition_penalty": 1.5, "temperature": 0.5}  # as of older models: without do_sample
     (run.base / "generation_config.json").write_text(json.dumps(config))
     try:
-        exported = export(Request(run.folder, "merged"))
+        exported = export(ExportRequest(run.folder, "merged"))
     finally:
         (run.base / "generation_config.json").unlink()
     found = GenerationConfig.from_pretrained(exported.folder)
@@ -127,5 +127,5 @@ def test_a_disk_that_refuses_a_file_is_told_in_one_line_and_leaves_nothing(make_
         files_up_to(50_000),
         pytest.raises(UserError, match=r"^--output: cannot write .*export-merged .*; give a folder that can"),
     ):
-        export(Request(run.folder, "merged"))
+        export(ExportRequest(run.folder, "merged"))
     assert not [path for path in run.folder.iterdir() if "export" in path.name]

@@ -7,7 +7,7 @@ import pytest
 from data_prep.user_error import UserError
 from trainer.cli import main
 from trainer.export import export as exporting
-from trainer.export.export import Request, export
+from trainer.export.export import ExportRequest, export
 
 
 @pytest.fixture
@@ -22,14 +22,22 @@ def no_loading(monkeypatch):
     ("method", "options", "said"),
     [
         ("teamlora", ["--to", "lora", "--task", "sums"], "--task sums: .* has no such task; it has upper, twice"),
-        ("teamlora", ["--to", "lora", "--base", "original"], "--base original: --to lora holds no base; remove it"),
+        ("teamlora", ["--to", "lora", "--base", "original"], "--base original: --to lora writes no base; remove it"),
         (
             "teamlora",
             ["--to", "merged", "--base", "dequantised"],
-            "quantization=none, so there is nothing to dequantise",
+            "quantization=none, so there is nothing to dequantize",
         ),
-        ("teamlora", ["--to", "peft", "--task", "upper"], "--task upper: --to peft leaves the gates as they are"),
-        ("lora", ["--to", "lora", "--task", "upper"], "--task upper: .* was trained as a plain LoRA, without gates"),
+        (
+            "teamlora",
+            ["--to", "peft", "--task", "upper"],
+            "--task upper: --to peft keeps the gates as they are",
+        ),
+        (
+            "lora",
+            ["--to", "lora", "--task", "upper"],
+            "--task upper: .* was trained with adapter.method=lora, which has no gates",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_refused(make_run, no_loading, capsys, method, options, said):
@@ -46,18 +54,18 @@ def test_an_existing_folder_is_left_alone(make_run, no_loading):
     run = make_run()
     (run.folder / "export-lora").mkdir()
     with pytest.raises(UserError, match=r"--output: .*export-lora exists; give another folder or remove it"):
-        export(Request(run.folder, "lora"))
+        export(ExportRequest(run.folder, "lora"))
 
 
 def test_a_place_that_cannot_be_written_is_told(make_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output: cannot write .*; give a folder that can be written"):
-        export(Request(make_run().folder, "peft", tmp_path / "file" / "export"))
+        export(ExportRequest(make_run().folder, "peft", tmp_path / "file" / "export"))
 
 
 def test_a_run_that_is_none_is_told(tmp_path):
     with pytest.raises(UserError, match="no run here"):
-        export(Request(tmp_path, "lora"))
+        export(ExportRequest(tmp_path, "lora"))
 
 
 def test_what_stops_on_the_way_leaves_nothing_behind(make_run, monkeypatch):
@@ -69,11 +77,11 @@ def test_what_stops_on_the_way_leaves_nothing_behind(make_run, monkeypatch):
 
     monkeypatch.setattr(exporting, "measure", stop)
     with pytest.raises(KeyboardInterrupt):
-        export(Request(run.folder, "merged"))
+        export(ExportRequest(run.folder, "merged"))
     assert sorted(run.folder.rglob("*")) == before
 
 
 def test_modules_saved_whole_are_refused(make_run):
     run = make_run(modules_to_save=["lm_head"])
     with pytest.raises(UserError, match=r"modules_to_save, biases or magnitudes .*; export it with --to peft"):
-        export(Request(run.folder, "lora"))
+        export(ExportRequest(run.folder, "lora"))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from trainer.adapters.router_stats import RouterReport
-from trainer.telemetry.metrics import interaction_record, router_record, scalars
+from trainer.telemetry.metrics import scalars
 from trainer.telemetry.router_images import FIRST_GUESS, SHARE, RouterImages
+from trainer.telemetry.router_numbers import interaction_record, router_record, task_distance
 
 NAMES = tuple(f"layers.{layer}.mlp.{kind}.teamlora_experts.default" for layer in (0, 1) for kind in ("up", "down"))
 TASKS = ["sums", "words", "absent"]
@@ -37,6 +38,14 @@ def test_numbers_of_a_report():
     assert record["router_task_distance"] == {"sums": pytest.approx(0.375), "words": pytest.approx(0.375)}
     assert record["router_balance"] == pytest.approx(0.375**2 + 3 * 0.125**2)
     assert not {"router_omega", "router_interaction_distance"} & record.keys()
+
+
+def test_task_distance_is_the_same_for_tensors_and_arrays():
+    by_task = torch.tensor([[[1.0, 0.0], [0.5, 0.5], [0.25, 0.75]]])
+    overall = torch.tensor([[0.75, 0.25]])
+    expected = [[0.25, 0.25, 0.5]]
+    assert task_distance(by_task, overall).tolist() == expected
+    assert task_distance(by_task.numpy(), overall.numpy()).tolist() == expected
 
 
 def test_numbers_of_interaction_matrices():

@@ -71,14 +71,6 @@ def mean_omega(interaction: Tensor, phi: Tensor) -> Tensor:
     return torch.einsum("lij,l...j->l...i", interaction, phi)
 
 
-def task_distance(by_task: Tensor, overall: Tensor) -> Tensor:
-    """[layers, tasks]: half the sum over k of |mean phi of the task - mean phi of all tokens|, from 0 to 1.
-
-    by_task [layers, tasks, k], overall [layers, k].
-    """
-    return (by_task - overall[:, None]).abs().sum(2) / 2
-
-
 def place_of(name: str) -> tuple[int, str]:
     """(decoder layer, kind of linear) of an `Experts` module: ...layers.3.mlp.up_proj.teamlora_experts.default."""
     parts = name.split(".")[:-2]

@@ -1,4 +1,4 @@
-"""Held-out documents one by one: taken out of their packed rows, and scored by a model in one process."""
+"""Scores held-out documents one by one, unpacked from their rows, in one process."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,24 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from data_prep.encode import IGNORED
+from trainer.evaluation.loaded_models import CausalLM
 from trainer.objective.batches import Batch, collate
+from trainer.objective.labelled_logits import labelled_logits
 
 Document = dict[str, np.ndarray]  # a row of one document, see data_prep.reader.PreparedSet
 
-BATCH = 8  # documents a forward
+BATCH = 8  # documents per forward
 
 
 @dataclass(frozen=True)
 class Scores:
-    """By document, fp64 and bool [documents].
+    """Per document: fp64 [documents], exact bool [documents].
 
-    loss: sum over its labelled tokens, in nats. exact: whether each of them is the likeliest after those before it,
-    so that greedy decoding would write them all.
+    loss: sum over the labelled tokens, in nats. exact: whether every labelled token is the likeliest given those before
+    it, so that greedy decoding would produce them all.
     """
 
     loss: np.ndarray
@@ -33,7 +33,7 @@ class Scores:
     exact: np.ndarray
 
     def mean_loss(self, chosen: np.ndarray | slice = slice(None)) -> float:
-        """Nats a labelled token of the chosen documents."""
+        """Nats per labelled token of the chosen documents."""
         return float(self.loss[chosen].sum() / self.labelled_tokens[chosen].sum())
 
     def exact_share(self, chosen: np.ndarray | slice = slice(None)) -> float:
@@ -41,22 +41,22 @@ class Scores:
 
 
 def first_documents(rows: Iterable[dict[str, Any]], tasks: int, count: int) -> list[Document]:
-    """The first `count` documents of each task that have something to learn, in the order of rows."""
+    """The first `count` documents of each task that have labelled tokens, in the order of rows."""
     taken: Counter[int] = Counter()
-    found = []
+    documents = []
     for row in rows:
         for document in _documents(row):
             task = int(document["task_ids"][0])
             if taken[task] < count and (document["labels"][1:] != IGNORED).any():
                 taken[task] += 1
-                found.append(document)
+                documents.append(document)
         if sum(taken.values()) == tasks * count:
             break
-    return found
+    return documents
 
 
 def _documents(row: dict[str, Any]) -> Iterator[Document]:
-    """A packed row's documents; each begins where positions begin anew."""
+    """The documents of a packed row: each starts at position 0."""
     columns = {name: np.asarray(row[name]) for name in ("input_ids", "labels", "position_ids", "task_ids")}
     starts = [*np.flatnonzero(columns["position_ids"] == 0), len(columns["position_ids"])]
     for start, end in pairwise(starts):
@@ -64,26 +64,24 @@ def _documents(row: dict[str, Any]) -> Iterator[Document]:
 
 
 @torch.no_grad()
-def score(
-    model: PreTrainedModel, documents: Sequence[Document], before: Callable[[Batch], None] | None = None
-) -> Scores:
-    """Runs the model over the documents; `before` is shown each batch before its forward."""
+def score(model: CausalLM, documents: Sequence[Document], on_batch: Callable[[Batch], None] | None = None) -> Scores:
+    """Runs the model on the documents. on_batch: called with each batch before its forward."""
     loss, labelled, exact = (np.zeros(len(documents)) for _ in range(3))
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]["input_ids"]))
     for start in range(0, len(by_length), BATCH):
         indices = by_length[start : start + BATCH]
         batch = {n: t.to(model.device) for n, t in collate([documents[i] for i in indices]).items()}
-        if before is not None:
-            before(batch)
+        if on_batch is not None:
+            on_batch(batch)
         loss[indices], labelled[indices], exact[indices] = _score_batch(model, batch)
     return Scores(loss, labelled, exact.astype(bool))
 
 
-def _score_batch(model: PreTrainedModel, batch: Batch) -> np.ndarray:
-    """[3, rows]: loss, labelled tokens, whether all of them are the likeliest."""
+def _score_batch(model: CausalLM, batch: Batch) -> np.ndarray:
+    """[3, rows]: loss, number of labelled tokens, whether all of them are the likeliest."""
     targets = batch["labels"][:, 1:]
     labelled = targets != IGNORED
-    logits = _logits_at(model, batch, labelled).float()
+    logits = labelled_logits(model, batch, labelled).float()
     losses = F.cross_entropy(logits, targets[labelled], reduction="none")
     missed = (logits.argmax(-1) != targets[labelled]).float()
     rows = labelled.nonzero()[:, 0]
@@ -91,13 +89,3 @@ def _score_batch(model: PreTrainedModel, batch: Batch) -> np.ndarray:
     sums.index_add_(1, rows, torch.stack((losses, torch.ones_like(losses), missed)))
     sums[2] = sums[2] == 0
     return sums.double().cpu().numpy()
-
-
-def _logits_at(model: PreTrainedModel, batch: Batch, labelled: Tensor) -> Tensor:
-    """Logits [labelled tokens, vocabulary] that predict them: the head sees no other position."""
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _head, args: (args[0][:, :-1][labelled],))
-    try:
-        return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    finally:
-        handle.remove()

@@ -1,8 +1,8 @@
-"""The experts of a finished run: their weights, and its adapter with some of them dropped or new ones added.
+"""Lists the experts of a finished run, and writes its adapter with experts dropped or added.
 
-What remains computes what it computed. Softmax makes that impossible where the router loses or gains rows, since each
-of its outputs depends on all of them; so the router stays, and M becomes [k', k]: a kept expert keeps its row, a new
-one gets a row of its own over the old router's outputs. alpha is rescaled, since k scales the update.
+Kept experts compute what they did before. The router therefore keeps all its rows: each softmax output depends on all
+of them. Only M changes, to [k', k]: a kept expert keeps its row, and a new one gets its own row over the old router's
+outputs. alpha is rescaled, since the update is scaled by k.
 """
 
 import json
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import trainer.adapters  # noqa: F401 (registers our methods with PEFT)
 from data_prep.publish import blame_option, publish_atomically
+from data_prep.tables import text_table
 from data_prep.user_error import UserError
 from trainer.adapters.adapter_config import ExpertLoraConfig, TeamLoraConfig
 from trainer.base.safetensors_writer import write_tensors
@@ -25,29 +26,30 @@ from trainer.telemetry.metrics import METRICS
 
 
 def list_experts(run: Path) -> str:
-    """A table of the experts with the router's mean weight for each at the last step that measured it."""
+    """A table of each expert's mean router weight at the last step that measured it."""
     config = _config(run)
     weights = _last_weights(run)
-    rows = [f"{'expert':>6}  mean weight"]
-    for expert in range(config.num_experts):
-        told = f"{weights[expert]:11.4f}" if len(weights) == config.num_experts else f"{'not measured':>11}"
-        rows.append(f"{expert:6}  {told}")
-    return "\n".join(rows)
+    measured = len(weights) == config.num_experts
+    cells = [f"{weight:.4f}" for weight in weights] if measured else ["not measured"] * config.num_experts
+    return text_table(["expert", "mean weight"], [[str(i), cell] for i, cell in enumerate(cells)], left=())
 
 
 def change_experts(run: Path, keep: list[int] | None, add: int, to: Path | None) -> str:
-    """Writes the run's adapter with the experts `keep` (None: all) and `add` new ones; says how to start from it.
+    """Writes the run's adapter with the experts `keep` (None: all) and `add` new ones. Returns how to train from it.
 
-    Raises UserError where the adapter cannot be changed so, or the folder exists.
+    Raises UserError if the adapter does not allow that, or the folder exists.
     """
     config = _config(run)
     if not isinstance(config, TeamLoraConfig):
         raise UserError(
-            f"{run}: its experts cannot be changed: only teamlora has the interaction matrix that leaves the remaining "
-            "weights as they are"
+            f"{run}: its experts cannot be changed: only teamlora has the interaction matrix that keeps the other "
+            "experts' weights; give a run of teamlora"
         )
     if config.renormalize:
-        raise UserError(f"{run}: adapter.renormalize=true makes every expert's weight depend on all the others; not so")
+        raise UserError(
+            f"{run}: adapter.renormalize=true makes every expert's weight depend on all others, so experts cannot be "
+            "changed; train with adapter.renormalize=false to change them"
+        )
     k = config.num_experts
     keep = list(range(k)) if keep is None else keep
     if keep[-1] >= k:
@@ -67,7 +69,7 @@ def change_experts(run: Path, keep: list[int] | None, add: int, to: Path | None)
     _write(source, target, config, tensors)
     return (
         f"{target}: {config.num_experts} experts\n"
-        f"start from it with adapter.init_from={target} adapter.num_experts={config.num_experts} "
+        f"train from it with adapter.init_from={target} adapter.num_experts={config.num_experts} "
         f"adapter.expert_rank={config.expert_rank} adapter.alpha={config.alpha!r}"
     )
 
@@ -83,14 +85,14 @@ def _changed(name: str, tensor: Tensor, config: TeamLoraConfig, keep: list[int],
         if add:
             nn.init.kaiming_uniform_(new.flatten(0, 1), a=5**0.5)
         return torch.cat([slices[keep], new.to(tensor.dtype)]).flatten(0, 1)
-    if kind == "interaction":  # [k, router outputs]: a new row begins near the mean of what the router gives
+    if kind == "interaction":  # [k, router outputs]: a new row starts near the mean of the router outputs
         new = 1 / tensor.shape[1] + torch.empty(add, tensor.shape[1]).uniform_(-0.1, 0.1)
         return torch.cat([tensor[keep], new.to(tensor.dtype)])
     return tensor
 
 
 def _write(source: Path, target: Path, config: ExpertLoraConfig, tensors: dict[str, Tensor]) -> None:
-    """Under one rename, with what else lies beside the adapter."""
+    """Published by one rename, with all other files of the adapter folder."""
     with blame_option("--to", target), publish_atomically(target) as staging:
         shutil.copytree(source, staging, dirs_exist_ok=True)
         write_tensors(tensors, staging / SAFETENSORS_WEIGHTS_NAME)
@@ -101,7 +103,10 @@ def _config(run: Path) -> ExpertLoraConfig:
     run_dir.open_run(run)
     config = PeftConfig.from_pretrained(str(run / run_dir.ADAPTER))
     if not isinstance(config, ExpertLoraConfig):
-        raise UserError(f"{run}: its adapter is a {config.peft_type.value}, which has no experts")
+        raise UserError(
+            f"{run}: its adapter is a {config.peft_type.value}, which has no experts; give a run of teamlora, moelora "
+            "or hydralora"
+        )
     return config
 
 

@@ -1,9 +1,10 @@
-"""The routers of a finished run, seen on its held-out documents: pictures, numbers, tokens, and each expert alone."""
+"""Analyzes the routers of a finished run on its held-out documents: plots, numbers, tokens, and each expert alone."""
 
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from data_prep.user_error import UserError
 from trainer.adapters.router_observer import find_experts, observe_routers, only_expert
 from trainer.adapters.router_stats import by_decoder_layer
 from trainer.analysis.document_scores import Document, Scores, first_documents, score
-from trainer.analysis.router_usage import RouterWatch
-from trainer.analysis.router_view import RouterView, alone_name, as_json, draw, tables
+from trainer.analysis.router_usage import RouterUsageCollector
+from trainer.analysis.router_view import RouterView, as_json, only_expert_name, save_plots, tables
 from trainer.analysis.tokens_page import Example, tokens_page
 from trainer.evaluation.loaded_models import LoadedRun, load_run
 from trainer.objective.batches import collate
@@ -30,9 +31,9 @@ TOKENS = "tokens.html"
 
 
 def show_routers(directory: Path, items_per_task: int, examples: int, to: Path | None) -> str:
-    """Watches the run on the first held-out documents of each task; writes a folder, and returns tables and its name.
+    """Analyzes the run on the first held-out documents of each task. Writes a folder; returns tables and its path.
 
-    Raises UserError where there is no finished run, it has no router or no held-out documents, or the folder is taken.
+    Raises UserError if there is no finished run, it has no router or no held-out documents, or the folder is taken.
     """
     recipe = run_dir.open_run(directory)
     if recipe.adapter.method == "lora":
@@ -44,83 +45,83 @@ def show_routers(directory: Path, items_per_task: int, examples: int, to: Path |
     documents = first_documents(prepared.held_out, len(prepared.tasks), items_per_task)
     if not documents:
         raise UserError(
-            f"data.held_out={recipe.data.held_out}: no held-out document of {recipe.data.prepared_dir} has anything to "
-            "learn, so there is nothing to show the routers; prepare with a larger data.held_out"
+            f"data.held_out={recipe.data.held_out}: no held-out document of {recipe.data.prepared_dir} has labelled "
+            "tokens, so there is nothing to run the routers on; prepare with a larger data.held_out"
         )
     with blame_option("--to", target), publish_atomically(target) as folder:
-        view = watch(run, documents, prepared.tasks)
-        shown = _in_turn(documents, examples)
+        view = measure_routers(run, documents, prepared.tasks)
+        page = _page(directory, run, _pick_examples(documents, examples), prepared.tasks)
         (folder / NUMBERS).write_text(json.dumps(as_json(view), indent=1) + "\n")
-        (folder / TOKENS).write_text(_page(directory, run, shown, prepared.tasks), encoding="utf-8")
-        draw(view, folder)
+        (folder / TOKENS).write_text(page, encoding="utf-8")
+        save_plots(view, folder)
     return f"{tables(view, directory)}\n\nwritten         {target}"
 
 
-def watch(run: LoadedRun, documents: Sequence[Document], tasks: list[str]) -> RouterView:
-    """Runs the documents under the learned weights, without the adapter, and under each expert alone."""
+def measure_routers(run: LoadedRun, documents: Sequence[Document], tasks: list[str]) -> RouterView:
+    """Runs the documents with the learned weights, without the adapter, and with each expert alone."""
     model = run.model
     adapters = find_experts(model)
-    watcher = RouterWatch(list(adapters.values()), len(tasks))
-    with observe_routers(model, watcher.see):
-        learned = score(model, documents, before=watcher.begin)
-    scores = {"base": _scored(run, documents, model.disable_adapter()), "learned": learned}
-    first = next(iter(adapters.values()))
-    scores |= {alone_name(i): _scored(run, documents, only_expert(model, i)) for i in range(len(first.experts))}
-    matrices = [module.interaction for module in adapters.values()]
+    collector = RouterUsageCollector(list(adapters.values()), len(tasks))
+    with observe_routers(model, collector.observe):
+        learned = score(model, documents, on_batch=collector.begin_batch)
+    scores = {"base": _score_within(model.disable_adapter(), run, documents), "learned": learned}
+    for expert in range(len(next(iter(adapters.values())).experts)):
+        scores[only_expert_name(expert)] = _score_within(only_expert(model, expert), run, documents)
+    matrices: list[Tensor] = [module.interaction for module in adapters.values() if module.interaction is not None]
     return RouterView(
         method=run.recipe.adapter.method,
         tasks=tasks,
         names=list(adapters),
         document_tasks=np.array([document["task_ids"][0] for document in documents]),
-        use=watcher.use(),
-        interaction=None if matrices[0] is None else torch.stack(matrices).detach().float().cpu(),
+        usage=collector.usage(),
+        interaction=torch.stack(matrices).detach().float().cpu() if matrices else None,
         scores=scores,
     )
 
 
-def _scored(run: LoadedRun, documents: Sequence[Document], changed: AbstractContextManager) -> Scores:
-    with changed:
+def _score_within(context: AbstractContextManager, run: LoadedRun, documents: Sequence[Document]) -> Scores:
+    with context:
         return score(run.model, documents)
 
 
-def _in_turn(documents: Sequence[Document], count: int) -> list[Document]:
-    """The first document of each task, then the second of each, ..., `count` in all, put together by task."""
+def _pick_examples(documents: Sequence[Document], count: int) -> list[Document]:
+    """The first document of each task, then the second of each, ..., `count` in all, grouped by task."""
     seen: dict[int, int] = {}
-    turns = []
+    ranks = []  # (number within its task, task) per document
     for document in documents:
         task = int(document["task_ids"][0])
         seen[task] = seen.get(task, 0) + 1
-        turns.append((seen[task], task))
-    chosen = sorted(range(len(documents)), key=lambda i: turns[i])[:count]
-    return [documents[i] for i in sorted(chosen, key=lambda i: turns[i][::-1])]
+        ranks.append((seen[task], task))
+    chosen = sorted(range(len(documents)), key=lambda i: ranks[i])[:count]
+    return [documents[i] for i in sorted(chosen, key=lambda i: ranks[i][::-1])]
 
 
 def _page(directory: Path, run: LoadedRun, documents: Sequence[Document], tasks: Sequence[str]) -> str:
     names = list(find_experts(run.model))
     examples, layers = [], []
     for document in documents:
-        by_layer = by_decoder_layer(names, _weights(run, document, len(names)))
+        by_layer = by_decoder_layer(names, _omega(run, document, len(names)))
         layers = list(by_layer)
         means = torch.stack(list(by_layer.values()))
         examples.append(
             Example(
                 task=tasks[int(document["task_ids"][0])],
-                texts=texts_of(run.tokenizer, document["input_ids"].tolist()),
-                learnt=document["labels"] != IGNORED,
+                texts=token_texts(run.tokenizer, document["input_ids"].tolist()),
+                learned=document["labels"] != IGNORED,
                 weights=torch.cat((means.mean(0, keepdim=True), means)).numpy(),
             )
         )
     return tokens_page(f"Leading experts of {directory}", examples, ["all layers", *(f"layer {i}" for i in layers)])
 
 
-def texts_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; nothing, where it ends within a character: that is then the next one's.
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text that each token adds. A token that ends within a character adds none; the next one adds all of it.
 
-    Decoded together with those shown last, since some tokenizers drop the blank before the first token.
+    Tokens are decoded together with those before them, since some tokenizers drop the space before the first token.
     """
     texts, start, shown = [], 0, 0
     for end in range(1, len(ids) + 1):
-        before, now = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:end])
+        before, now = (cast(str, tokenizer.decode(ids[start:stop])) for stop in (shown, end))
         if now.endswith("\ufffd") and end < len(ids):
             texts.append("")
         else:
@@ -130,20 +131,20 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str
 
 
 @torch.no_grad()
-def _weights(run: LoadedRun, document: Document, linears: int) -> Tensor:
+def _omega(run: LoadedRun, document: Document, linears: int) -> Tensor:
     """omega of one document, [linears, tokens, k]."""
-    found: list[Tensor] = [torch.empty(0)] * linears
+    by_linear: list[Tensor] = [torch.empty(0)] * linears
 
-    def see(index: int, _phi: Tensor, omega: Tensor) -> None:
-        found[index] = omega[0].cpu()
+    def keep(index: int, _phi: Tensor, omega: Tensor) -> None:
+        by_linear[index] = omega[0].cpu()
 
     batch = {name: tensor.to(run.model.device) for name, tensor in collate([document]).items()}
-    with observe_routers(run.model, see):
+    with observe_routers(run.model, keep):
         run.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-    return torch.stack(found)
+    return torch.stack(by_linear)
 
 
 def _check_target(target: Path) -> None:
-    """What this command has written may be replaced, nothing else."""
+    """Only a folder that this command has written may be replaced."""
     if target.exists() and not (target / NUMBERS).is_file():
-        raise UserError(f"--to: {target} exists and is no folder of this command; give another or remove it")
+        raise UserError(f"--to: {target} exists and was not written by this command; give another folder or remove it")

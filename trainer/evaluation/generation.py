@@ -1,84 +1,89 @@
-"""Greedy answers in batches, with a cache."""
+"""Greedy generation in batches, with a KV cache."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from data_prep.chat import ChatTemplate
 from data_prep.documents import with_system_prompt
 from data_prep.items import answer_of
-from trainer.evaluation.loaded_models import LoadedRun
+from trainer.evaluation.loaded_models import CausalLM, LoadedRun
 
 
 def prompt_text(template: ChatTemplate, item: dict[str, Any]) -> str:
-    """What stands before the item's answer, or any where it has none, when a model is trained on it."""
+    """The text before the item's answer, or before any answer if the item has none, as in training."""
     answer = answer_of(item) if "answer" in item else None
     return template.prompt(item["messages"], "the prompt", item.get("tools"), answer)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], template: ChatTemplate) -> list[int]:
-    """Of `prompt_text`; template: the tokenizer's.
+    """Token ids of `prompt_text`. template: the tokenizer's.
 
-    A blank at the end is the model's to write, as in training: tokenizers join it to the word that follows.
+    The model writes a space at the prompt's end itself, as in training: tokenizers join it to the next word.
     """
     return tokenizer(prompt_text(template, item).rstrip(" "), add_special_tokens=False)["input_ids"]
 
 
-def ends_of(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
-    """The tokens at which the template ends an answer, which is where training taught to stop: one or none."""
+def template_end_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
+    """The token that ends an answer in the chat template, which training taught the model to write: one or none."""
     token = template.end_token()
-    return [tokenizer.convert_tokens_to_ids(token)] if token else []
+    return _as_list(tokenizer.convert_tokens_to_ids(token)) if token else []
 
 
-def like_lengths(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of up to `size` of like length, so that little is padded; the longest first."""
+def config_end_ids(model: CausalLM) -> list[int]:
+    """The tokens that end an answer according to the base's generation_config."""
+    return _as_list(model.generation_config.eos_token_id)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in batches of up to `size` of similar length, longest first, to keep padding small."""
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [by_length[start : start + size] for start in range(0, len(lengths), size)]
 
 
 @torch.no_grad()
-def greedy(
-    model: PreTrainedModel | PeftModel,
+def generate_greedy(
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    ends: Sequence[int] = (),
+    end_ids: Sequence[int] = (),
     synced: bool = False,
 ) -> list[str]:
     """The answer to each prompt, without special tokens.
 
-    Pads on the left; transformers counts positions from the attention mask. ends: tokens that end an answer, beside
-    those that the base's generation_config names. synced: the model is sharded by ZeRO-3,
-    and all ranks, which must all be here, make forwards until the last of them has its answers.
+    Pads on the left; transformers derives positions from the attention mask. end_ids: tokens that end an answer, in
+    addition to those of the base's generation_config. synced: the model is sharded by ZeRO-3. The call is then
+    collective, and all ranks keep running forwards until the last rank has its answers.
     """
     pad = tokenizer.pad_token_id
     length = max(map(len, prompts))
     ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    sequences = model.generate(
+    generate = cast(Callable[..., Tensor], model.generate)
+    sequences = generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
-        eos_token_id=sorted({*ends, *named_ends(model)}) or None,
+        eos_token_id=sorted({*end_ids, *config_end_ids(model)}) or None,
         synced_gpus=synced,
     )
     return tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
 
 
-def named_ends(model: PreTrainedModel | PeftModel) -> list[int]:
-    """The tokens at which the base's generation_config ends an answer."""
-    named = model.generation_config.eos_token_id
-    return [] if named is None else [named] if isinstance(named, int) else list(named)
-
-
 def answer(run: LoadedRun, prompt: str, max_new_tokens: int) -> str:
-    """The answer to one prompt, asked as the prepared set asks."""
+    """The answer to one user prompt, with the system prompt and chat template of the run's data."""
     turns = with_system_prompt([{"role": "user", "content": prompt}], run.recipe.data.system_prompt)
     template = ChatTemplate(run.tokenizer)
-    asked = prompt_ids(run.tokenizer, {"messages": turns}, template)
-    return greedy(run.model, run.tokenizer, [asked], max_new_tokens, ends_of(run.tokenizer, template))[0]
+    ids = prompt_ids(run.tokenizer, {"messages": turns}, template)
+    end_ids = template_end_ids(run.tokenizer, template)
+    return generate_greedy(run.model, run.tokenizer, [ids], max_new_tokens, end_ids)[0]

@@ -1,4 +1,4 @@
-"""The models that are asked: one base, bare or under the adapter of a finished run, whole on a device or sharded."""
+"""Loads models to evaluate: one base, bare or with a finished run's adapter, whole on one device or sharded."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,10 +24,12 @@ from trainer.distributed.parallelize import shard_for_inference
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import run_dir
 
+CausalLM = PreTrainedModel | PeftModel
+
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A finished run in one process: its base whole on one device, under its adapter."""
+    """A finished run in one process: its base whole on one device, with its adapter."""
 
     recipe: Recipe
     model: PeftModel
@@ -40,25 +42,25 @@ def load_run(directory: Path) -> LoadedRun:
     adapter = directory / run_dir.ADAPTER
     opened = open_base(recipe.base)
     check_base_file(adapter, recipe.base.model, opened.fingerprint)
-    base = load_whole(opened, "cuda" if torch.cuda.is_available() else "cpu")
-    return LoadedRun(recipe, put_on(base, adapter), load_tokenizer(recipe.base, recipe.data.chat_template))
+    base = load_unsharded(opened, "cuda" if torch.cuda.is_available() else "cpu")
+    return LoadedRun(recipe, apply_adapter(base, adapter), load_tokenizer(recipe.base, recipe.data.chat_template))
 
 
 def open_subject(directory: Path, recipe: Path | None) -> tuple[Recipe, Path]:
-    """What is evaluated: the recipe that tells base and data, and the adapter's folder.
+    """What to evaluate: the recipe that names base and data, and the adapter folder.
 
-    directory: a finished run, which has its own recipe, or an adapter's folder, for which `recipe` is needed.
-    Raises UserError where there is neither, or no recipe.
+    directory: a finished run, which has its own recipe, or an adapter folder, which needs `recipe`.
+    Raises UserError if it is neither, or the recipe is missing.
     """
     if recipe is not None:
         return load_recipe(recipe), find_adapter(directory)
     if (directory / CONFIG_NAME).is_file() and not (directory / run_dir.RECIPE).is_file():
-        raise UserError(f"{directory}: an adapter's folder names no held-out data; give --recipe RECIPE as well")
+        raise UserError(f"{directory}: an adapter folder names no held-out data; give --recipe RECIPE as well")
     return run_dir.open_run(directory), directory / run_dir.ADAPTER
 
 
 def find_adapter(directory: Path) -> Path:
-    """The adapter's folder in a finished run, or the folder itself where it is one. Raises UserError otherwise."""
+    """The adapter folder of a finished run, or `directory` itself if it is one. Raises UserError otherwise."""
     if (directory / CONFIG_NAME).is_file():
         return directory
     run_dir.open_run(directory)
@@ -66,9 +68,9 @@ def find_adapter(directory: Path) -> Path:
 
 
 def check_same_base(directory: Path, recipe: Recipe) -> None:
-    """Raises UserError where a run, or that of an adapter's folder, was trained on other values of the same base.
+    """Raises UserError if a run, or the run of an adapter folder, was trained with another precision of the base.
 
-    recipe: tells those that it would be put on. An adapter without a run does not tell, and is taken as it is.
+    recipe: that of the base to load. An adapter without a run does not record its precision and is accepted.
     """
     run = directory.parent if directory.name == run_dir.ADAPTER else directory
     if not (run / run_dir.RECIPE).is_file():
@@ -77,42 +79,42 @@ def check_same_base(directory: Path, recipe: Recipe) -> None:
     for key in ("quantization", "dtype"):
         if getattr(theirs, key) != getattr(ours, key):
             raise UserError(
-                f"--against {directory}: was trained with base.{key}={getattr(theirs, key)}, and what is evaluated "
-                f"with {getattr(ours, key)}: one base cannot serve both; evaluate each by itself"
+                f"--against {directory}: trained with base.{key}={getattr(theirs, key)}, but the evaluated model with "
+                f"{getattr(ours, key)}; one base cannot serve both; evaluate each separately"
             )
 
 
-def load_whole(opened: OpenedBase, device: torch.device | str) -> PreTrainedModel:
+def load_unsharded(opened: OpenedBase, device: torch.device | str) -> PreTrainedModel:
     """The base, whole on one device, in eval mode."""
-    return _ready(load_opened(opened, Unsharded(device)))
+    return _with_contiguous_head_input(load_opened(opened, Unsharded(device)))
 
 
 def load_sharded(opened: OpenedBase, config: dict[str, Any], device: torch.device) -> PreTrainedModel:
     """`shard_for_inference`, ready to generate. Collective: every rank must call it."""
-    return _ready(shard_for_inference(opened, config, device))
+    return _with_contiguous_head_input(shard_for_inference(opened, config, device))
 
 
 @contextlib.contextmanager
-def with_adapter(base: PreTrainedModel, adapter: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
-    """The base under an adapter (None: bare), which is taken off again: adapters of any method, one after another."""
+def with_adapter(base: PreTrainedModel, adapter: Path | None) -> Iterator[CausalLM]:
+    """Within, the base has an adapter (None: bare). Removed afterwards, so adapters of any method can follow."""
     if adapter is None:
         yield base
         return
-    model = put_on(base, adapter)
+    model = apply_adapter(base, adapter)
     try:
         yield model
     finally:
         model.unload()
 
 
-def put_on(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The base under an adapter that does not change any more. Raises UserError where it is not whole."""
+def apply_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The base with an adapter for inference only. Raises UserError if the adapter is incomplete."""
     model = load_adapter(base, adapter).eval()
     freeze_experts(model)
     return model
 
 
-def _ready(base: PreTrainedModel) -> PreTrainedModel:
-    # Generation gives the head a strided slice, for which a CPU would copy the head's weight once for every row.
+def _with_contiguous_head_input(base: PreTrainedModel) -> PreTrainedModel:
+    # Generation passes the head a strided slice, for which a CPU would copy the head's weight once per row.
     base.get_output_embeddings().register_forward_pre_hook(lambda _head, args: (args[0].contiguous(),))
     return base

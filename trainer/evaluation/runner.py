@@ -1,4 +1,4 @@
-"""Every held-out item put to one model: what it answers, and how likely it finds the wanted answer and the choices."""
+"""Runs one model on all held-out items: its generated answers, and the likelihoods of reference answers and choices."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -6,45 +6,46 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig
-from trainer.evaluation.generation import ends_of, greedy, like_lengths, prompt_ids
-from trainer.evaluation.likelihood import Continuation, choices_of, log_likelihoods, wanted_answers
+from trainer.evaluation.generation import batches_by_length, generate_greedy, prompt_ids, template_end_ids
+from trainer.evaluation.likelihood import Continuation, encode_choices, log_likelihoods, reference_answers
+from trainer.evaluation.loaded_models import CausalLM
 from trainer.evaluation.rank_map import map_over_ranks
 from trainer.evaluation.scoring import CHOICES, TEXT_METRICS, likeliest, likeliest_by_length
 
-MARGIN = 4  # tokens that an answer may be longer than the longest wanted answer of its task
+MARGIN = 4  # tokens that an answer may be longer than the longest reference answer of its task
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Items as a model gets them.
+    """Encoded items.
 
-    prompts: token ids; room: most tokens of an answer; choices: [] where it has none; ends: tokens that end an answer.
+    prompts: token ids. max_new_tokens: limit for each generated answer. choices: [] for items without choices.
+    end_ids: tokens that end an answer.
     """
 
     items: Sequence[dict[str, Any]]
     prompts: Sequence[list[int]]
-    room: Sequence[int]
-    wanted: Sequence[Continuation]
+    max_new_tokens: Sequence[int]
+    references: Sequence[Continuation]
     choices: Sequence[list[Continuation]]
-    ends: Sequence[int]
+    end_ids: Sequence[int]
 
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """How questions are put. sharded: all ranks share the model's parameters, and every rank makes every forward."""
+    """sharded: all ranks share the model's parameters (ZeRO-3), so every rank must take part in every forward."""
 
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     sharded: bool
 
 
-def some_of_each_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most `count` of each task, in order, evenly spread: items lie in the order of their sources and files."""
+def sample_per_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most `count` items per task, evenly spread, in order: neighbors come from the same source and file."""
     totals = Counter(item["task"] for item in items)
     seen: Counter[str] = Counter()
     kept = []
@@ -56,44 +57,47 @@ def some_of_each_task(items: Sequence[dict[str, Any]], count: int) -> list[dict[
     return kept
 
 
-def questions(items: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Questions:
-    """What stands before an answer by the chat template stands there already when a model is asked."""
+def build_questions(
+    items: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Questions:
+    """Encodes items. What the chat template puts before an answer is part of the prompt."""
     template = ChatTemplate(tokenizer)
-    wanted = wanted_answers(items, tokenizer, config)
+    references = reference_answers(items, tokenizer, config)
     longest: Counter[str] = Counter()
-    for item, text in zip(items, wanted, strict=True):
-        longest[item["task"]] = max(longest[item["task"]], text.scored)
+    for item, reference in zip(items, references, strict=True):
+        longest[item["task"]] = max(longest[item["task"]], reference.scored)
     return Questions(
         items,
         [prompt_ids(tokenizer, item, template) for item in items],
         [longest[item["task"]] + MARGIN for item in items],
-        wanted,
-        [choices_of(item, tokenizer, template) if item.get("choices") else [] for item in items],
-        ends_of(tokenizer, template),
+        references,
+        [encode_choices(item, tokenizer, template) if item.get("choices") else [] for item in items],
+        template_end_ids(tokenizer, template),
     )
 
 
-def ask(model: PreTrainedModel | PeftModel, asked: Questions, asking: RunnerOptions) -> list[dict[str, Any]]:
-    """For each item what the model gave, and its scores. Every rank takes part, and gets all.
+def run_items(model: CausalLM, questions: Questions, options: RunnerOptions) -> list[dict[str, Any]]:
+    """Each item's generated answer and scores, on every rank. Collective.
 
-    given: its answer; exact_match, token_f1, rouge_l of that; loss and tokens: nats of the wanted answer in all, and
-    the tokens of it; where the item has choices, chosen: the likeliest; choices and choices_by_length: whether the
-    wanted answer is the likeliest, by sum and by sum over length.
+    given: the answer; exact_match, token_f1, rouge_l: its scores; loss: nats of the whole reference answer; tokens: its
+    length. For items with choices, chosen: the likeliest choice; choices and choices_by_length: whether the reference
+    answer is the likeliest, by log-likelihood and by log-likelihood per character.
     """
-    given = _answers(model, asked, asking)
-    likelihoods = _likelihoods(model, [*asked.wanted, *(text for texts in asked.choices for text in texts)], asking)
-    of_wanted, of_choices = likelihoods[: len(asked.items)], iter(likelihoods[len(asked.items) :])
-    found = []
-    for item, text, wanted, total, choices in zip(
-        asked.items, given, asked.wanted, of_wanted, asked.choices, strict=True
+    answers = _generate(model, questions, options)
+    choice_texts = [text for texts in questions.choices for text in texts]
+    likelihoods = _likelihoods(model, [*questions.references, *choice_texts], options)
+    of_references, of_choices = likelihoods[: len(questions.items)], iter(likelihoods[len(questions.items) :])
+    results = []
+    for item, given, reference, total, choices in zip(
+        questions.items, answers, questions.references, of_references, questions.choices, strict=True
     ):
-        scores: dict[str, Any] = {"given": text, "loss": -total, "tokens": wanted.scored}
-        scores |= {name: score(text, item["answer"]) for name, score in TEXT_METRICS.items()}
-        found.append(scores | _chosen(item, [next(of_choices) for _ in choices]))
-    return found
+        scores: dict[str, Any] = {"given": given, "loss": -total, "tokens": reference.scored}
+        scores |= {name: score(given, item["answer"]) for name, score in TEXT_METRICS.items()}
+        results.append(scores | _score_choices(item, [next(of_choices) for _ in choices]))
+    return results
 
 
-def _chosen(item: dict[str, Any], totals: Sequence[float]) -> dict[str, Any]:
+def _score_choices(item: dict[str, Any], totals: Sequence[float]) -> dict[str, Any]:
     if not totals:
         return {}
     choices = item["choices"]
@@ -102,38 +106,41 @@ def _chosen(item: dict[str, Any], totals: Sequence[float]) -> dict[str, Any]:
     return {"chosen": chosen, **{name: float(value) for name, value in right.items()}}
 
 
-def _answers(model: PreTrainedModel | PeftModel, asked: Questions, asking: RunnerOptions) -> list[str]:
-    """A task at a time, since what is long for one is short for another; the longest first: ranks end together."""
-    by_room: dict[tuple[str, int], list[int]] = {}
-    for index, item in enumerate(asked.items):
-        by_room.setdefault((item["task"], asked.room[index]), []).append(index)
+def _generate(model: CausalLM, questions: Questions, options: RunnerOptions) -> list[str]:
+    """Batches hold one task each, since tasks differ in answer length. Longest answers first: ranks end together."""
+    by_task: dict[tuple[str, int], list[int]] = {}
+    for index, item in enumerate(questions.items):
+        by_task.setdefault((item["task"], questions.max_new_tokens[index]), []).append(index)
     batches = [
-        [mine[i] for i in batch]
-        for _, mine in sorted(by_room.items(), key=lambda entry: -entry[0][1])
-        for batch in like_lengths([len(asked.prompts[i]) for i in mine], asking.batch_size)
+        [indices[i] for i in batch]
+        for _, indices in sorted(by_task.items(), key=lambda entry: -entry[0][1])
+        for batch in batches_by_length([len(questions.prompts[i]) for i in indices], options.batch_size)
     ]
 
     def work(batch: Sequence[int]) -> list[str]:
-        prompts = [asked.prompts[i] for i in batch]
-        return greedy(model, asking.tokenizer, prompts, asked.room[batch[0]], asked.ends, asking.sharded)
+        prompts = [questions.prompts[i] for i in batch]
+        limit = questions.max_new_tokens[batch[0]]
+        return generate_greedy(model, options.tokenizer, prompts, limit, questions.end_ids, options.sharded)
 
-    idle = partial(greedy, model, asking.tokenizer, [asked.prompts[0][:1]], 1, synced=True)
-    return _dealt(batches, work, idle, asking)
+    idle = partial(generate_greedy, model, options.tokenizer, [questions.prompts[0][:1]], 1, synced=True)
+    return _map_batches(batches, work, idle, options)
 
 
-def _likelihoods(
-    model: PreTrainedModel | PeftModel, texts: Sequence[Continuation], asking: RunnerOptions
-) -> list[float]:
+def _likelihoods(model: CausalLM, texts: Sequence[Continuation], options: RunnerOptions) -> list[float]:
     def work(batch: Sequence[int]) -> list[float]:
-        return log_likelihoods(model, [texts[i] for i in batch], asking.tokenizer.pad_token_id)
+        return log_likelihoods(model, [texts[i] for i in batch], options.tokenizer.pad_token_id)
 
-    batches = like_lengths([len(text.ids) for text in texts], asking.batch_size)
-    idle = partial(log_likelihoods, model, [Continuation(texts[0].ids[:2], 1)], asking.tokenizer.pad_token_id)
-    return _dealt(batches, work, idle, asking)
+    batches = batches_by_length([len(text.ids) for text in texts], options.batch_size)
+    idle = partial(log_likelihoods, model, [Continuation(texts[0].ids[:2], 1)], options.tokenizer.pad_token_id)
+    return _map_batches(batches, work, idle, options)
 
 
-def _dealt(batches: list[list[int]], work: Callable, idle: Callable, asking: RunnerOptions) -> list[Any]:
-    """The results of all batches, in the order of what their indices index."""
-    found = map_over_ranks(batches, work, idle if asking.sharded else None)
-    by_index = {i: one for batch, ones in zip(batches, found, strict=True) for i, one in zip(batch, ones, strict=True)}
+def _map_batches(batches: list[list[int]], work: Callable, idle: Callable, options: RunnerOptions) -> list[Any]:
+    """The results of all batches of indices, in the order of the indices. Collective."""
+    results = map_over_ranks(batches, work, idle if options.sharded else None)
+    by_index = {
+        index: result
+        for batch, batch_results in zip(batches, results, strict=True)
+        for index, result in zip(batch, batch_results, strict=True)
+    }
     return [by_index[i] for i in range(len(by_index))]

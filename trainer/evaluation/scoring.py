@@ -1,4 +1,4 @@
-"""Scores of one given answer, from 0 to 1, and which of them a task is judged by."""
+"""Scores of one answer, from 0 to 1, and the choice of each task's metric."""
 
 import re
 import string
@@ -18,8 +18,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def metrics_of(items: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """By task the metric that it is judged by: its source's (data_prep.items), else by likelihood where every item of
-    it has choices, else exact match."""
+    """Each task's metric: that of its source (data_prep.items), else CHOICES if all of its items have choices, else
+    exact match."""
     found: dict[str, str] = {}
     for item in items:
         own = item.get("metric") or (CHOICES if item.get("choices") else EXACT_MATCH)
@@ -27,12 +27,12 @@ def metrics_of(items: Iterable[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def exact_match(given: str, wanted: str) -> float:
-    """1 where the two are the same but for reasoning, outer white space and one full stop at the end."""
-    return float(normalised(given) == normalised(wanted))
+def exact_match(given: str, reference: str) -> float:
+    """1 if both are equal, ignoring reasoning, surrounding white space and one final period."""
+    return float(normalize(given) == normalize(reference))
 
 
-def normalised(text: str) -> str:
+def normalize(text: str) -> str:
     return _without_reasoning(text).strip().removesuffix(".").rstrip()
 
 
@@ -40,9 +40,9 @@ def _without_reasoning(text: str) -> str:
     return text.rpartition(END_OF_REASONING)[2]
 
 
-def token_f1(given: str, wanted: str) -> float:
-    """SQuAD's F1 of words, as often as they come: in lower case, without punctuation and English articles."""
-    words, expected = _words(given), _words(wanted)
+def token_f1(given: str, reference: str) -> float:
+    """SQuAD's F1 over the multisets of words: in lower case, without punctuation and English articles."""
+    words, expected = _words(given), _words(reference)
     if not words or not expected:
         return float(words == expected)
     common = (Counter(words) & Counter(expected)).total()
@@ -53,10 +53,10 @@ def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", _without_reasoning(text).lower().translate(_PUNCTUATION)).split()
 
 
-def rouge_l(given: str, wanted: str) -> float:
-    """ROUGE-L's F-measure by the package rouge-score, with words of any script that puts blanks or the like between
-    them; each sign of the others, such as Chinese and Thai, is a word."""
-    return _rouge().score(_without_reasoning(wanted), _without_reasoning(given))["rougeL"].fmeasure
+def rouge_l(given: str, reference: str) -> float:
+    """ROUGE-L's F-measure by the package rouge-score, for any script. In scripts that do not separate words, such as
+    Chinese and Thai, each character is a word."""
+    return _rouge().score(_without_reasoning(reference), _without_reasoning(given))["rougeL"].fmeasure
 
 
 @cache
@@ -67,7 +67,7 @@ def _rouge() -> Any:
 
 
 class _AnyScript:
-    """rouge-score's own tokenizer knows the letters a to z only. Combining marks, such as Hindi's vowels, stay."""
+    """Needed since rouge-score's own tokenizer keeps a to z only. Keeps combining marks, such as Hindi vowels."""
 
     def tokenize(self, text: str) -> list[str]:
         apart = signs_apart(text.lower())
@@ -75,14 +75,14 @@ class _AnyScript:
 
 
 TEXT_METRICS = {EXACT_MATCH: exact_match, TOKEN_F1: token_f1, ROUGE_L: rouge_l}
-"""The metrics that compare a written answer with the wanted one."""
+"""The metrics that compare a generated answer with the reference answer."""
 
 
 def likeliest(log_likelihoods: Sequence[float]) -> int:
-    """The choice that the model finds likeliest: by the sum over its tokens, as lm-eval's `acc` does."""
+    """Index of the choice with the largest log-likelihood, as in lm-eval's `acc`."""
     return max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
 
 
 def likeliest_by_length(log_likelihoods: Sequence[float], choices: Sequence[str]) -> int:
-    """The same by the sum over the choice's length in characters, as lm-eval's `acc_norm` does."""
+    """Index of the choice with the largest log-likelihood per character, as in lm-eval's `acc_norm`."""
     return likeliest([total / len(text) for total, text in zip(log_likelihoods, choices, strict=True)])

@@ -1,4 +1,4 @@
-"""Scores by task and over tasks, and the differences between the run and each baseline with their intervals."""
+"""Scores by task and over tasks, and the differences from each baseline with confidence intervals."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.bootstrap import Difference, Resampler, interval
-from trainer.evaluation.scoring import CHOICES, TEXT_METRICS, exact_match, metrics_of, normalised
+from trainer.evaluation.bootstrap import Difference, Resampler, confidence_interval
+from trainer.evaluation.scoring import CHOICES, TEXT_METRICS, exact_match, metrics_of, normalize
 
 SCORE, LOSS = "score", "loss"
-SUBJECT = "adapter"  # the name of what is evaluated; every other model is a baseline
+SUBJECT = "adapter"  # name of the evaluated model; all others are baselines
 METRICS = (*TEXT_METRICS, CHOICES, f"{CHOICES}_by_length")
 
 
@@ -19,9 +19,9 @@ METRICS = (*TEXT_METRICS, CHOICES, f"{CHOICES}_by_length")
 class TaskSummary:
     """One task, or the mean over all.
 
-    commonest: what always giving the commonest wanted answer would score. models: by name, `score` (the task's own
-    metric), `loss` (nats a token of the wanted answers) and every metric. gain: of the subject's score over the best of
-    the baselines and the commonest answer. differences: by baseline, the subject's `score` and `loss` less its.
+    commonest: the score of always giving the most common reference answer. models: by name, `score` (the task's own
+    metric), `loss` (nats per token of the reference answers) and every metric. gain: the subject's score minus the best
+    of the baselines and `commonest`. differences: by baseline, the subject's `score` and `loss` minus the baseline's.
     """
 
     task: str
@@ -34,23 +34,23 @@ class TaskSummary:
     differences: dict[str, dict[str, Difference]]
 
 
-def summarise(items: Sequence[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> list[TaskSummary]:
-    """By task, in the order in which tasks appear, and the mean over tasks as the last.
+def summarize(items: Sequence[dict[str, Any]], results: dict[str, list[dict[str, Any]]]) -> list[TaskSummary]:
+    """One summary per task, in order of appearance, then the mean over tasks.
 
-    found: by model's name what `asking.ask` gives, in the order of items; SUBJECT is one of them.
+    results: each model's `runner.run_items` by name, in the order of items; SUBJECT is one of them.
     """
     tasks, resampled, metrics = [], [], metrics_of(items)
     for index, task in enumerate(dict.fromkeys(item["task"] for item in items)):
-        mine = [i for i, item in enumerate(items) if item["task"] == task]
-        scores = {name: [given[i] for i in mine] for name, given in found.items()}
+        indices = [i for i, item in enumerate(items) if item["task"] == task]
+        scores = {name: [given[i] for i in indices] for name, given in results.items()}
         metric = metrics[task]
-        means = _resampled_differences(scores, metric, Resampler(len(mine), index))
-        tasks.append(_of_task(task, metric, [items[i] for i in mine], scores, means))
+        means = _resampled_differences(scores, metric, Resampler(len(indices), index))
+        tasks.append(_summarize_task(task, metric, [items[i] for i in indices], scores, means))
         resampled.append(means)
     return [*tasks, _mean(tasks, resampled)]
 
 
-def _of_task(
+def _summarize_task(
     task: str,
     metric: str,
     items: Sequence[dict[str, Any]],
@@ -58,12 +58,12 @@ def _of_task(
     means: dict[str, dict[str, np.ndarray]],
 ) -> TaskSummary:
     models = {name: _means(given, metric) for name, given in scores.items()}
-    wanted = Counter(normalised(item["answer"]) for item in items)
+    references = Counter(normalize(item["answer"]) for item in items)
     score = TEXT_METRICS.get(metric, exact_match)
-    commonest = float(np.mean([score(wanted.most_common(1)[0][0], item["answer"]) for item in items]))
-    best = max([commonest, *(found[SCORE] for name, found in models.items() if name != SUBJECT)])
+    commonest = float(np.mean([score(references.most_common(1)[0][0], item["answer"]) for item in items]))
+    best = max([commonest, *(by_key[SCORE] for name, by_key in models.items() if name != SUBJECT)])
     gain = models[SUBJECT][SCORE] - best
-    return TaskSummary(task, len(items), metric, len(wanted), commonest, models, gain, _intervals(means))
+    return TaskSummary(task, len(items), metric, len(references), commonest, models, gain, _intervals(means))
 
 
 def _means(given: Sequence[dict[str, Any]], metric: str) -> dict[str, float]:
@@ -79,27 +79,29 @@ def _mean_of(given: Sequence[dict[str, Any]], name: str) -> float:
 def _resampled_differences(
     scores: dict[str, list[dict[str, Any]]], metric: str, resampler: Resampler
 ) -> dict[str, dict[str, np.ndarray]]:
-    """By baseline, for score and loss, the mean difference over all items and over each draw of them."""
-    found = {}
+    """By baseline, for score and loss: `Resampler.means` of the differences."""
+    by_baseline = {}
     tokens = np.array([one["tokens"] for one in scores[SUBJECT]])
     for name in scores.keys() - {SUBJECT}:
         differences = {
             key: np.array([a[key] - b[key] for a, b in zip(scores[SUBJECT], scores[name], strict=True)])
             for key in (metric, LOSS)
         }
-        found[name] = {
+        by_baseline[name] = {
             SCORE: resampler.means(differences[metric], np.ones(len(tokens))),
             LOSS: resampler.means(differences[LOSS], tokens),
         }
-    return found
+    return by_baseline
 
 
 def _intervals(means: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Difference]]:
-    return {name: {key: interval(values) for key, values in by_key.items()} for name, by_key in means.items()}
+    return {
+        name: {key: confidence_interval(values) for key, values in by_key.items()} for name, by_key in means.items()
+    }
 
 
 def _mean(tasks: Sequence[TaskSummary], resampled: Sequence[dict[str, dict[str, np.ndarray]]]) -> TaskSummary:
-    """Every task counts alike, also in each of its draws."""
+    """Every task has the same weight, also in each draw."""
     models = {
         name: {key: float(np.mean([task.models[name][key] for task in tasks])) for key in (SCORE, LOSS)}
         for name in tasks[0].models

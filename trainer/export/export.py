@@ -1,4 +1,4 @@
-"""A finished run's adapter for other tools: as it is, as a plain LoRA, or merged into the base; and what that costs."""
+"""Exports a finished run's adapter for other tools: as it is, as a plain LoRA, or merged into the base."""
 
 import json
 import shutil
@@ -17,15 +17,14 @@ from data_prep.reader import PreparedSet, manifest_for, open_prepared
 from data_prep.user_error import UserError
 from trainer.base.base_fingerprint import BASE_FILE
 from trainer.base.weight_map import open_base
-from trainer.evaluation.generation import ends_of, named_ends
+from trainer.evaluation.generation import config_end_ids, template_end_ids
 from trainer.evaluation.loaded_models import LoadedRun, load_run
-from trainer.evaluation.runner import some_of_each_task
-from trainer.export.fidelity import TaskFidelity, measure, table
+from trainer.evaluation.runner import sample_per_task
+from trainer.export.fidelity import TaskFidelity, fidelity_table, item_scorer, measure
 from trainer.export.load_exported import free_bytes, load_merged, load_plain_lora
 from trainer.export.lora import LowRank, low_rank_updates, write_lora
 from trainer.export.mean_gates import adapted_by_experts, calibration_rows, mean_gates
 from trainer.export.merged import write_merged
-from trainer.export.task_scores import scorer
 from trainer.objective.batches import Batch, collate
 from trainer.recipe import Recipe
 from trainer.run import run_dir
@@ -36,12 +35,10 @@ ITEMS_PER_TASK = 20
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is wanted of a run.
-
-    output: the folder to make; None: `export-lora` and the like in the run. task: the gates' mean is taken over its
-    tokens alone. rows: at most so many for that mean, and for the price. items_per_task: held-out items a task that
-    are asked for the scores in the price. base: what `merged` adds the update to.
+class ExportRequest:
+    """output: the folder to create; None: `export-lora` or similar in the run. task: averages the gates over the tokens
+    of this task only. rows: limit for that mean, and for measuring fidelity. items_per_task: held-out items for the
+    scores in the fidelity. base: what `merged` adds the update to.
     """
 
     run: Path
@@ -59,70 +56,77 @@ class Request:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. export.json holds `what`, `facts`, `measured` and `price`, by these names.
+    """What was written.
 
-    measured: how the price was measured, or why not. price: None where it was not.
+    measured: how the fidelity was measured, or why it was not. fidelity: None if it was not measured.
     """
 
     folder: Path
     what: str
     measured: str
-    price: list[TaskFidelity] | None = None
+    fidelity: list[TaskFidelity] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.folder}: {self.what}", self.measured, *([table(self.price)] if self.price else [])])
+        table = [fidelity_table(self.fidelity)] if self.fidelity else []
+        return "\n".join([f"{self.folder}: {self.what}", self.measured, *table])
+
+    def as_dict(self) -> dict[str, Any]:
+        """As in export.json, where `fidelity` has the key `price`."""
+        lines = None if self.fidelity is None else [asdict(line) for line in self.fidelity]
+        return {"what": self.what, "measured": self.measured, "price": lines, "facts": self.facts}
 
 
-def export(request: Request) -> Exported:
-    """Writes the folder under one rename, with export.json in it.
+def export(request: ExportRequest) -> Exported:
+    """Writes the folder, including export.json, and publishes it by one rename.
 
-    Raises UserError where the run cannot be exported so.
+    Raises UserError if the run cannot be exported in this form.
     """
     recipe = run_dir.open_run(request.run)
     _check(request, recipe)
     with blame_option("--output", request.folder), publish_atomically(request.folder) as staging:
-        exported = _as_it_is(request, staging) if request.to == "peft" else _with_fixed_gates(request, staging)
-        written = {"run": str(request.run), "to": request.to, **asdict(exported)}
-        del written["folder"]
+        exported = _copy_adapter(request, staging) if request.to == "peft" else _export_low_rank(request, staging)
+        written = {"run": str(request.run), "to": request.to, **exported.as_dict()}
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
         (staging / EXPORT).write_text(text, encoding="utf-8")
     return exported
 
 
-def _check(request: Request, recipe: Recipe) -> None:
-    """Everything that can be refused before the model is loaded."""
+def _check(request: ExportRequest, recipe: Recipe) -> None:
+    """Refuses what can be refused before the model is loaded."""
     if request.folder.exists():
         raise UserError(f"--output: {request.folder} exists; give another folder or remove it")
     if request.base is not None and request.to != "merged":
-        raise UserError(f"--base {request.base}: --to {request.to} holds no base; remove it, or use --to merged")
+        raise UserError(f"--base {request.base}: --to {request.to} writes no base; remove it, or use --to merged")
     if request.base == "dequantised" and recipe.base.quantization != "nf4":
         raise UserError(
             f"--base dequantised: {request.run} was trained with base.quantization=none, so there is nothing to "
-            "dequantise; use --base original"
+            "dequantize; use --base original"
         )
     if request.task is not None:
         _check_task(request, recipe)
 
 
-def _check_task(request: Request, recipe: Recipe) -> None:
+def _check_task(request: ExportRequest, recipe: Recipe) -> None:
     if request.to == "peft":
-        raise UserError(f"--task {request.task}: --to peft leaves the gates as they are; remove it")
+        raise UserError(f"--task {request.task}: --to peft keeps the gates as they are; remove it")
     if recipe.adapter.method == "lora":
-        raise UserError(f"--task {request.task}: {request.run} was trained as a plain LoRA, without gates; remove it")
+        raise UserError(
+            f"--task {request.task}: {request.run} was trained with adapter.method=lora, which has no gates; remove it"
+        )
     tasks = manifest_for(recipe.data)["tasks"]
     if request.task not in tasks:
         raise UserError(f"--task {request.task}: {request.run} has no such task; it has {', '.join(tasks)}")
 
 
-def _as_it_is(request: Request, staging: Path) -> Exported:
+def _copy_adapter(request: ExportRequest, staging: Path) -> Exported:
     shutil.copytree(request.run / run_dir.ADAPTER, staging, dirs_exist_ok=True)
-    what = "the adapter as it is; PEFT knows it after `import trainer.adapters`, so it needs this package"
-    return Exported(request.folder, what, "nothing is lost")
+    what = "the adapter as it is, for PEFT after `import trainer.adapters`, so it needs this package"
+    return Exported(request.folder, what, "exact: nothing was changed")
 
 
-def _with_fixed_gates(request: Request, staging: Path) -> Exported:
-    """Writes what is wanted into `staging`, loads it from there and measures it."""
+def _export_low_rank(request: ExportRequest, staging: Path) -> Exported:
+    """Writes a plain LoRA or a merged model into `staging`, loads it from there, and measures its fidelity."""
     run = load_run(request.run)
     prepared = open_prepared(run.recipe.data, run.tokenizer)
     gates = _gates(request, run, prepared)
@@ -133,18 +137,18 @@ def _with_fixed_gates(request: Request, staging: Path) -> Exported:
     if gates:
         over = "all tasks" if request.task is None else f"task {request.task}"
         what += f"; gates fixed at their mean over {over} on at most {request.rows} rows"
-    measured, price = _fidelity(request, run, prepared, staging, size)
+    measured, fidelity = _measure(request, run, prepared, staging, size)
     facts = {
         "base": request.base or "original",
         "task": request.task,
         "rows": request.rows,
         "gates": {name: omega.tolist() for name, omega in gates.items()},
     }
-    return Exported(request.folder, what, measured, price, facts)
+    return Exported(request.folder, what, measured, fidelity, facts)
 
 
-def _gates(request: Request, run: LoadedRun, prepared: PreparedSet) -> dict[str, Tensor]:
-    """By the linear's name; none where the run is a plain LoRA."""
+def _gates(request: ExportRequest, run: LoadedRun, prepared: PreparedSet) -> dict[str, Tensor]:
+    """Mean gates by the linear's name; {} if the run is a plain LoRA."""
     if not adapted_by_experts(run.model):
         return {}
     task = None if request.task is None else prepared.tasks.index(request.task)
@@ -152,56 +156,62 @@ def _gates(request: Request, run: LoadedRun, prepared: PreparedSet) -> dict[str,
     return mean_gates(run.model, rows, task)
 
 
-def _write_lora(request: Request, run: LoadedRun, updates: dict[str, LowRank], staging: Path) -> tuple[str, int]:
+def _write_lora(request: ExportRequest, run: LoadedRun, updates: dict[str, LowRank], staging: Path) -> tuple[str, int]:
     write_lora(staging, updates, run.model.peft_config["default"])
     shutil.copy(request.run / run_dir.ADAPTER / BASE_FILE, staging)
     return f"a LoRA of rank {_rank(updates)} for plain PEFT, in fp32", 0
 
 
-def _write_merged(request: Request, run: LoadedRun, updates: dict[str, LowRank], staging: Path) -> tuple[str, int]:
-    """Also the bytes that a model of it takes."""
-    dequantised = run.model.get_base_model() if request.base == "dequantised" else None
-    size = write_merged(staging, open_base(run.recipe.base), updates, dequantised)
-    _name_taught_end(run, staging)
-    base = "base as NF4 keeps it, dequantised," if dequantised is not None else "original base"
+def _write_merged(
+    request: ExportRequest, run: LoadedRun, updates: dict[str, LowRank], staging: Path
+) -> tuple[str, int]:
+    """Returns a description, and the bytes that the exported model takes in memory."""
+    dequantized = run.model.get_base_model() if request.base == "dequantised" else None
+    size = write_merged(staging, open_base(run.recipe.base), updates, dequantized)
+    _add_template_end(run, staging)
+    base = "base dequantized from NF4" if dequantized is not None else "original base"
     return f"the {base} with a LoRA of rank {_rank(updates)} merged, in {run.recipe.base.dtype}", size
 
 
-def _name_taught_end(run: LoadedRun, folder: Path) -> None:
-    """A chat template of the recipe's own may end answers with a token that the base's generation_config lacks."""
+def _add_template_end(run: LoadedRun, folder: Path) -> None:
+    """Adds the chat template's end token to generation_config.json, if it is missing.
+
+    A chat template from the recipe may end answers with a token that the base's configuration lacks.
+    """
     if not run.tokenizer.chat_template:
         return
-    named = named_ends(run.model)
-    if missing := [end for end in ends_of(run.tokenizer, ChatTemplate(run.tokenizer)) if end not in named]:
-        path = folder / GENERATION_CONFIG_NAME  # as JSON: transformers refuses to write what it reads of older models
+    known = config_end_ids(run.model)
+    if missing := [end for end in template_end_ids(run.tokenizer, ChatTemplate(run.tokenizer)) if end not in known]:
+        path = folder / GENERATION_CONFIG_NAME  # as JSON: transformers refuses to write some older files
         config = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps({**config, "eos_token_id": [*named, *missing]}, indent=2) + "\n")
+        path.write_text(json.dumps({**config, "eos_token_id": [*known, *missing]}, indent=2) + "\n")
 
 
 def _rank(updates: dict[str, LowRank]) -> int:
     return len(next(iter(updates.values())).a)
 
 
-def _fidelity(
-    request: Request, run: LoadedRun, prepared: PreparedSet, folder: Path, size: int
+def _measure(
+    request: ExportRequest, run: LoadedRun, prepared: PreparedSet, folder: Path, size: int
 ) -> tuple[str, list[TaskFidelity] | None]:
-    """How it was measured, or why not, and the price of what lies in `folder`. size: bytes it takes beside the run."""
+    """How fidelity was measured, or why not; and that of `folder`. size: bytes needed beside the run's model."""
     rows = min(request.rows, len(prepared.held_out))
     if not rows:
-        return "price not measured: the prepared set has no held-out rows", None
+        return "fidelity not measured: the prepared set has no held-out rows", None
     if size > free_bytes(run.model.device):
-        return f"price not measured: {size / 1e9:.1f} GB beside the run's own model do not fit into memory", None
-    items = some_of_each_task(prepared.items, request.items_per_task)
+        return f"fidelity not measured: {size / 1e9:.1f} GB beside the run's own model do not fit into memory", None
+    items = sample_per_task(prepared.items, request.items_per_task)
     try:
         exported = load_plain_lora(run, folder) if request.to == "lora" else load_merged(run, folder)
-        price = measure(run.model, exported, _held_out(prepared, rows), prepared.tasks, scorer(run, items))
+        fidelity = measure(run.model, exported, _held_out(prepared, rows), prepared.tasks, item_scorer(run, items))
     except torch.OutOfMemoryError:
-        return "price not measured: there is not enough memory on the GPU", None
+        return "fidelity not measured: out of GPU memory", None
     scored = f", {len(items)} items for the scores" if items else ""
-    return f"{rows} held-out rows, nats a token{scored}; before: the run's own model; after: this export, loaded", price
+    measured = f"{rows} held-out rows, nats per token{scored}; before: the run's own model; after: this export, loaded"
+    return measured, fidelity
 
 
 def _held_out(prepared: PreparedSet, rows: int) -> Iterator[Batch]:
-    """`rows` of the held-out rows, evenly spread: documents of a task may lie together."""
+    """`rows` held-out rows, evenly spread, since neighboring documents may share a task."""
     for index in range(rows):
         yield collate([prepared.held_out[index * len(prepared.held_out) // rows]])

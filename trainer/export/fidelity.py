@@ -1,27 +1,34 @@
-"""What an export costs: how far the exported model's predictions are from the run's, on held-out rows, by task.
+"""Measures how far an exported model's predictions are from the run's, on held-out rows and items, by task.
 
-Both models are run on the same rows. A token's KL divergence is KL(run || exported) in nats over the whole vocabulary.
+Both models run on the same rows. A token's KL divergence is KL(run || exported), in nats over the whole vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.encode import IGNORED
+from data_prep.tables import text_table
+from trainer.evaluation.loaded_models import CausalLM, LoadedRun
+from trainer.evaluation.runner import RunnerOptions, build_questions, run_items
+from trainer.evaluation.scoring import metrics_of
 from trainer.objective.batches import Batch
+from trainer.objective.labelled_logits import labelled_logits
 
-AT_ONCE = 256  # tokens whose distributions over the vocabulary are held in fp32
+CHUNK = 128  # tokens whose distributions over the vocabulary are held in fp64 at a time
+BATCH = 16  # items per batch
 ALL = "all"
 
-Score = Callable[[nn.Module], dict[str, float]]  # a model -> {task: score}, such as exact match
+Score = Callable[[CausalLM], dict[str, float]]  # a model -> {task: score}, such as exact match
 
 
 @dataclass(frozen=True)
 class TaskFidelity:
-    """One task's labelled held-out tokens; nats a token, None without tokens. Scores are None where none were taken."""
+    """One task's labelled held-out tokens: nats per token, None without tokens. Scores are None if not measured."""
 
     task: str
     tokens: int
@@ -33,77 +40,83 @@ class TaskFidelity:
 
 
 def measure(
-    before: nn.Module, after: nn.Module, batches: Iterable[Batch], tasks: Sequence[str], score: Score | None = None
+    before: CausalLM, after: CausalLM, batches: Iterable[Batch], tasks: Sequence[str], score: Score | None = None
 ) -> list[TaskFidelity]:
-    """Compares two causal LMs on labelled tokens: a line for each task that has some, or scores, and one of all."""
+    """Compares two models on labelled tokens: one entry per task that has tokens or scores, then one for all."""
     sums = torch.zeros(len(tasks), 4, dtype=torch.float64)
     for batch in batches:
         sums += _sums(before, after, batch, len(tasks))
     scores = [score(before), score(after)] if score is not None else [{}, {}]
-    prices = [
-        _fidelity(task, line, [found.get(task) for found in scores]) for task, line in zip(tasks, sums, strict=True)
+    by_task = [
+        _task_fidelity(task, line, [found.get(task) for found in scores])
+        for task, line in zip(tasks, sums, strict=True)
     ]
-    of_all = [sum(found.values()) / len(found) if found else None for found in scores]
-    lines = [*prices, _fidelity(ALL, sums.sum(0), of_all)]
+    mean_scores = [sum(found.values()) / len(found) if found else None for found in scores]
+    lines = [*by_task, _task_fidelity(ALL, sums.sum(0), mean_scores)]
     return [line for line in lines if line.tokens or line.score_before is not None]
 
 
-def _fidelity(task: str, sums: Tensor, scores: Sequence[float | None]) -> TaskFidelity:
-    """sums: as _sums gives them for one task."""
+def _task_fidelity(task: str, sums: Tensor, scores: Sequence[float | None]) -> TaskFidelity:
+    """sums: one task's row of `_sums`."""
     means = (sums[1:] / sums[0]).tolist() if sums[0] else [None] * 3
     return TaskFidelity(task, int(sums[0]), *means, *scores)
 
 
-def table(prices: Sequence[TaskFidelity]) -> str:
-    """Losses and KL by task, and scores where there are some."""
-    scored = any(price.score_before is not None for price in prices)
-    head = ["task", "tokens", "KL a token", "loss before", "after", *(["score before", "after"] if scored else [])]
-    lines = [head, *(_cells(price, scored) for price in prices)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+@torch.no_grad()
+def _sums(before: CausalLM, after: CausalLM, batch: Batch, num_tasks: int) -> Tensor:
+    """fp64 [tasks, 4] over a batch's labelled tokens: their number, KL, loss before and loss after.
+
+    In fp64: the rounding noise of fp32, about 1e-8 nats per token, can exceed the KL of a faithful export.
+    """
+    targets = batch["labels"][:, 1:]
+    labelled = targets != IGNORED
+    logits = [_labelled_logits(model, batch, labelled) for model in (before, after)]
+    columns = []
+    for one, other, labels in zip(*(whole.split(CHUNK) for whole in (*logits, targets[labelled])), strict=True):
+        p, q = (F.log_softmax(part.cpu().double(), -1) for part in (one, other))
+        kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        losses = (F.nll_loss(part, labels, reduction="none") for part in (p, q))
+        columns.append(torch.stack([torch.ones_like(kl), kl, *losses], 1))
+    by_token = torch.cat(columns)
+    return torch.zeros(num_tasks, 4, dtype=torch.float64).index_add(0, batch["task_ids"][:, 1:][labelled], by_token)
 
 
-def _cells(price: TaskFidelity, scored: bool) -> list[str]:
-    cells = [price.task, str(price.tokens), _cell(price.kl, ".2e")]
-    cells += [_cell(loss, ".4f") for loss in (price.loss_before, price.loss_after)]
+def _labelled_logits(model: CausalLM, batch: Batch, labelled: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    moved = {key: batch[key].to(device) for key in ("input_ids", "position_ids")}
+    return labelled_logits(model, moved, labelled.to(device))
+
+
+def item_scorer(run: LoadedRun, items: Sequence[dict[str, Any]]) -> Score | None:
+    """Scores a model on the items as `teamlora evaluate` does: its mean score by task. None without items."""
+    if not items:
+        return None
+    questions, metrics = build_questions(items, run.tokenizer, run.recipe.data), metrics_of(items)
+    options = RunnerOptions(run.tokenizer, BATCH, sharded=False)
+
+    def score(model: CausalLM) -> dict[str, float]:
+        by_task: dict[str, list[float]] = {}
+        for item, result in zip(items, run_items(model, questions, options), strict=True):
+            by_task.setdefault(item["task"], []).append(result[metrics[item["task"]]])
+        return {task: sum(scores) / len(scores) for task, scores in by_task.items()}
+
+    return score
+
+
+def fidelity_table(lines: Sequence[TaskFidelity]) -> str:
+    """Losses and KL by task, and scores if there are any."""
+    scored = any(line.score_before is not None for line in lines)
+    head = ["task", "tokens", "KL per token", "loss before", "after", *(["score before", "after"] if scored else [])]
+    return text_table(head, [_cells(line, scored) for line in lines])
+
+
+def _cells(line: TaskFidelity, scored: bool) -> list[str]:
+    cells = [line.task, str(line.tokens), _cell(line.kl, ".2e")]
+    cells += [_cell(loss, ".4f") for loss in (line.loss_before, line.loss_after)]
     if scored:
-        cells += [_cell(score, ".1%") for score in (price.score_before, price.score_after)]
+        cells += [_cell(score, ".1%") for score in (line.score_before, line.score_after)]
     return cells
 
 
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
-
-
-@torch.no_grad()
-def _sums(before: nn.Module, after: nn.Module, batch: Batch, num_tasks: int) -> Tensor:
-    """fp64 [tasks, 4] over a batch's labelled tokens: their number, KL, loss before and loss after."""
-    targets = batch["labels"][:, 1:]
-    labelled = targets != IGNORED
-    logits = [_labelled_logits(model, batch, labelled) for model in (before, after)]
-    columns = []
-    for one, other, wanted in zip(*(whole.split(AT_ONCE) for whole in (*logits, targets[labelled])), strict=True):
-        p, q = (F.log_softmax(part.float(), -1).cpu() for part in (one, other))
-        kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-        losses = (F.nll_loss(part, wanted, reduction="none") for part in (p, q))
-        columns.append(torch.stack([torch.ones_like(kl), kl, *losses], 1))
-    by_token = torch.cat(columns).double()
-    return torch.zeros(num_tasks, 4, dtype=torch.float64).index_add(0, batch["task_ids"][:, 1:][labelled], by_token)
-
-
-def _labelled_logits(model: nn.Module, batch: Batch, labelled: Tensor) -> Tensor:
-    """[labelled tokens, vocabulary], at the positions that predict them; labelled: bool [batch, seq - 1]."""
-    device = next(model.parameters()).device
-
-    def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0][:, :-1][labelled.to(device)],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        ids, positions = (batch[key].to(device) for key in ("input_ids", "position_ids"))
-        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    finally:
-        hook.remove()

@@ -1,4 +1,4 @@
-"""What was exported, loaded as others load it: by plain PEFT, or by transformers alone."""
+"""Loads exports as other tools do: by plain PEFT, or by transformers alone."""
 
 import copy
 from pathlib import Path
@@ -6,23 +6,22 @@ from pathlib import Path
 import psutil
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trainer.base.loader import set_generation
 from trainer.base.weight_map import DTYPES
-from trainer.evaluation.loaded_models import LoadedRun
+from trainer.evaluation.loaded_models import CausalLM, LoadedRun
 
 
-def load_plain_lora(run: LoadedRun, folder: Path) -> nn.Module:
-    """The LoRA of a folder on the run's own base, whose parameters it shares: the base is not held twice."""
+def load_plain_lora(run: LoadedRun, folder: Path) -> CausalLM:
+    """The LoRA of a folder on the run's base. Shares the base's parameters, so they are in memory once."""
     shared = {id(parameter): parameter for parameter in run.model.get_base_model().parameters()}
     base = copy.deepcopy(run.model, shared).unload()
     return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
-def load_merged(run: LoadedRun, folder: Path) -> nn.Module:
-    """The model of a folder, on the run's device; it generates as the run's own does."""
+def load_merged(run: LoadedRun, folder: Path) -> CausalLM:
+    """The model of a folder, on the run's device, with the run's settings for generation."""
     base = run.recipe.base
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -35,5 +34,5 @@ def load_merged(run: LoadedRun, folder: Path) -> nn.Module:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a further model could have there."""
+    """Memory available for another model on the device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -1,8 +1,8 @@
-"""An adapter with fixed gates as one plain LoRA, and its folder in PEFT's format.
+"""Folds an adapter with constant gates into one plain LoRA, and writes it in PEFT's format.
 
-With omega constant, TeamLoRA's scale * sum_i omega_i B_i A_i x (section 3) is B A x, with the slices A_i stacked and
-the B_i, each times scale * omega_i, side by side: rank r_A = k r_B. MoELoRA the same. HydraLoRA's experts share one A
-of rank r_B, so their weighted B_i add up, and r_B is the rank.
+With constant omega, TeamLoRA's scale * sum_i omega_i B_i A_i x (section 3) equals B A x: A stacks the slices A_i, and B
+concatenates the B_i, each times scale * omega_i. Its rank is r_A = k r_B. The same holds for MoELoRA. HydraLoRA's
+experts share one A of rank r_B, so their weighted B_i are summed, and the rank is r_B.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to one linear's weight: b @ a. a [r, d_in], b [d_out, r], fp32 on the CPU; the scale is in b."""
+    """The update b @ a of one linear's weight. a [r, d_in], b [d_out, r], fp32 on the CPU; b includes the scale."""
 
     a: Tensor
     b: Tensor
@@ -36,21 +36,22 @@ class LowRank:
 
 @torch.no_grad()
 def low_rank_updates(model: PeftModel, gates: dict[str, Tensor]) -> dict[str, LowRank]:
-    """By the adapted linear's name in the base model; `gates` is empty for a run of method lora.
+    """Updates by the adapted linear's name in the base model. gates: {} for a run of method lora.
 
-    Raises UserError where the adapter changes more than linears' weights (one of another tool, started from).
+    Raises UserError if the adapter changes more than linear weights (training can start from another tool's adapter).
     """
     config = model.peft_config["default"]
-    if config.modules_to_save or getattr(config, "use_dora", False) or getattr(config, "bias", "none") != "none":
+    trains_modules, trains_magnitudes = (getattr(config, key, None) for key in ("modules_to_save", "use_dora"))
+    if trains_modules or trains_magnitudes or getattr(config, "bias", "none") != "none":
         raise UserError(
             f"--to: the adapter trains modules_to_save, biases or magnitudes ({config.base_model_name_or_path}), which "
-            "no low-rank update holds; export it with --to peft"
+            "a low-rank update cannot hold; export it with --to peft"
         )
     experts = {name: fold(module, gates[name]) for name, module in adapted_by_experts(model).items()}
     return experts or {
         name: LowRank(
-            module.lora_A["default"].weight.float().cpu(),
-            module.lora_B["default"].weight.float().cpu() * module.scaling["default"],
+            module.lora_A["default"].get_parameter("weight").float().cpu(),
+            module.lora_B["default"].get_parameter("weight").float().cpu() * module.scaling["default"],
         )
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, LoraLayer)
@@ -58,16 +59,16 @@ def low_rank_updates(model: PeftModel, gates: dict[str, Tensor]) -> dict[str, Lo
 
 
 def fold(experts: Experts, omega: Tensor) -> LowRank:
-    """The update of one adapted linear with its weights fixed at omega [k]."""
+    """The update of one adapted linear with constant gates omega [k]."""
     weighted = experts.experts.float().cpu() * (experts.gate.scale * omega).view(-1, 1, 1)  # [k, r_B, d_out]
     b = weighted.sum(0) if experts.gate.heads == 1 else weighted.flatten(0, 1)
     return LowRank(experts.lora_a.float().cpu(), b.t().contiguous())
 
 
 def write_lora(folder: Path, updates: dict[str, LowRank], adapter: PeftConfig) -> None:
-    """adapter_config.json and adapter_model.safetensors (fp32) for plain PEFT; lora_alpha = r, so it scales by 1.
+    """Writes adapter_config.json and adapter_model.safetensors (fp32) for plain PEFT. lora_alpha = r: the scale is 1.
 
-    adapter: the configuration of the run's own adapter, for which linears it selects.
+    adapter: the configuration of the run's own adapter, which selects the linears.
     """
     rank = len(next(iter(updates.values())).a)
     LoraConfig(

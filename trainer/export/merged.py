@@ -1,6 +1,6 @@
-"""A base with fixed-gate updates added to its weights, as an ordinary transformers folder.
+"""Merges updates with constant gates into the base's weights, and writes an ordinary transformers folder.
 
-Written a tensor at a time, a file at a time: beside the run's own model, memory holds one file and one update.
+Writes one file at a time: besides the run's own model, memory holds the tensors of one file and one update.
 """
 
 import json
@@ -17,7 +17,7 @@ from trainer.base.safetensors_writer import write_tensors
 from trainer.base.weight_map import DTYPES, OpenedBase
 from trainer.export.lora import LowRank
 
-SHARD = 2 * 10**9  # bytes of a file, about; a larger tensor has one of its own
+SHARD = 2 * 10**9  # approximate bytes per file; a larger tensor gets its own file
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -25,21 +25,21 @@ def write_merged(
     folder: Path,
     opened: OpenedBase,
     updates: dict[str, LowRank],
-    dequantised: nn.Module | None = None,
+    dequantized: nn.Module | None = None,
     shard_bytes: int = SHARD,
 ) -> int:
-    """The base's files with every weight in `updates` replaced by W + b a, in the run's compute dtype; their bytes.
+    """Writes the base's files with each weight in `updates` replaced by W + b a, in the run's compute dtype.
 
-    W is what the base's files hold, or, with the run's base model given as `dequantised`, what its NF4 linears
-    dequantise to: then those without an update are written so as well. The sum is formed in fp32 and rounded once.
-    Tensors keep their names in the files. No tokenizer is written.
+    Returns the total bytes. W comes from the base's files or, if the run's base model is given as `dequantized`, from
+    its NF4 linears; then the NF4 linears without an update are written dequantized too. The sum is computed in fp32 and
+    rounded once. Tensors keep the names they have in the base's files. No tokenizer is written.
     """
     dtype = DTYPES[opened.base.dtype]
     files: dict[str, str] = {}
     shards = list(_shards(opened, dtype, shard_bytes))
     for number, sources in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {source: _merged(opened, source, updates, dequantised).to(dtype) for source in sources}
+        tensors = {source: _merged(opened, source, updates, dequantized).to(dtype) for source in sources}
         write_tensors(tensors, folder / name)
         files |= dict.fromkeys(sources, name)
     total = sum(opened.weights.numel(source) for source in opened.names) * dtype.itemsize
@@ -51,7 +51,7 @@ def write_merged(
 
 
 def _shards(opened: OpenedBase, dtype: torch.dtype, most: int) -> Iterator[list[str]]:
-    """Names of the tensors of each file, in the base's order, of about `most` bytes."""
+    """The tensor names of each file, in the base's order, up to `most` bytes per file."""
     shard: list[str] = []
     filled = 0
     for source in opened.names:
@@ -65,18 +65,18 @@ def _shards(opened: OpenedBase, dtype: torch.dtype, most: int) -> Iterator[list[
 
 
 @torch.no_grad()
-def _merged(opened: OpenedBase, source: str, updates: dict[str, LowRank], dequantised: nn.Module | None) -> Tensor:
-    """One tensor of the files with its update, if it has one: fp32 then."""
+def _merged(opened: OpenedBase, source: str, updates: dict[str, LowRank], dequantized: nn.Module | None) -> Tensor:
+    """One tensor of the base's files, plus its update in fp32 if it has one."""
     owner = opened.names[source].rpartition(".")[0]
-    weight = _dequantised(dequantised, opened.names[source]) if dequantised is not None else None
+    weight = _dequantized(dequantized, opened.names[source]) if dequantized is not None else None
     if weight is None:
         weight = _read(opened.weights, source)
     is_updated = owner in updates and opened.names[source].endswith(".weight")
     return weight.float() + updates[owner].update() if is_updated else weight
 
 
-def _dequantised(model: nn.Module, target: str) -> Tensor | None:
-    """The weight `target` in fp32 as NF4 keeps it, or None where the model does not keep it in NF4."""
+def _dequantized(model: nn.Module, target: str) -> Tensor | None:
+    """The weight `target` dequantized to fp32, or None if the model does not store it as NF4."""
     owner, _, attribute = target.rpartition(".")
     module = model.get_submodule(owner)
     linear = getattr(module, "base_layer", module)
@@ -95,7 +95,7 @@ def _write_config(folder: Path, opened: OpenedBase, dtype: torch.dtype) -> None:
     config = json.loads((base / "config.json").read_text())
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps({**config, "dtype": NAMES[dtype]}, indent=2) + "\n")
-    also = [base / "generation_config.json", *(base.glob("*.py") if opened.base.trust_remote_code else ())]
-    for path in also:
+    other_files = [base / "generation_config.json", *(base.glob("*.py") if opened.base.trust_remote_code else ())]
+    for path in other_files:
         if path.is_file():
             shutil.copy(path, folder / path.name)
