@@ -19,7 +19,8 @@ from trainer.console.library_logs import silence_libraries
 from trainer.distributed.engine import read_deepspeed_config
 from trainer.distributed.process_group import process_group
 from trainer.objective.batches import plan_batches
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import load_recipe
 from trainer.training.loop import Parts, run_step
 from trainer.training.train import assemble, sharding_for
 

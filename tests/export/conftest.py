@@ -15,7 +15,8 @@ from tests.adapters.parts import config_of, plain_model, wake
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import tiny_llama
 from trainer.base.base_fingerprint import fingerprint, write_base_file
-from trainer.recipe import Recipe, dump_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import dump_recipe
 
 TASKS = {"upper": str.upper, "twice": lambda word: f"{word} {word}"}
 

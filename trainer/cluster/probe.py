@@ -29,7 +29,8 @@ from data_prep.fingerprint import code_hash, file_states, tokenizer_files
 from trainer.cluster.local_ranks import visible_gpus
 from trainer.cluster.ssh import REPOSITORY
 from trainer.distributed.network import machine, reached_at
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import load_recipe
 from trainer.run.run_dir import PACKAGES
 
 SAMPLED = 1000  # tensors of the base whose bytes are compared: a few seconds of reads from a slow file system

@@ -20,7 +20,8 @@ from trainer.base.loader import load_opened
 from trainer.base.model_config import load_tokenizer
 from trainer.base.sharding import Unsharded
 from trainer.base.weight_map import OpenedBase, open_base
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import load_recipe
 from trainer.run import run_dir
 
 
