@@ -28,6 +28,7 @@ import psutil
 from data_prep.fingerprint import code_hash, file_states, tokenizer_files
 from trainer.cluster.local_ranks import visible_gpus
 from trainer.cluster.ssh import REPOSITORY
+from trainer.deepspeed_file import find_deepspeed_config
 from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
@@ -166,7 +167,7 @@ def _named(wanted: int | str, gpus: Mapping[str, Gpu]) -> Gpu:
 def _look_at_recipe(found: Facts, recipe: Recipe) -> None:
     found.recipe = recipe.model_dump(mode="json")
     with _told(found, "deepspeed"):
-        found.deepspeed = sha256(recipe.deepspeed.config.read_bytes()).hexdigest()
+        found.deepspeed = sha256(find_deepspeed_config(recipe.deepspeed.config).read_bytes()).hexdigest()
     with _told(found, "base"):
         found.base, found.base_in_folder = _base(recipe)
     with _told(found, "prepared"):

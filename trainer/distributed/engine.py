@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from data_prep.user_error import UserError
+from trainer.deepspeed_file import find_deepspeed_config
 from trainer.distributed.expert_shard import merge_own
 from trainer.objective.batches import BatchPlan
 from trainer.recipe import Recipe, TrainConfig
@@ -21,7 +22,7 @@ def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     Raises UserError where the file cannot be read or contradicts the recipe.
     """
     path = recipe.deepspeed.config
-    config = _read_json(path)
+    config = _read_json(find_deepspeed_config(path))
     fills: dict[tuple[str, ...], tuple[Any, str]] = {
         ("train_batch_size",): (plan.global_batch_size, "train.global_batch_size"),
         ("train_micro_batch_size_per_gpu",): (plan.micro_batch_size, "train.micro_batch_size"),
