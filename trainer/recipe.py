@@ -23,10 +23,10 @@ class RunConfig(Section):
         None, strict=True, description="exact number of machines, else the run is refused; null: any number"
     )
     start_timeout: PositiveFloat = Field(
-        1800.0, description="seconds a rank waits for another before the first step ends, then gives up"
+        1800.0, description="seconds a rank waits for another before the first step; then the run fails"
     )
     collective_timeout: PositiveFloat = Field(
-        600.0, description="seconds a rank waits for another after the first step, then gives up"
+        600.0, description="seconds a rank waits for another from the first step on; then the run fails"
     )
 
     @property
@@ -40,7 +40,9 @@ class BaseModelConfig(Section):
 
     model: str = Field(description="folder of a transformers causal LM, or its Hub id")
     revision: str | None = Field(None, description="commit, tag or branch of a Hub id; null: the default branch")
-    quantization: Literal["nf4", "none"] = Field("nf4", description="how the decoder's linear layers are stored")
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="storage of the decoder's linear layers: nf4 (4 bits), or none (as dtype)"
+    )
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="compute dtype, and storage dtype of everything that is not quantized"
     )
@@ -198,7 +200,7 @@ class DeepSpeedConfig(Section):
     """How DeepSpeed shards the run."""
 
     config: Path = Field(
-        description='DeepSpeed JSON file, or the name of one in ds_configs, such as zero3; the recipe fills its "auto"'
+        description='DeepSpeed JSON file, or a name in ds_configs such as zero3; the recipe fills its "auto" values'
     )
 
 
