@@ -2,12 +2,20 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import trainer.deepspeed_file
 from data_prep.user_error import UserError
+from tests.test_recipe import MINIMAL
 from trainer.deepspeed_file import find_deepspeed_config
+from trainer.distributed.engine import read_deepspeed_config
+from trainer.estimate.suggest import suggestions
+from trainer.objective.batches import plan_batches
+from trainer.recipe import Recipe
+from trainer.recipe_file import dump_recipe, load_recipe
 
 SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
 
@@ -44,6 +52,37 @@ def test_an_unknown_file_is_refused_with_the_known_names(value):
         f"deepspeed.config={value}: No such file or directory; give a DeepSpeed JSON file, or one of "
         "single, zero2, zero3, zero3_offload"
     )
+
+
+def test_a_name_is_resolved_where_the_file_is_read_and_stays_as_written(elsewhere):
+    (elsewhere / "recipe.yaml").write_text(MINIMAL)
+    recipe = load_recipe(elsewhere / "recipe.yaml", ["deepspeed.config=zero2"])
+    assert read_deepspeed_config(recipe, plan_batches(8, 1, 2))["zero_optimization"]["stage"] == 2
+    assert yaml.safe_load(dump_recipe(recipe))["deepspeed"] == {"config": "zero2"}
+
+
+@pytest.mark.parametrize(
+    ("given", "offered"),
+    [
+        ("zero2", ["zero3", "zero3_offload"]),
+        ("zero3", ["zero3_offload"]),
+        ("ds_configs/zero2.json", ["ds_configs/zero3.json", "ds_configs/zero3_offload.json"]),
+        ("own/zero2.json", ["own/zero3.json"]),
+    ],
+)
+def test_an_estimate_tries_the_configurations_beside_the_given_one(elsewhere, given, offered):
+    (elsewhere / "own").mkdir()
+    (elsewhere / "own" / "zero3.json").write_text("{}")
+    (elsewhere / "recipe.yaml").write_text(MINIMAL)
+    recipe = load_recipe(elsewhere / "recipe.yaml", [f"deepspeed.config={given}"])
+    tried: list[str] = []
+
+    def nothing_fits(recipe: Recipe, world_size: int) -> SimpleNamespace:
+        tried.append(str(recipe.deepspeed.config))
+        return SimpleNamespace(recipe=recipe, world_size=world_size, fits=lambda *_: False)
+
+    suggestions(SimpleNamespace(estimate=nothing_fits), nothing_fits(recipe, 1), 0, 0)
+    assert list(dict.fromkeys(tried)) == [given, *offered]
 
 
 def test_a_folder_is_refused(elsewhere):
