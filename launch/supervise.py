@@ -27,7 +27,8 @@ from trainer.cluster.remote_ranks import Reached, RemoteRanks
 from trainer.cluster.ssh import REPOSITORY, launch_folder
 from trainer.console.streams import survive_closed_streams
 from trainer.distributed.network import LAST_PORT, free_port
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import load_recipe
 from trainer.run.launch_protocol import AGAIN, FAULT, INTERRUPTED, LAUNCH_ID, MISTAKE, STOPPED
 
 SCRIPT = REPOSITORY / "launch" / "train.sh"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.minimal_recipe import MINIMAL
-from trainer.recipe import AdapterConfig, dump_recipe, load_recipe
+from trainer.recipe import AdapterConfig
+from trainer.recipe_file import dump_recipe, load_recipe
 
 
 @pytest.fixture
@@ -45,6 +46,33 @@ def test_overrides_are_yaml_and_the_last_one_counts(path, overrides, section, ex
     assert {key: getattr(found, key) for key in expected} == expected
 
 
+SHARED_OPTIONS = """[
+  {type: reasoning_gym, task: a, generator: g, count: 3, options: &options {min_n: 1, sizes: [1, 2]}},
+  {type: reasoning_gym, task: b, generator: g, count: 3, options: *options}]"""
+
+
+@pytest.mark.parametrize(
+    ("override", "task", "options"),
+    [
+        ("data.sources.1.options.min_n=3", "b", {"min_n": 3, "sizes": [1, 2]}),
+        ("data.sources.1.options.max_n=3", "b", {"min_n": 1, "max_n": 3, "sizes": [1, 2]}),
+        ("data.sources.1.options.sizes.1=5", "b", {"min_n": 1, "sizes": [1, 5]}),
+        ("data.sources.1={type: reasoning_gym, task: c, generator: g, count: 1}", "c", {}),
+    ],
+)
+def test_integers_in_an_override_address_items_of_a_list_and_no_other_place(path, override, task, options):
+    first, second = load_recipe(path, [f"data.sources={SHARED_OPTIONS}", override]).data.sources
+    assert first.options == {"min_n": 1, "sizes": [1, 2]}
+    assert (second.task, second.options) == (task, options)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
+def test_a_learning_rate_is_read_in_every_notation(path, text):
+    path.write_text(MINIMAL.replace("steps: 10", f"steps: 10, learning_rate: {text}"))
+    assert load_recipe(path).train.learning_rate == 1e-4
+    assert load_recipe(path, [f"train.learning_rate={text}"]).train.learning_rate == 1e-4
+
+
 @pytest.mark.parametrize(
     ("given", "experts", "expert_rank", "total_rank"),
     [
@@ -80,7 +108,7 @@ def test_a_dumped_recipe_is_read_back_equal(path, tmp_path, overrides):
 
 def test_reading_a_recipe_imports_nothing_heavy(path):
     code = (
-        "import sys; from pathlib import Path; from trainer.recipe import load_recipe; "
+        "import sys; from pathlib import Path; from trainer.recipe_file import load_recipe; "
         "load_recipe(Path(sys.argv[1])); print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)

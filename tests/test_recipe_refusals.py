@@ -1,4 +1,4 @@
-"""What is wrong in a recipe is told in one line that names the key, the value and what to do."""
+"""A mistake in a recipe is reported in one line that names the key, the value and the remedy."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.user_error import UserError
 from tests.support.minimal_recipe import MINIMAL
-from trainer.recipe import load_recipe
+from trainer.recipe_file import load_recipe
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def refused(path: Path, message: str, *overrides: str) -> None:
         ("data.sources=[{type: files, task: a, pth: b}]", "data.sources[0].pth", "data.sources[0].path"),
     ],
 )
-def test_misspelt_key_is_told_with_the_nearest(path, override, unknown, nearest):
+def test_misspelled_key_is_reported_with_the_nearest(path, override, unknown, nearest):
     refused(path, rf"unknown key {re.escape(unknown)}; did you mean {re.escape(nearest)}\?$", override)
 
 
-def test_key_that_resembles_none_is_told_with_those_of_its_section(path):
+def test_key_that_resembles_none_is_reported_with_those_of_its_section(path):
     message = r"unknown key report\.qqq; known keys: report\.tensorboard, report\.router_every$"
     refused(path, message, "report.qqq=3")
 
@@ -84,10 +84,22 @@ def test_key_that_resembles_none_is_told_with_those_of_its_section(path):
         ("data.sources=[{type: csv}]", r"data\.sources\[0\]=.*: input tag 'csv' .* 'files', 'hub', 'reasoning_gym'"),
         ("train.steps", r"argument 'train\.steps': expected key\.path=value, for example train\.steps=100"),
         ("run=[", r"argument 'run=\[': the value is not YAML; quote it"),
-        ("data.sources.path=a", r"argument 'data\.sources\.path=a': sources is a value, not a section"),
+        ("train..steps=3", r"argument 'train\.\.steps=3': expected key\.path=value"),
+        ("train.steps.x=3", r"argument 'train\.steps\.x=3': train\.steps is a value, not a section .*; remove \.x$"),
+        (
+            "data.sources.path=a",
+            r"data\.sources is a list of length 1, so path addresses no item; use index 0$",
+        ),
+        (
+            "data.sources.1.path=a",
+            r"data\.sources is a list of length 1, so 1 addresses no item; use index 0$",
+        ),
+        ("data.sources.-1.path=a", r"data\.sources is a list of length 1, so -1 addresses no item; use index 0$"),
+        ("data.sources.0.path.x=a", r"data\.sources\.0\.path is a value, not a section with keys; remove \.x$"),
+        ("data.seed=2026-13-01", r"argument 'data\.seed=2026-13-01': the value is not YAML; quote it"),
     ],
 )
-def test_wrong_value_is_told_in_one_line_with_its_key(path, override, message):
+def test_wrong_value_is_reported_in_one_line_with_its_key(path, override, message):
     refused(path, message, override)
 
 
@@ -97,6 +109,7 @@ def test_wrong_value_is_told_in_one_line_with_its_key(path, override, message):
         (b"run: [", r"recipe .*recipe\.yaml: not YAML"),
         (b"- run", r"recipe .*recipe\.yaml: expected sections run, base, \.\.\. at top level"),
         (b"", r"recipe .*recipe\.yaml: expected sections"),
+        (b"run: {name: 2026-13-01}", r"recipe .*recipe\.yaml: not YAML: month must be in 1\.\.12"),
         (b"\xff\xfe", r"recipe .*recipe\.yaml: not a text file"),
     ],
 )
@@ -112,3 +125,19 @@ def test_missing_file_is_refused(tmp_path):
 def test_a_method_without_experts_cannot_place_them(path):
     message = r"experts\.parallel_size=2: method lora has no experts to place; set it to 1$"
     refused(path, message, "adapter={method: lora}", "experts.parallel_size=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "length", "message"),
+    [
+        (
+            "data.sources.2.path=a",
+            2,
+            r"data\.sources is a list of length 2, so 2 addresses no item; use an index from 0 to 1$",
+        ),
+        ("data.sources.0.path=a", 0, r"data\.sources is an empty list; give it whole, as data\.sources=\[\.\.\.\]$"),
+    ],
+)
+def test_index_out_of_range_is_reported_with_the_length_of_the_list(path, override, length, message):
+    sources = ", ".join(["{type: files, task: sums, path: sums.jsonl}"] * length)
+    refused(path, message, f"data.sources=[{sources}]", override)

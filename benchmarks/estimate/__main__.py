@@ -30,7 +30,8 @@ from benchmarks.shared.random_llama import build_model
 from tests.support.ranks import run_ranks
 from trainer.estimate.estimate import Estimator
 from trainer.estimate.measured import FITTED_ON
-from trainer.recipe import Recipe, dump_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import dump_recipe
 
 LAYERS, LENGTH = 9, 256
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}

@@ -19,7 +19,8 @@ from trainer.distributed.deepspeed_config import read_deepspeed_config
 from trainer.distributed.parallelize import parallelize
 from trainer.distributed.process_group import process_group
 from trainer.objective.batches import plan_batches
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import load_recipe
 from trainer.training.trainer import Trainer
 
 STEPS = 2

@@ -42,7 +42,7 @@ class Cell:
     dtype: str
 
     def variants(self) -> dict[str, nn.Module]:
-        config = TeamLoraConfig(num_experts=K, expert_rank=self.total_rank // K, init_weights=False)
+        config = TeamLoraConfig(num_experts=K, expert_rank=self.total_rank // K, alpha=16, init_weights=False)
         variants = {
             "lora": Lora(self.d_in, self.d_out, self.total_rank),
             "teamlora": Experts(self.d_in, self.d_out, config),

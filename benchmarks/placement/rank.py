@@ -92,7 +92,11 @@ def bare_base(shape: Shape) -> LlamaForCausalLM:
 
 def adapted(shape: Shape) -> PeftModel:
     config = TeamLoraConfig(
-        num_experts=NUM_EXPERTS, expert_rank=shape.expert_rank, target_modules=list(shape.targets), init_weights=False
+        num_experts=NUM_EXPERTS,
+        expert_rank=shape.expert_rank,
+        alpha=16,
+        target_modules=list(shape.targets),
+        init_weights=False,
     )
     model = get_peft_model(bare_base(shape), config, autocast_adapter_dtype=False)
     for module in list(model.modules()):

@@ -13,7 +13,7 @@ def main() -> None:
     side, recipe = sys.argv[1:]
     from trainer.base.model_config import load_tokenizer
     from trainer.console.library_logs import silence_libraries
-    from trainer.recipe import load_recipe
+    from trainer.recipe_file import load_recipe
 
     silence_libraries()
     loaded = load_recipe(Path(recipe), [])

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.adapters.layer import Experts
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import load_recipe
 
 RECIPE = Path("launch/recipes/suite.yaml")
 WORK = Path("runs/quality")

@@ -1,11 +1,12 @@
-"""From the recipe's adapter section to a model that learns, and from it to a folder: refused, continued, published."""
+"""The adapter that a recipe describes: attached, refused, continued from a folder, and published."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,8 +15,9 @@ from data_prep.user_error import UserError
 from tests.adapters.reference import off
 from tests.support.tiny_adapters import TOKENS, logits, plain_model, wake
 from tests.support.tiny_models import tiny_llama
+from trainer.adapters import EXPERT_METHODS
 from trainer.adapters.adapter_folder import load_adapter, save_adapter
-from trainer.adapters.attach import attach_adapter, check_adapter
+from trainer.adapters.attach import attach_adapter, check_adapter, peft_config
 from trainer.adapters.layer import Experts
 from trainer.recipe import AdapterConfig
 
@@ -75,6 +77,28 @@ def test_the_recipe_reaches_every_adapter(llama):
         assert module.experts.shape[:2] == (2, 3)
         assert (module.dropout, module.balance_loss_weight) == (0.25, 0.5)
         assert (module.gate.scale, module.gate.renormalize) == (6.0 / 3 * 2, True)
+
+
+@pytest.mark.parametrize("method", EXPERT_METHODS)
+def test_pefts_configuration_has_the_defaults_of_the_recipe(method):
+    config, _ = EXPERT_METHODS[method]
+    own, recipes = config(), peft_config(AdapterConfig(method=method))
+    assert (own.num_experts, own.expert_rank, own.total_rank, own.alpha) == (4, 16, 64, 32.0)
+    assert own.target_modules == ["gate_proj", "up_proj", "down_proj"]
+    assert {**recipes.to_dict(), "task_type": None} == own.to_dict()
+    assert config().target_modules is not own.target_modules
+
+
+@pytest.mark.parametrize("method", EXPERT_METHODS)
+def test_a_saved_configuration_states_every_default(tmp_path, method):
+    """So that adapters on disk stay what they are when a default changes."""
+    config, _ = EXPERT_METHODS[method]
+    config(expert_rank=8, alpha=16.0).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored.keys() >= {field.name for field in fields(config)}
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is config
+    assert (loaded.expert_rank, loaded.alpha) == (8, 16.0)
 
 
 def test_target_that_the_model_does_not_have_is_refused_with_those_that_it_has(llama):

@@ -14,7 +14,8 @@ from tests.support.tiny_models import tiny_llama
 from trainer.adapters.attach import attach_adapter, check_adapter
 from trainer.adapters.layer import Experts
 from trainer.analysis.expert_editing import change_experts, list_experts
-from trainer.recipe import AdapterConfig, dump_recipe
+from trainer.recipe import AdapterConfig
+from trainer.recipe_file import dump_recipe
 
 
 @pytest.fixture(scope="module")

@@ -202,10 +202,13 @@ def test_other_nodes_than_the_recipe_says_are_an_error():
 
 def test_a_machine_tells_what_it_can_and_names_what_it_cannot(tmp_path):
     (tmp_path / "recipe.yaml").write_text(MINIMAL)
-    answer = ask_here("here", Request(str(tmp_path), "recipe.yaml", ("train.steps=7",), port=0), limit=60)
+    answer = ask_here(
+        "here", Request(str(tmp_path), "recipe.yaml", ("train.steps=7", "deepspeed.config=own.json"), port=0), limit=60
+    )
     found = answer.facts
     assert found.recipe["train"]["steps"] == 7
     assert set(found.problems) == {"base", "prepared", "deepspeed"}
+    assert found.problems["deepspeed"].startswith("deepspeed.config=own.json: No such file")
     assert found.problems["prepared"].startswith("data.prepared_dir: no prepared set in prepared")
     assert (found.python, found.run_directory) == (platform.python_version(), str(tmp_path))
     assert abs(answer.clock.ahead) < 1 + answer.clock.doubt

@@ -16,7 +16,7 @@ from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
 from tests.data_prep.documents import described
 from tests.support.minimal_recipe import MINIMAL
-from trainer.recipe import load_recipe
+from trainer.recipe_file import load_recipe
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -17,7 +17,7 @@ from data_prep.workers import DOCUMENT
 from tests.data_prep.test_prepare import documents_in
 from tests.data_prep.test_prepared_folder import snapshot
 from tests.support.minimal_recipe import MINIMAL
-from trainer.recipe import dump_recipe, load_recipe
+from trainer.recipe_file import dump_recipe, load_recipe
 
 SIZES = {"sums": 9000, "words": 900, "maps": 100}
 TASKS = list(SIZES)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.golden.make import METHODS, SAVED_AT, processor
 from trainer.cli import main
-from trainer.recipe import load_recipe
+from trainer.recipe_file import load_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from trainer.cli import main
 from trainer.estimate.estimate import Estimator
 from trainer.estimate.measured import LIBRARIES
 from trainer.estimate.sizes import GIB, parse_size
-from trainer.recipe import dump_recipe, load_recipe
+from trainer.recipe_file import dump_recipe, load_recipe
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from tests.support.tiny_models import tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from trainer.base.loader import load_base
 from trainer.evaluation.loaded_models import LoadedRun, load_run
-from trainer.recipe import Recipe, dump_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import dump_recipe
 
 
 @pytest.fixture(scope="session")

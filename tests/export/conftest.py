@@ -15,7 +15,8 @@ from tests.support.tiny_adapters import config_of, plain_model, wake
 from tests.support.tiny_models import tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from trainer.base.base_fingerprint import fingerprint, write_base_file
-from trainer.recipe import Recipe, dump_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import dump_recipe
 
 TASKS = {"upper": str.upper, "twice": lambda word: f"{word} {word}"}
 

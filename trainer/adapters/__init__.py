@@ -1,19 +1,25 @@
 """TeamLoRA, MoELoRA and HydraLoRA as PEFT methods. Importing this package registers them with PEFT.
 
-From then on `peft.get_peft_model` and `peft.PeftModel.from_pretrained` know them like PEFT's own. Needs torch and
-peft only.
+From then on `peft.get_peft_model` and `peft.PeftModel.from_pretrained` support them like PEFT's own methods. Needs
+torch, peft and pydantic only.
 """
 
 from peft.utils import PeftType, register_peft_method
 
 from trainer.adapters.adapter_config import ExpertLoraConfig, HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
-from trainer.adapters.tuner import HydraLoraModel, MoeLoraModel, TeamLoraModel
+from trainer.adapters.tuner import ExpertLoraModel, HydraLoraModel, MoeLoraModel, TeamLoraModel
 
-__all__ = ["ExpertLoraConfig", "HydraLoraConfig", "MoeLoraConfig", "TeamLoraConfig"]
+__all__ = ["EXPERT_METHODS", "ExpertLoraConfig", "HydraLoraConfig", "MoeLoraConfig", "TeamLoraConfig"]
+
+EXPERT_METHODS: dict[str, tuple[type[ExpertLoraConfig], type[ExpertLoraModel]]] = {
+    "teamlora": (TeamLoraConfig, TeamLoraModel),
+    "moelora": (MoeLoraConfig, MoeLoraModel),
+    "hydralora": (HydraLoraConfig, HydraLoraModel),
+}
 
 
 def _add_to_peft_types(name: str) -> None:
-    """Makes PeftType(name) a member: PEFT's registration asks for one, and its enumeration is closed."""
+    """Adds the member PeftType(name), which PEFT's registration requires although the enumeration is closed."""
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     PeftType._member_names_.append(name)
@@ -22,12 +28,7 @@ def _add_to_peft_types(name: str) -> None:
 
 
 def _register() -> None:
-    methods = {
-        "teamlora": (TeamLoraConfig, TeamLoraModel),
-        "moelora": (MoeLoraConfig, MoeLoraModel),
-        "hydralora": (HydraLoraConfig, HydraLoraModel),
-    }
-    for name, (config, model) in methods.items():
+    for name, (config, model) in EXPERT_METHODS.items():
         _add_to_peft_types(name.upper())
         register_peft_method(name=name, config_cls=config, model_cls=model)
 

@@ -1,53 +1,54 @@
-"""Configurations of the expert-adapter methods, in PEFT's form (saved as adapter_config.json)."""
+"""Configurations of the expert-adapter methods in PEFT's form, saved as adapter_config.json."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-FEED_FORWARD_MODULES = ("gate_proj", "up_proj", "down_proj")
+from trainer.recipe import AdapterConfig
+
+
+def _like_recipe(name: str) -> dict[str, Any]:
+    """Arguments of a field with the default and the description of this key in the recipe's adapter section."""
+    key = AdapterConfig.model_fields[name]
+    default = {"default_factory": key.default.copy} if isinstance(key.default, list) else {"default": key.default}
+    return {**default, "metadata": {"help": key.description}}
 
 
 @dataclass
 class ExpertLoraConfig(PeftConfig):
-    """What TeamLoRA, MoELoRA and HydraLoRA have in common.
+    """Settings shared by TeamLoRA, MoELoRA and HydraLoRA; those that a recipe has too take its defaults.
 
-    Two ranks are told apart everywhere: `expert_rank` is r_B, the rank of one expert; `total_rank` is
-    r_A = num_experts * expert_rank, that of the plain LoRA with the same cost.
+    There are two ranks: `expert_rank` is r_B, the rank of one expert; `total_rank` is r_A = num_experts * expert_rank,
+    the rank of the plain LoRA with the same cost. `target_modules` may also be a regular expression over whole names,
+    or "all-linear". `balance_loss_weight` takes effect only where a training loop drives `RouterStats`.
 
     Raises:
-        ValueError: a number out of range, or layer selectors that would be ignored.
+        ValueError: a number is out of range, or a layer selector would be ignored.
     """
 
-    num_experts: int = field(default=4, metadata={"help": "k, the number of experts of each adapted linear."})
-    expert_rank: int = field(default=8, metadata={"help": "r_B, the rank of one expert."})
-    alpha: float = field(default=16.0, metadata={"help": "The update is scaled by alpha / r_B."})
-    dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the adapter's input while training, as in PEFT's LoRA."}
-    )
-    target_modules: list[str] | str | None = field(
-        default_factory=lambda: list(FEED_FORWARD_MODULES),
-        metadata={"help": "Name suffixes (a list), a regular expression over whole names, or 'all-linear'."},
-    )
+    num_experts: int = field(**_like_recipe("num_experts"))
+    expert_rank: int = field(**_like_recipe("expert_rank"))
+    alpha: float = field(**_like_recipe("alpha"))
+    dropout: float = field(**_like_recipe("dropout"))
+    target_modules: list[str] | str | None = field(**_like_recipe("target_modules"))
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression left out of target_modules."}
+        default=None, metadata={"help": "names, or a regular expression, to leave out of target_modules"}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the decoder layers to adapt; all of them by default."}
+        default=None, metadata={"help": "indices of the decoder layers to adapt; None: all"}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
+        default=None, metadata={"help": "name of the list of layers that layers_to_transform indexes"}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained whole and saved with the adapter."}
+        default=None, metadata={"help": "further modules to train whole and save with the adapter"}
     )
-    balance_loss_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the balance loss; takes effect where a loop drives `RouterStats`."},
-    )
+    balance_loss_weight: float = field(**_like_recipe("balance_loss_weight"))
     init_weights: bool = field(
         default=True,
-        metadata={"help": "True: B starts at 0, so the model starts unchanged. False: B ~ N(0, 0.02), for tests."},
+        metadata={"help": "True: B starts at 0, so the model starts unchanged; False: B ~ N(0, 0.02), for tests"},
     )
 
     def __post_init__(self) -> None:
@@ -72,14 +73,10 @@ class ExpertLoraConfig(PeftConfig):
 class TeamLoraConfig(ExpertLoraConfig):
     """TeamLoRA (arXiv 2408.09856): one shared A, k experts B_i, a router and the interaction matrix M."""
 
-    renormalize: bool = field(
-        default=False,
-        metadata={"help": "Divide the weights after competition by their (guarded) sum. The paper does not."},
-    )
-
+    renormalize: bool = field(**_like_recipe("renormalize"))
     num_router_outputs: int | None = field(
         default=None,
-        metadata={"help": "What phi has entries for; one an expert, but where experts were added or dropped later."},
+        metadata={"help": "entries of phi; None: one per expert; set where experts were added or removed later"},
     )
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
-"""From the recipe's adapter section to a PEFT model, fresh or started from an adapter on disk."""
+"""Builds the PEFT model that a recipe's adapter section describes, fresh or from an adapter on disk."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +10,36 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from data_prep.user_error import UserError
-from trainer.adapters.adapter_config import HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
+from trainer.adapters import EXPERT_METHODS
 from trainer.adapters.adapter_folder import load_adapter
 from trainer.recipe import AdapterConfig
 
-EXPERT_CONFIGS = {"teamlora": TeamLoraConfig, "moelora": MoeLoraConfig, "hydralora": HydraLoraConfig}
 TASK_TYPE = "CAUSAL_LM"
-# Of an adapter to start from: where it comes from, how its first values were made, and what the recipe says anew.
+# Settings in which an adapter to start from may differ: its origin, its initialization, and what the recipe replaces.
 MAY_DIFFER = {"base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "auto_mapping"}
 MAY_DIFFER |= {"init_lora_weights", "target_modules", "dropout", "lora_dropout", "balance_loss_weight"}
-MAY_DIFFER |= {"num_router_outputs"}  # that of `teamlora experts --add`
+MAY_DIFFER |= {"num_router_outputs"}  # written by `teamlora experts --add`
 
 
 def peft_config(adapter: AdapterConfig) -> PeftConfig:
     """PEFT's configuration of the adapter that the recipe describes."""
-    common: dict[str, Any] = {"task_type": TASK_TYPE, "target_modules": list(adapter.target_modules)}
+    targets = list(adapter.target_modules)
     if adapter.method == "lora":
-        return LoraConfig(r=adapter.total_rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, **common)
-    own = {"renormalize": adapter.renormalize} if adapter.method == "teamlora" else {}
-    return EXPERT_CONFIGS[adapter.method](
-        num_experts=adapter.num_experts,
-        expert_rank=adapter.expert_rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        balance_loss_weight=adapter.balance_loss_weight,
-        **own,
-        **common,
-    )
+        return LoraConfig(
+            r=adapter.total_rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=targets,
+            task_type=TASK_TYPE,
+        )
+    config, _ = EXPERT_METHODS[adapter.method]
+    shared = {field.name for field in fields(config)} & AdapterConfig.model_fields.keys()
+    settings = {name: getattr(adapter, name) for name in shared}
+    return config(**settings | {"target_modules": targets, "task_type": TASK_TYPE})
 
 
 def check_adapter(model: nn.Module, adapter: AdapterConfig) -> None:
-    """Raises UserError where the adapter does not fit the model, which may still be on meta."""
+    """Raises UserError where the adapter does not fit the model, which may be on meta."""
     head = model.get_output_embeddings()
     linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     for target in adapter.target_modules:
@@ -54,10 +54,10 @@ def check_adapter(model: nn.Module, adapter: AdapterConfig) -> None:
 
 
 def attach_adapter(model: nn.Module, adapter: AdapterConfig) -> PeftModel:
-    """Puts the adapter into the model, in the dtype of its base layers, and makes it all that learns.
+    """Puts the adapter into the model, in the dtype of its base layers; only the adapter is trainable then.
 
-    Fresh values come from torch's global generator: seed it alike on every rank. Raises UserError where the adapter to
-    start from is not whole.
+    Fresh values come from torch's global generator: use the same seed on every rank. Raises UserError where the adapter
+    to start from lacks a part.
     """
     if adapter.init_from is None:
         return get_peft_model(model, peft_config(adapter), autocast_adapter_dtype=False)
@@ -65,12 +65,12 @@ def attach_adapter(model: nn.Module, adapter: AdapterConfig) -> PeftModel:
 
 
 def attach_on_meta(model: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> PeftModel:
-    """The same modules around a model on meta, with parameters on meta in `dtype`, the compute dtype: no values.
+    """The same modules around a model on meta. Their parameters are on meta too, in `dtype`, the compute dtype.
 
-    PEFT casts no adapter that is on meta, so that is done here.
+    PEFT does not cast adapters on meta, so this function does.
     """
     config = peft_config(adapter) if adapter.init_from is None else _continued(adapter)
-    config.inference_mode = False  # an adapter on disk says that it is not trained any more
+    config.inference_mode = False  # an adapter on disk is marked as finished
     with init_empty_weights(include_buffers=False):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
@@ -80,7 +80,7 @@ def attach_on_meta(model: nn.Module, adapter: AdapterConfig, dtype: torch.dtype)
 
 
 def _continued(adapter: AdapterConfig) -> PeftConfig:
-    """The configuration of the adapter on disk, but for what says how to train: that is the recipe's."""
+    """The configuration of the adapter on disk, with the recipe's settings for training."""
     found, wanted = PeftConfig.from_pretrained(str(adapter.init_from)), peft_config(adapter)
     for setting in ("dropout", "lora_dropout", "balance_loss_weight"):
         if hasattr(wanted, setting):
@@ -92,7 +92,7 @@ def _check_init_from(folder: Path, adapter: AdapterConfig) -> None:
     """An adapter to start from must compute what the recipe describes."""
     try:
         found = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT raises of many kinds for a folder that holds no adapter
+    except Exception as error:  # PEFT raises many kinds for a folder without an adapter
         raise UserError(
             f"adapter.init_from: {folder} holds no adapter that PEFT can read ({' '.join(str(error).split())[:160]}); "
             "give the adapter/ folder of a run"
@@ -110,18 +110,18 @@ def _check_init_from(folder: Path, adapter: AdapterConfig) -> None:
                 f"{getattr(adapter, ours)}; make them agree"
             )
     theirs = found.target_modules
-    named = isinstance(theirs, (list, set))  # not by a pattern
+    named = isinstance(theirs, (list, set))  # else a pattern
     if not named or set(theirs) != set(adapter.target_modules):
-        told = ", ".join(sorted(theirs)) if named else repr(theirs)
+        adapted = ", ".join(sorted(theirs)) if named else repr(theirs)
         raise UserError(
-            f"adapter.init_from: {folder} adapts {told}, but adapter.target_modules="
+            f"adapter.init_from: {folder} adapts {adapted}, but adapter.target_modules="
             f"{', '.join(adapter.target_modules)}; make them agree"
         )
-    _refuse_what_no_recipe_says(folder, found.to_dict(), wanted.to_dict())
+    _refuse_other_settings(folder, found.to_dict(), wanted.to_dict())
 
 
-def _refuse_what_no_recipe_says(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Settings of PEFT's that change what is computed or trained: DoRA, modules_to_save, rank_pattern and the like."""
+def _refuse_other_settings(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuses PEFT settings that change what is computed or trained: DoRA, modules_to_save, rank_pattern and others."""
     for key in found.keys() - MAY_DIFFER:
         if found[key] != wanted.get(key):
             raise UserError(
@@ -131,7 +131,7 @@ def _refuse_what_no_recipe_says(folder: Path, found: dict[str, Any], wanted: dic
 
 
 def _shared_settings(method: str) -> dict[str, str]:
-    """What decides an adapter's function: {name in PEFT's configuration: name in the recipe}."""
+    """Settings that decide what an adapter computes: {name in PEFT's configuration: name in the recipe}."""
     if method == "lora":
         return {"r": "total_rank", "lora_alpha": "alpha"}
     names = ("num_experts", "expert_rank", "alpha", *(("renormalize",) if method == "teamlora" else ()))

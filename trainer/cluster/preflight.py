@@ -23,7 +23,8 @@ from trainer.cluster.preflight_summary import counted
 from trainer.cluster.probe import Request
 from trainer.cluster.probe_client import Answer, ask_all, ask_here
 from trainer.cluster.ssh import REPOSITORY, launch_folder
-from trainer.recipe import CheckpointConfig, load_recipe
+from trainer.recipe import CheckpointConfig
+from trainer.recipe_file import load_recipe
 from trainer.run.launch_protocol import MISTAKE
 
 SILENCE = 12.0  # seconds after which a machine is given up

@@ -29,7 +29,9 @@ from data_prep.fingerprint import code_hash, file_states, tokenizer_files
 from trainer.cluster.local_ranks import visible_gpus
 from trainer.cluster.ssh import REPOSITORY
 from trainer.distributed.network import machine, reached_at
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import load_recipe
+from trainer.run.deepspeed_file import find_deepspeed_config
 from trainer.run.run_dir import PACKAGES
 
 SAMPLED = 1000  # tensors of the base whose bytes are compared: a few seconds of reads from a slow file system
@@ -165,7 +167,7 @@ def _named(wanted: int | str, gpus: Mapping[str, Gpu]) -> Gpu:
 def _look_at_recipe(found: Facts, recipe: Recipe) -> None:
     found.recipe = recipe.model_dump(mode="json")
     with _told(found, "deepspeed"):
-        found.deepspeed = sha256(recipe.deepspeed.config.read_bytes()).hexdigest()
+        found.deepspeed = sha256(find_deepspeed_config(recipe.deepspeed.config).read_bytes()).hexdigest()
     with _told(found, "base"):
         found.base, found.base_in_folder = _base(recipe)
     with _told(found, "prepared"):

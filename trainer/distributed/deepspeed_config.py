@@ -13,6 +13,7 @@ import torch
 from data_prep.user_error import UserError
 from trainer.objective.batches import BatchPlan
 from trainer.recipe import ExpertsConfig, Recipe
+from trainer.run.deepspeed_file import find_deepspeed_config
 
 # What the engine would do to a base that is loaded in shards, without a word, and the value that prevents it.
 REFUSED = {
@@ -29,7 +30,7 @@ def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     Raises UserError where the file cannot be read or contradicts the recipe.
     """
     path = recipe.deepspeed.config
-    config = _read_json(path)
+    config = _read_json(find_deepspeed_config(path))
     fills: dict[tuple[str, ...], tuple[Any, str]] = {
         ("train_batch_size",): (plan.global_batch_size, "train.global_batch_size"),
         ("train_micro_batch_size_per_gpu",): (plan.micro_batch_size, "train.micro_batch_size"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from data_prep.user_error import UserError
 from trainer.estimate.estimate import Estimate, Estimator
 from trainer.recipe import Recipe
+from trainer.run.deepspeed_file import find_deepspeed_config
 
 MOST_RANKS = 64  # times those that were asked for
 
@@ -66,10 +67,19 @@ def _smaller(start: Change) -> Iterator[Change]:
 def _offloaded(start: Change) -> Iterator[Change]:
     """DeepSpeed configurations beside the given one: sharded, then offloaded."""
     given = start.recipe.deepspeed.config
-    for name in ("zero3.json", "zero3_offload.json"):
-        path = Path(given).with_name(name)
-        if path != given and path.is_file():
-            yield start.set("deepspeed", "config", path)
+    ending = ".json" if given.suffix else ""  # else a name in ds_configs
+    for name in ("zero3", "zero3_offload"):
+        value = given.with_name(name + ending)
+        if value != given and _is_there(value):
+            yield start.set("deepspeed", "config", value)
+
+
+def _is_there(config: Path) -> bool:
+    try:
+        find_deepspeed_config(config)
+    except UserError:
+        return False
+    return True
 
 
 def _more_ranks(start: Change) -> Iterator[Change]:

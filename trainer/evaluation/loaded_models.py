@@ -21,7 +21,8 @@ from trainer.base.model_config import load_tokenizer
 from trainer.base.sharding import Unsharded
 from trainer.base.weight_map import OpenedBase, open_base
 from trainer.distributed.parallelize import shard_for_inference
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import load_recipe
 from trainer.run import run_dir
 
 CausalLM = PreTrainedModel | PeftModel

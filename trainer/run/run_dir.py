@@ -9,7 +9,8 @@ from typing import Any
 
 from data_prep.publish import write_atomically
 from data_prep.user_error import UserError
-from trainer.recipe import Recipe, dump_recipe, load_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import dump_recipe, load_recipe
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"

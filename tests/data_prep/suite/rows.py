@@ -11,7 +11,7 @@ from data_prep.config import ReasoningGymSource, Source
 from data_prep.sources.gym import Generators
 from data_prep.suite.rows import Row
 from data_prep.suite.tasks import TASKS, rows_of
-from trainer.recipe import load_recipe
+from trainer.recipe_file import load_recipe
 
 RECIPE = Path("launch/recipes/suite.yaml")
 SOURCES: dict[str, Source] = {source.task: source for source in load_recipe(RECIPE).data.sources}

@@ -1,0 +1,158 @@
+"""Recipe files: YAML read, overridden, validated and written. Every mistake becomes a one-line UserError."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from data_prep.config import Source
+from data_prep.unique_keys import RepeatedKey, load_yaml
+from data_prep.user_error import UserError
+from trainer.recipe import Recipe
+
+# The sections that an item of data.sources can be, by their tag `type`.
+SOURCES: dict[str, type[BaseModel]] = {
+    get_args(source.model_fields["type"].annotation)[0]: source for source in get_args(get_args(Source)[0])
+}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe, applies `key.path=value` overrides in order and validates the result.
+
+    An integer in a key path addresses an item of a list: `data.sources.0.path=rows.jsonl`. Raises UserError for every
+    mistake a user can make.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        values = _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; load_recipe reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = load_yaml(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"recipe {path}: {reason}; give the path of a YAML recipe, see launch/recipes/") from None
+    except RepeatedKey as error:
+        raise UserError(
+            f"recipe {path}: key {error.key} is given twice, on lines {error.first} and {error.second}; remove one"
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
+        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path}: expected sections run, base, ... at top level; see launch/recipes/")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    path = key.split(".")
+    if not equals or not all(path):
+        raise UserError(f"argument {override!r}: expected key.path=value, for example train.steps=100")
+    try:
+        value = load_yaml(text, at=key)
+    except RepeatedKey as error:
+        raise UserError(f"argument {override!r}: key {error.key} is given twice; remove one") from None
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"argument {override!r}: the value is not YAML; quote it") from None
+    try:
+        return _replaced(values, path, value, "")
+    except LookupError as error:
+        raise UserError(f"argument {override!r}: {error.args[0]}") from None
+
+
+def _replaced(place: Any, path: Sequence[str], value: Any, at: str) -> Any:
+    """A copy of `place` with the value at `path`. `at`: where `place` is. Raises LookupError, with a message.
+
+    Only what lies on the path is copied, never changed: with YAML aliases it may be in other places of the recipe too.
+    """
+    if not path:
+        return value
+    part, *rest = path
+    here = f"{at}.{part}" if at else part
+    if isinstance(place, list):
+        index = _index(place, part, at)
+        return [*place[:index], _replaced(place[index], rest, value, here), *place[index + 1 :]]
+    if not isinstance(place, dict):
+        raise LookupError(f"{at} is a value, not a section with keys; remove .{part}")
+    return {**place, part: _replaced(place.get(part, {}), rest, value, here)}
+
+
+def _index(items: list[Any], part: str, at: str) -> int:
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    if not items:
+        raise LookupError(f"{at} is an empty list; give it whole, as {at}=[...]")
+    allowed = "index 0" if len(items) == 1 else f"an index from 0 to {len(items) - 1}"
+    raise LookupError(f"{at} is a list of length {len(items)}, so {part} addresses no item; use {allowed}")
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem as `key=value: what was expected; what to do`."""
+    problems = error.errors()
+    # A misspelled required key is reported as missing before it is reported as unknown.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    key = _dotted(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(first['loc'])}"
+    if first["type"] == "missing":
+        return f"missing key {key}: add it"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change it"
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    """('data', 'sources', 0, 'files', 'path') -> data.sources[0].path: pydantic adds the tag, which is no key."""
+    text = ""
+    for before, part in zip((None, *location), location, strict=False):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not isinstance(before, int) or part not in SOURCES:
+            text += f".{part}" if text else part
+    return text
+
+
+def _nearest(location: Sequence[int | str]) -> str:
+    *parents, name = location
+    siblings = {field: _dotted((*parents, field)) for field in _section_at(parents).model_fields}
+    elsewhere = {key.rpartition(".")[2]: key for key in _known_keys(Recipe)}
+    for keys in (siblings, elsewhere):
+        if near := difflib.get_close_matches(str(name), keys, n=1, cutoff=0.6):
+            return f"; did you mean {keys[near[0]]}?"
+    return f"; known keys: {', '.join(siblings.values())}"
+
+
+def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if part in SOURCES:
+            section = SOURCES[part]
+        elif part in section.model_fields and is_section(section.model_fields[part].annotation):
+            section = section.model_fields[part].annotation
+    return section
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if is_section(field.annotation):
+            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a field's type is a section, with keys of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
