@@ -30,7 +30,7 @@ from trainer.cluster.local_ranks import visible_gpus
 from trainer.cluster.ssh import REPOSITORY
 from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe, load_recipe
-from trainer.run.run_dir import PACKAGES
+from trainer.run.provenance import PACKAGES
 
 SAMPLED = 1000  # tensors of the base whose bytes are compared: a few seconds of reads from a slow file system
 CONNECT = 3.0  # seconds to reach the first node's port

@@ -21,7 +21,7 @@ from data_prep.user_error import UserError
 from trainer.distributed.network import interface_to, machine
 from trainer.recipe import Recipe
 from trainer.run.launch_protocol import LAUNCH_ID
-from trainer.run.run_dir import versions
+from trainer.run.provenance import versions
 
 
 @dataclass(frozen=True)
