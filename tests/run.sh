@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Installs what is missing, then runs the tests: `bash tests/run.sh` all of them, `bash tests/run.sh fast` those
 # without process groups, whole commands or real models. Further arguments go to pytest. Those in tests/cluster emulate
-# hosts, which takes root and some Debian packages; where they cannot be had they are skipped.
+# hosts, which takes root and some Debian packages; without these they are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh test
-# One thread a process: the distributed tests run 2 and 4 ranks on what may be 2 cores. Without torch.compile, which
-# bitsandbytes sets up at import for what no CPU runs, each of some hundred processes starts a second sooner.
+# One thread per process: the distributed tests run 2 and 4 ranks, perhaps on 2 cores. Without torch.compile, which
+# bitsandbytes sets up at import but no CPU uses, each of some hundred processes starts a second sooner.
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "${1:-}" = fast ]; then shift; exec .venv/bin/python -m pytest -m "not slow" "$@"; fi
 bash tests/cluster/install.sh
-# As many workers as there are long folders, see tests/conftest.py.
+# One worker per long-running folder, see tests/conftest.py.
 exec .venv/bin/python -m pytest -n 3 "$@"
