@@ -26,8 +26,8 @@ def refuse_missing_library(cleaning: CleaningConfig) -> None:
     """Raises UserError where near duplicates are to go and the library that finds them is not installed."""
     if cleaning.near_duplicates is not None and importlib.util.find_spec("datasketch") is None:
         raise UserError(
-            "data.cleaning.near_duplicates: needs the package datasketch, which is not installed; run `bash "
-            "launch/install.sh near-duplicates`, or set it to null"
+            "data.cleaning.near_duplicates: needs the package datasketch, which is not installed; run "
+            "`pip install 'teamlora[near-duplicates]'`, or set it to null"
         )
 
 

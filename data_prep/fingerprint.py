@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from data_prep.chat import check_offsets
-from data_prep.config import DataConfig, FilesSource, HubSource
+from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource
 from data_prep.sources.columns import hub_revision
 from data_prep.sources.finding import files_of, unreadable
 from data_prep.sources.read import source_key
@@ -18,7 +18,7 @@ from data_prep.user_error import UserError
 State = dict[str, Any]
 PACKAGE = Path(__file__).parent
 
-_DECISIVE_LIBRARIES = ("reasoning-gym", "tokenizers", "transformers", "jinja2", "pyarrow")
+_DECISIVE_LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow")
 _TOKENIZER_FILES = (
     "*token*", "*.jinja", "additional_chat_templates/*", "*.model", "vocab*", "merges*", "config.json",
     "chat_template.json",
@@ -120,9 +120,19 @@ def preparation_key(config: DataConfig, sources: Sequence[State], tokenizer: dic
 
 
 def libraries(config: DataConfig) -> dict[str, str]:
-    """Versions of the libraries that generate, read, clean, tokenise and render."""
+    """Versions of the libraries that generate, read, clean, tokenize and render.
+
+    Raises UserError if reasoning-gym is needed and not installed.
+    """
+    gym = ["reasoning-gym"] if any(isinstance(source, ReasoningGymSource) for source in config.sources) else []
     near = ["datasketch", "regex"] if config.cleaning.near_duplicates is not None else []
-    return {name: version(name) for name in [*_DECISIVE_LIBRARIES, *near, *packages_of(config)]}
+    try:
+        return {name: version(name) for name in [*gym, *_DECISIVE_LIBRARIES, *near, *packages_of(config)]}
+    except PackageNotFoundError as error:
+        raise UserError(
+            f"data.sources: reasoning_gym needs the package {error.name}, which is not installed; run "
+            "`pip install 'teamlora[sample]'`"
+        ) from error
 
 
 def code_hash(package: Path = PACKAGE) -> str:

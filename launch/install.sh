@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository and installs this package with its pinned dependencies. Safe to run again:
-# nothing is done while setup.cfg and constraints.txt are what was installed last. An argument names extras: test,
-# suite, near-duplicates, benchmark, or several as suite,benchmark.
+# Creates .venv in the clone and installs this package, editable, with pinned dependencies. Safe to run again: does
+# nothing while setup.cfg, constraints.txt and pyproject.toml are those of the last install. An argument names extras:
+# sample (the quickstart's base and tasks), suite, near-duplicates, docs, benchmark, test (all but benchmark), or several
+# as suite,benchmark.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras="${1:-}"

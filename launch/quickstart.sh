@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From an empty clone to a result: installs, prepares a real 135M model and real tasks, fine-tunes, and shows what
-# was learned. About ten minutes on two CPU cores. May be run again: finished parts are kept.
+# was learned. About ten minutes on two CPU cores. Safe to run again: finished parts are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS
@@ -8,13 +8,13 @@ recipe=launch/recipes/quickstart.yaml
 say() { printf '\n== %s (%d s)\n' "$1" "$((SECONDS - started))"; }
 
 say "1. install"
-bash launch/install.sh
+bash launch/install.sh sample
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 say "2. the base model: SmolLM2-135M-Instruct"
 python -m trainer.base.sample bases/smollm2-135m-instruct
 
-say "3. the tasks: questions to packed, labelled rows"
+say "3. the tasks: questions to packed, labeled rows"
 teamlora prepare "$recipe"
 
 # Two ranks: on two GPUs, or on the CPU where there is none. One on a single GPU.

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 ''':'
-# Trains a recipe. Shell and Python at once, so that every launcher can be given this one file:
+# Trains a recipe. Shell and Python at once, so that every launcher can start this one file:
 #   bash launch/train.sh RECIPE [num_gpus=N | hostfile=F] [retries=N] [min_nodes=N] [check=false] [key.path=value ...]
-#       on all GPUs here, or num_gpus of them (or CPU ranks), or on a hostfile's nodes; started again after a fault, up
-#       to `retries` times. SIGTERM, SIGUSR1 or Ctrl-C: every rank saves and ends, exit status 75; the next start goes
-#       on from there
+#       the same as `teamlora launch`: on all GPUs of this machine, on num_gpus of them (or as many CPU ranks), or on the
+#       nodes of a hostfile. Restarts after a fault, up to `retries` times. On SIGTERM, SIGUSR1 or Ctrl-C every rank
+#       saves and ends with exit status 75; the next start continues from there
 #   deepspeed [--num_gpus N | --hostfile F] launch/train.sh RECIPE [key.path=value ...]
-#   deepspeed --no_python launch/train.sh RECIPE ...                 starts it as a program of its own
+#   deepspeed --no_python launch/train.sh RECIPE ...                 starts it as a program instead
 #   torchrun --nproc_per_node N launch/train.sh RECIPE ...
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$here/.venv/bin/python"
 [ -x "$python" ] || python="$(command -v python3)"
-# A launcher has set RANK: this is one rank of a run. Otherwise this is the launch.
+# With RANK set by a launcher this is one rank of a run. Otherwise this is the launch.
 if [ -n "${RANK:-}" ]; then exec "$python" "${BASH_SOURCE[0]}" "$@"; fi
-exec "$python" "$here/launch/supervise.py" "$@"
+exec "$python" "$here/trainer/__main__.py" launch "$@"
 : <<'# __END__'
 '''
 import sys

@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh test
-# One thread a process: the distributed tests run 2 and 4 ranks on what may be 2 cores. Without torch.compile, which
-# bitsandbytes sets up at import for what no CPU runs, each of some hundred processes starts a second sooner.
+# One thread per process: the distributed tests run 2 and 4 ranks, perhaps on 2 cores. Without torch.compile, which
+# bitsandbytes sets up at import but no CPU uses, each of some hundred processes starts a second sooner.
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "${1:-}" = fast ]; then shift; exec .venv/bin/python -m pytest -m "not slow" "$@"; fi
 bash tests/support/cluster/install.sh

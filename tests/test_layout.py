@@ -20,7 +20,7 @@ LEVELS = [
     {"adapters"},
     {"base"},
     {"run", "console"},
-    {"recipe", "errors"},
+    {"recipe", "recipe_file", "errors"},
     {"data_prep"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

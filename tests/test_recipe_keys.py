@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.unique_keys import load_yaml
 from data_prep.user_error import UserError
-from tests.test_recipe import MINIMAL
+from tests.support.minimal_recipe import MINIMAL
 from trainer.recipe_file import load_recipe
 
 

@@ -1,32 +1,64 @@
-"""The `teamlora` command: parse, hand over, nothing else."""
+"""The `teamlora` command: a table from command to options and function."""
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data_prep.user_error import UserError
+from trainer.console import options as options_of
 from trainer.console.library_logs import silence_libraries
 from trainer.console.streams import survive_closed_streams
-from trainer.distributed.network import LAST_PORT
 from trainer.errors import LostRank, Stopped, TrainingFault
-from trainer.estimate.sizes import parse_size
 from trainer.run.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
 from trainer.run.stop_signal import StopSignal
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
+EXAMPLE = """\
+example:
+  teamlora recipes quickstart > my.yaml
+  teamlora prepare my.yaml
+  teamlora launch my.yaml
+
+`teamlora COMMAND --help` explains a command."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand. example: lines that follow `teamlora NAME `, for the end of its --help."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int | None]  # may return an exit status
+    add_options: Callable[[argparse.ArgumentParser], None]
+    help: str
+    example: tuple[str, ...]
+    notes: str = ""
+
+    def add_to(self, commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+        lines = [f"  teamlora {self.name} {words}".rstrip() for words in self.example]
+        title = "example:" if len(lines) == 1 else "examples:"
+        parser = commands.add_parser(
+            self.name,
+            help=self.help,
+            description=f"{self.help[0].upper()}{self.help[1:]}.",
+            epilog="\n".join([*([self.notes, ""] if self.notes else []), title, *lines]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_options(parser)
+        parser.set_defaults(run=self.run)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; a mistake is one line on the first rank of each machine."""
+    """Runs one command and returns its exit status. A user's mistake is one line, on the first rank of each machine."""
     with survive_closed_streams():
         try:
-            ending = _run(_parsed(arguments))
-        except BaseException as error:  # which Python tells by its traceback, and argparse by its usage
+            ending = _run(_parse(arguments))
+        except BaseException as error:  # printed by Python as a traceback, or by argparse as usage
             status = MISTAKE if isinstance(error, SystemExit) else FAULT
             write_ending(Ending(status, " ".join(f"{type(error).__name__}: {error}".split())))
             raise
@@ -37,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> Ending:
     silence_libraries()
     try:
-        options.run(options)
+        status = options.run(options)
     except (UserError, TrainingFault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -50,10 +82,10 @@ def _run(options: argparse.Namespace) -> Ending:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Ending(INTERRUPTED, "interrupted")
-    return Ending(0)
+    return Ending(status or 0)
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; key.path=value may stand anywhere after the recipe, also behind an option."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -65,118 +97,32 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="teamlora", description="Multi-task fine-tuning with TeamLoRA experts.")
+    parser = argparse.ArgumentParser(
+        prog="teamlora",
+        description="Multi-task fine-tuning with TeamLoRA experts.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print version and commit, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by DeepSpeed's launcher
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    prepare = commands.add_parser("prepare", help="make the prepared set that a recipe trains on")
-    train = commands.add_parser("train", help="train a recipe, alone or as a rank of a launcher")
-    estimate = commands.add_parser("estimate", help="tell the memory and traffic of a run before it is launched")
-    check = commands.add_parser("check", help="look for mistakes on all nodes before a launch")
-    for command, run in ((prepare, _prepare), (train, _train), (estimate, _estimate), (check, _check)):
-        command.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe, see launch/recipes/")
-        command.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the recipe")
-        command.set_defaults(run=run)
-    prepare.add_argument("--show", type=_positive, metavar="N", help="print N rows, what is learnt of them in colour")
-    estimate.add_argument("--world-size", type=_positive, default=1, metavar="N", help="ranks of the run; default: 1")
-    estimate.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a rank's device, such as 24GiB or 80GB")
-    estimate.add_argument("--host-memory", type=_size, metavar="SIZE", help="of the host, a rank's share of it")
-    estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
-
-    check.add_argument("--hostfile", type=Path, metavar="F", help="nodes of the launch; default: this machine alone")
-    check.add_argument("--master-port", type=_port, metavar="N", help="where rank 0 listens; default: any free port")
-    check.add_argument("--limit", type=_positive, metavar="SECONDS", help="for the estimate of memory; default: 12")
-    check.add_argument("--json", action="store_true", help="print one JSON object")
-
-    generate = commands.add_parser("generate", help="answer a prompt with a finished run's model")
-    generate.add_argument("--prompt", required=True, help="the user's turn")
-    generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: 128")
-    evaluate = commands.add_parser(
-        "evaluate", help="scores by task on held-out items, against the base and other runs; alone or under a launcher"
-    )
-    _add_evaluate_options(evaluate)
-    # what DeepSpeed's launcher adds, after launch/train.sh or before the command; LOCAL_RANK says the same
-    for place in (train, parser):
-        place.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-
-    experts = commands.add_parser("experts", help="list a run's experts, or write its adapter with others")
-    change = experts.add_mutually_exclusive_group()
-    change.add_argument("--keep", type=_indices, metavar="I,J", help="experts to keep, by number; the others go")
-    change.add_argument("--add", type=_positive, metavar="N", help="experts to add; they change no output yet")
-    experts.add_argument("--to", type=Path, metavar="FOLDER", help="default: adapter-Kexperts in the run")
-    export = commands.add_parser("export", help="write a run's adapter for other tools, and measure what that costs")
-    forms = "peft: as it is; lora: for plain PEFT, gates fixed at their mean; merged: that, folded into the base"
-    export.add_argument("--to", choices=("peft", "lora", "merged"), required=True, help=forms)
-    export.add_argument("--output", type=Path, metavar="FOLDER", help="default: export-lora and the like in the run")
-    export.add_argument("--task", metavar="NAME", help="take the gates' mean over this task alone; default: over all")
-    export.add_argument("--rows", type=_positive, default=64, metavar="N", help="for mean and price; default: 64")
-    export.add_argument(
-        "--items-per-task", type=_positive, default=20, metavar="N", help="for the scores in the price; default: 20"
-    )
-    export.add_argument("--base", choices=("original", "dequantised"), help="what merged adds to; default: original")
-    router = commands.add_parser("router", help="show what a run's routers do, by layer, task and token")
-    router.add_argument("--items-per-task", type=_positive, default=25, metavar="N", help="documents; default: 25")
-    router.add_argument("--examples", type=_positive, default=8, metavar="N", help="of tokens.html; default: 8")
-    router.add_argument("--to", type=Path, metavar="FOLDER", help="default: router/ in the run")
-    for command, run in (
-        (generate, _generate), (evaluate, _evaluate), (experts, _experts), (export, _export), (router, _router),
-    ):  # fmt: skip
-        command.add_argument("directory", type=Path, metavar="RUN", help="folder of a finished run")
-        command.set_defaults(run=run)
+    for command in COMMANDS:
+        command.add_to(commands)
     return parser
 
 
-def _add_evaluate_options(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument(
-        "--against",
-        type=_names,
-        default=["base"],
-        metavar="base,RUN2",
-        help="baselines: base, other runs or adapters' folders, or none; default: base",
-    )
-    evaluate.add_argument("--items-per-task", type=_positive, default=100, metavar="N", help="default: 100")
-    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: 32")
-    evaluate.add_argument("--recipe", type=Path, help="tells base and data where RUN is an adapter's folder")
-    evaluate.add_argument(
-        "--deepspeed",
-        type=Path,
-        metavar="FILE",
-        help="ZeRO-3, for a base too large for one rank: ds_configs/zero3.json",
-    )
-    evaluate.add_argument("--json", action="store_true", help="print evaluation.json in place of the table")
+class _PrintVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from trainer.run.provenance import commit, package_version
 
-
-def _names(text: str) -> list[str]:
-    return [] if text == "none" else [name for name in text.split(",") if name]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if _positive(text) > LAST_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; the last is {LAST_PORT}")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _indices(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,2")
-    return sorted({int(part) for part in text.split(",")})
+        print(f"teamlora {package_version() or '(not installed)'}, commit {commit() or 'unknown'}")
+        parser.exit()
 
 
 def _recipe(options: argparse.Namespace) -> "Recipe":
-    # Not at the top: a rank must hear a signal to stop after 0.03 s, not 0.15.
-    from trainer.recipe_file import load_recipe
+    from trainer.recipe_file import (
+        load_recipe,  # imported here, so that a rank handles signals after 0.03 s, not 0.15 s
+    )
 
     return load_recipe(options.recipe, options.overrides)
 
@@ -202,7 +148,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    stop = StopSignal()  # first of all: imports take seconds, in which a scheduler may ask
+    stop = StopSignal()  # before all else: imports take seconds, during which a scheduler may send a signal
     try:
         recipe = _recipe(options)
         from trainer.training.train import train
@@ -210,6 +156,12 @@ def _train(options: argparse.Namespace) -> None:
         train(recipe, stop)
     finally:
         stop.ignore()
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from trainer.cluster.supervisor import launch
+
+    return launch(options.words)
 
 
 def _estimate(options: argparse.Namespace) -> None:
@@ -228,7 +180,16 @@ def _check(options: argparse.Namespace) -> None:
     report = check_launch(options.recipe, options.overrides, nodes, options.master_port, options.limit or LIMIT)
     print(json.dumps(report.as_dict()) if options.json else report, flush=True)
     if report.errors:
-        raise UserError(f"the check found {counted(len(report.errors), 'error')}; correct what it tells on stdout")
+        raise UserError(f"the check found {counted(len(report.errors), 'error')}; fix what it reports on stdout")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from trainer.evaluation.evaluate import EvaluateRequest, evaluate
+
+    sizes = options.items_per_task, options.batch_size
+    found = evaluate(EvaluateRequest(options.directory, options.recipe, options.against, *sizes, options.deepspeed))
+    if found is not None:  # on rank 0
+        print(found.as_json() if options.json else found, flush=True)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -238,13 +199,28 @@ def _generate(options: argparse.Namespace) -> None:
     print(answer(load_run(options.directory), options.prompt, options.max_new_tokens))
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    from trainer.evaluation.evaluate import EvaluateRequest, evaluate
+def _router(options: argparse.Namespace) -> None:
+    from trainer.analysis.router_analysis import show_routers
 
-    sizes = options.items_per_task, options.batch_size
-    found = evaluate(EvaluateRequest(options.directory, options.recipe, options.against, *sizes, options.deepspeed))
-    if found is not None:  # on the first rank
-        print(found.as_json() if options.json else found, flush=True)
+    print(show_routers(options.directory, options.items_per_task, options.examples, options.to))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from trainer.export.export import ExportRequest, export
+
+    asked = (options.output, options.task, options.rows, options.items_per_task, options.base)
+    print(export(ExportRequest(options.directory, options.to, *asked)))
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from data_prep.tables import text_table
+    from trainer.run.resources import recipe_description, recipe_path, recipes
+
+    if options.name is not None:
+        print(recipe_path(options.name).read_text(encoding="utf-8"), end="")
+    else:
+        rows = [(name, recipe_description(path)) for name, path in recipes().items()]
+        print(text_table(("recipe", "what it trains"), rows, left=(0, 1)))
 
 
 def _experts(options: argparse.Namespace) -> None:
@@ -256,14 +232,52 @@ def _experts(options: argparse.Namespace) -> None:
         print(change_experts(options.directory, options.keep, options.add or 0, options.to))
 
 
-def _export(options: argparse.Namespace) -> None:
-    from trainer.export.export import ExportRequest, export
-
-    asked = (options.output, options.task, options.rows, options.items_per_task, options.base)
-    print(export(ExportRequest(options.directory, options.to, *asked)))
-
-
-def _router(options: argparse.Namespace) -> None:
-    from trainer.analysis.router_analysis import show_routers
-
-    print(show_routers(options.directory, options.items_per_task, options.examples, options.to))
+COMMANDS = (
+    Command(
+        "prepare", _prepare, options_of.prepare, "make the prepared set that a recipe trains on",
+        ("my.yaml --show 3",),
+    ),
+    Command(
+        "train", _train, options_of.train, "train a recipe in one process, or as one rank under a launcher",
+        ("my.yaml", "my.yaml run.name=short train.steps=100"),
+    ),
+    Command(
+        "launch", _launch, options_of.launch, "train a recipe on all GPUs of this machine or on several nodes",
+        ("my.yaml", "num_gpus=2 retries=3 my.yaml train.steps=100", "hostfile=hosts min_nodes=7 my.yaml"),
+        options_of.LAUNCH_NOTES,
+    ),
+    Command(
+        "estimate", _estimate, options_of.estimate, "predict memory and traffic of a run before it is launched",
+        ("my.yaml --world-size 8 --gpu-memory 24GiB",),
+    ),
+    Command(
+        "check", _check, options_of.check, "look for mistakes on all nodes before a launch",
+        ("my.yaml --hostfile hosts",),
+    ),
+    Command(
+        "evaluate", _evaluate, options_of.evaluate,
+        "score a run by task on held-out items, against the base and other runs; alone or under a launcher",
+        ("runs/quickstart --against base,runs/other",),
+    ),
+    Command(
+        "generate", _generate, options_of.generate, "answer a prompt with a finished run's model",
+        ("runs/quickstart --prompt 'What is 3 + 4?'",),
+    ),
+    Command(
+        "router", _router, options_of.router, "show what a run's routers do, by layer, task and token",
+        ("runs/quickstart",),
+    ),
+    Command(
+        "export", _export, options_of.export,
+        "write a run's adapter for other tools, and measure what the change costs",
+        ("runs/quickstart --to lora", "runs/quickstart --to merged --output merged"),
+    ),
+    Command(
+        "recipes", _recipes, options_of.recipes, "list the recipes of this package, or print one",
+        ("", "quickstart > my.yaml"),
+    ),
+    Command(
+        "experts", _experts, options_of.experts, "list a run's experts, or write its adapter with fewer or more",
+        ("runs/quickstart", "runs/quickstart --keep 0,2"),
+    ),
+)  # fmt: skip

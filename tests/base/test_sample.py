@@ -54,3 +54,10 @@ def test_complete_folder_is_not_fetched_again(tmp_path, monkeypatch):
     commands = pip_that(monkeypatch, lambda scratch: None)
     assert sample.sample_base(tmp_path) == tmp_path
     assert commands == []
+
+
+def test_without_gguf_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(sample.subprocess, "run", pytest.fail)
+    with pytest.raises(UserError, match=r"needs the package gguf.*`pip install 'teamlora\[sample\]'`"):
+        sample.sample_base(tmp_path / "base")

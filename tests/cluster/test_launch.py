@@ -1,6 +1,5 @@
 """What a launch is told: hostfile, variables, options; and what it tells of its ranks' endings."""
 
-import importlib.util
 import socket
 import subprocess
 import sys
@@ -14,23 +13,16 @@ from data_prep.user_error import UserError
 from tests.support.minimal_recipe import MINIMAL
 from trainer.cluster.hostfile import Node, read_hostfile
 from trainer.cluster.launch_environment import passed_on
+from trainer.cluster.launch_options import parse_launch_options
 from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
 from trainer.cluster.local_ranks import slots_here
 from trainer.cluster.ssh import launch_folder
+from trainer.cluster.supervisor import dividing_nodes, launch
 from trainer.distributed import network
 from trainer.recipe import Recipe
 from trainer.run.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
 
 REPOSITORY = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def supervise():
-    """launch/ is a folder of programs, no package."""
-    spec = importlib.util.spec_from_file_location("supervise", REPOSITORY / "launch" / "supervise.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_hostfile_is_read_in_its_order(tmp_path):
@@ -103,10 +95,8 @@ def test_devices_are_those_that_are_visible(monkeypatch):
         slots_here(4)
 
 
-def test_the_launchs_options_are_told_from_the_recipes(supervise):
-    found = supervise.parse_options(
-        ["hostfile=hf", "my.yaml", "min_nodes=1", "retries=2", "check=false", "train.steps=3"]
-    )
+def test_options_of_the_launch_are_separated_from_values_of_the_recipe():
+    found = parse_launch_options(["hostfile=hf", "my.yaml", "min_nodes=1", "retries=2", "check=false", "train.steps=3"])
     assert found.arguments == ("my.yaml", "train.steps=3")
     assert (found.hostfile, found.min_nodes, found.retries, found.check) == (Path("hf"), 1, 2, False)
 
@@ -116,15 +106,28 @@ def test_the_launchs_options_are_told_from_the_recipes(supervise):
     [
         (["num_gpus=two"], "num_gpus=two: expected a whole number of at least 1"),
         (["retries=-1"], "retries=-1: expected a whole number of at least 0"),
+        (["num_gpus=0"], "num_gpus=0: expected a whole number of at least 1"),
         (["check=yes"], "check=yes: expected true or false"),
-        (["hostfile=hf", "num_gpus=2"], "num_gpus=2: with a hostfile its slots say it"),
-        (["min_nodes=1"], "min_nodes=1: needs hostfile=FILE"),
+        (["hostfile=hf", "num_gpus=2"], "num_gpus=2: expected the hostfile's slots alone; remove num_gpus"),
+        (["min_nodes=1"], "min_nodes=1: expected hostfile=FILE with it"),
         (["master_port=70000"], "master_port=70000: expected a whole number from 1 to 65535"),
     ],
 )
-def test_bad_options_of_a_launch_are_refused(supervise, arguments, told):
+def test_bad_options_of_a_launch_are_refused(arguments, told):
     with pytest.raises(UserError, match=told):
-        supervise.parse_options(arguments)
+        parse_launch_options(arguments)
+
+
+@pytest.mark.parametrize("words", [["retries=1"], ["one.yaml", "two.yaml"]])
+def test_a_launch_without_exactly_one_recipe_is_refused(words):
+    with pytest.raises(UserError, match="expected the path of one recipe; see `teamlora recipes`"):
+        launch(words)
+
+
+def test_a_launch_under_a_launcher_is_refused_since_each_rank_would_launch_again(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"RANK=0: expected no launcher .*use `teamlora train`"):
+        launch(["my.yaml"])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_bad_options_of_a_launch_are_refused(supervise, arguments, told):
     ],
 )
 def test_of_the_nodes_that_answer_as_many_are_taken_as_batch_and_experts_can_be_cut_for(
-    supervise, answering, least, batch, experts, expected
+    answering, least, batch, experts, expected
 ):
     """Nodes of 8 ranks, micro-batches of 2; none of 5 to 7 nodes divides 128, so all 7 come, and the ranks refuse."""
     recipe = Recipe.model_validate(
@@ -154,15 +157,15 @@ def test_of_the_nodes_that_answer_as_many_are_taken_as_batch_and_experts_can_be_
         }
     )
     nodes = [Node(f"node-{number}", 8) for number in range(answering)]
-    assert supervise.dividing_nodes(nodes, least, recipe) == expected
+    assert dividing_nodes(nodes, least, recipe) == expected
 
 
 def test_a_link_on_the_way_to_the_checkout_stays_in_what_nodes_are_told(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(REPOSITORY)
-    program = f"import runpy; print(runpy.run_path('{link}/launch/supervise.py')['SCRIPT'])"
+    program = f"import sys; sys.path.insert(0, '{link}'); from trainer.cluster import supervisor as s; print(s.PROGRAM)"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{link}/launch/train.sh"
+    assert done.stdout.strip() == f"{link}/trainer/__main__.py"
 
 
 @pytest.mark.parametrize(("told", "expected"), [("link", "link"), ("elsewhere", "real"), ("none", "real")])

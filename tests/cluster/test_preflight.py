@@ -363,7 +363,7 @@ def test_errors_are_status_2_and_one_line_on_stderr(reported, capsys):
     status, _ = reported("recipe.yaml", "--json", found=(error,))
     out, err = capsys.readouterr()
     assert status == 2
-    assert err == "error: the check found 1 error; correct what it tells on stdout\n"
+    assert err == "error: the check found 1 error; fix what it reports on stdout\n"
     assert json.loads(out)["findings"] == [
         {"level": "error", "host": "a", "what": "code", "text": "has other code", "remedy": "bring it"}
     ]

@@ -23,7 +23,7 @@ from trainer.errors import Stopped
 def stop(options):
     print("step 1", flush=True)
     raise Stopped("saved")
-cli._prepare = stop
+cli._recipe = stop
 sys.exit(cli.main(["prepare", "recipe.yaml"]))
 """
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from trainer.cli import main
+from trainer.console.arguments import memory_size
 from trainer.estimate.estimate import Estimator
 from trainer.estimate.measured import LIBRARIES
-from trainer.estimate.sizes import GIB, parse_size
+from trainer.estimate.sizes import GIB
 from trainer.recipe_file import dump_recipe, load_recipe
 
 
@@ -53,7 +54,7 @@ def test_what_is_suggested_fits_when_it_is_estimated_afresh(path, capsys, limit)
         worlds = [int(setting.split()[1]) for setting in suggestion["settings"] if setting.startswith("--world-size")]
         recipe = load_recipe(path, overrides)
         estimate = Estimator(recipe, "cuda").estimate(recipe, (worlds or [2])[0])
-        assert estimate.device == suggestion["device"] <= parse_size(limit)
+        assert estimate.device == suggestion["device"] <= memory_size(limit)
 
 
 def test_what_nothing_helps_is_said(path, capsys):

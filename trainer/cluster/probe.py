@@ -31,8 +31,8 @@ from trainer.cluster.ssh import REPOSITORY
 from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
-from trainer.run.deepspeed_file import find_deepspeed_config
-from trainer.run.run_dir import PACKAGES
+from trainer.run.provenance import PACKAGES
+from trainer.run.resources import find_deepspeed_config
 
 SAMPLED = 1000  # tensors of the base whose bytes are compared: a few seconds of reads from a slow file system
 CONNECT = 3.0  # seconds to reach the first node's port

@@ -1,4 +1,4 @@
-"""Keeps the libraries' notices out of the command's output, so that what it says can be read."""
+"""Keeps notices of libraries out of the command's output."""
 
 import logging
 import os
@@ -6,13 +6,13 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Errors only from the libraries; call it before they are imported. What the user has set stays."""
+    """Lets libraries print errors only. Call it before they are imported; variables set by the user win."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # A filter and no level: DeepSpeed sets its logger's level when it is imported.
+    # A filter, not a level: DeepSpeed sets its logger's level at import.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|deepspeed|peft)\b")

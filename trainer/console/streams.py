@@ -1,4 +1,4 @@
-"""Standard output and error that outlast their readers: a terminal, or `| tee log`, may go before the command ends."""
+"""Standard streams that survive their reader: a terminal or `| tee log` may end before the command does."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ from typing import Any, TextIO
 
 @contextlib.contextmanager
 def survive_closed_streams() -> Iterator[None]:
-    """Within, what is printed and can no longer be written is dropped, and raises nothing.
+    """Within this context, output that can no longer be written is dropped instead of raising.
 
-    A Ctrl-C ends `tee` as well as it asks a run to save; that must not fail by the line that tells of it.
+    Ctrl-C ends `tee` too while the run is saving: printing a line must not make the save fail.
     """
     streams = sys.stdout, sys.stderr
     lasting = sys.stdout, sys.stderr = _SurvivingStream(streams[0]), _SurvivingStream(streams[1])
@@ -19,12 +19,12 @@ def survive_closed_streams() -> Iterator[None]:
         yield
     finally:
         for stream in lasting:
-            stream.flush()  # at the interpreter's exit that would fail
+            stream.flush()  # would raise at interpreter exit
         sys.stdout, sys.stderr = streams
 
 
 class _SurvivingStream:
-    """A text stream whose writing never fails; everything else is the stream's own."""
+    """A text stream whose writes never raise; everything else is delegated."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -47,5 +47,5 @@ class _SurvivingStream:
             yield
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what the stream still holds goes there too
+            os.dup2(nowhere, self._stream.fileno())  # buffered output goes there too
             os.close(nowhere)

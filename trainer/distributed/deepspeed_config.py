@@ -13,7 +13,7 @@ import torch
 from data_prep.user_error import UserError
 from trainer.objective.batches import BatchPlan
 from trainer.recipe import ExpertsConfig, Recipe
-from trainer.run.deepspeed_file import find_deepspeed_config
+from trainer.run.resources import find_deepspeed_config
 
 # What the engine would do to a base that is loaded in shards, without a word, and the value that prevents it.
 REFUSED = {

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 
-LAST_PORT = 65535
 OUTSIDE = "192.0.2.1"  # of no machine (RFC 5737)
 PORTS = range(10000, 32768)  # below those that kernels hand out to connections
 

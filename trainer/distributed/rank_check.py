@@ -23,7 +23,7 @@ from trainer.distributed.network import interface_to, machine
 from trainer.errors import TrainingFault
 from trainer.recipe import Recipe
 from trainer.run.launch_protocol import LAUNCH_ID
-from trainer.run.run_dir import versions
+from trainer.run.provenance import versions
 
 
 @dataclass(frozen=True)

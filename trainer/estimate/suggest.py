@@ -7,7 +7,7 @@ from pathlib import Path
 from data_prep.user_error import UserError
 from trainer.estimate.estimate import Estimate, Estimator
 from trainer.recipe import Recipe
-from trainer.run.deepspeed_file import find_deepspeed_config
+from trainer.run.resources import find_deepspeed_config
 
 MOST_RANKS = 64  # times those that were asked for
 

@@ -1,4 +1,4 @@
-"""The signals by which schedulers ask a process to end. Imports nothing heavy: it must stand before torch is there."""
+"""Signals by which schedulers ask a process to end. Imports nothing heavy: handlers must be set before torch loads."""
 
 import signal
 from types import FrameType
@@ -7,9 +7,9 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Remembers that this process was asked to end, instead of ending; the run looks at each step's boundary.
+    """Records a request to end instead of ending; training checks it after each step.
 
-    Made in the main thread, as Python's handlers must be.
+    Create it in the main thread: Python allows signal handlers only there.
     """
 
     def __init__(self) -> None:
@@ -21,6 +21,6 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def ignore(self) -> None:
-        """From now on: as it exits, Python gives signals back their default, which would end it with another status."""
+        """Ignores the signals from now on: at exit Python restores their defaults, so one would change the status."""
         for number in ASKING:
             signal.signal(number, signal.SIG_IGN)

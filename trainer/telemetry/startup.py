@@ -13,6 +13,8 @@ from trainer.distributed.expert_shard import experts_elsewhere
 from trainer.distributed.parallelize import ParallelModel
 from trainer.objective.batches import BatchPlan
 
+RANK_PROGRAMS = ("train.sh", "trainer/__main__.py", "/teamlora")  # what launchers are given, and `teamlora launch`
+
 
 def describe_run(parallel: ParallelModel, plan: BatchPlan, steps: int, directory: Path, mean_row: float) -> str:
     """Lines about parameters, bytes on this rank, batch, length, and how to watch the run.
@@ -98,11 +100,11 @@ class StartupTimer:
 
 
 def _launchers(process: psutil.Process) -> list[psutil.Process]:
-    """The ancestors that belong to this launch: those whose command line names launch/train.sh, as all of ours do."""
+    """Ancestors that belong to this launch: their command lines name one of the programs that start ranks."""
     found = []
     for parent in process.parents():
         try:
-            if any("train.sh" in word for word in parent.cmdline()):
+            if any(word.endswith(RANK_PROGRAMS) for word in parent.cmdline()):
                 found.append(parent)
         except psutil.Error:
             break

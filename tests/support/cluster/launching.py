@@ -71,8 +71,8 @@ class Train:
 
     def supervisor(self) -> psutil.Process:
         """That of the one supervised launch which runs."""
-        program = str(REPOSITORY / "launch" / "supervise.py")
-        (found,) = [process for process in self.cluster.launcher.processes() if process.cmdline()[1:2] == [program]]
+        launch = [str(REPOSITORY / "trainer" / "__main__.py"), "launch"]
+        (found,) = [process for process in self.cluster.launcher.processes() if process.cmdline()[1:3] == launch]
         return found
 
     def _hostfile(self, nodes: Sequence[str]) -> str:

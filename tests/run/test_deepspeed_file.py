@@ -1,23 +1,22 @@
 """Which file deepspeed.config means: a path, or the name of a file in ds_configs, from any working directory."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-import trainer.run.deepspeed_file
+import trainer.run.resources
 from data_prep.user_error import UserError
-from tests.test_recipe import MINIMAL
+from tests.support.minimal_recipe import MINIMAL
 from trainer.distributed.deepspeed_config import read_deepspeed_config
 from trainer.estimate.suggest import suggestions
 from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe
 from trainer.recipe_file import dump_recipe, load_recipe
-from trainer.run.deepspeed_file import find_deepspeed_config
+from trainer.run.resources import find_deepspeed_config
 
-SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 @pytest.fixture(autouse=True)
@@ -91,23 +90,15 @@ def test_a_folder_is_refused(elsewhere):
 
 
 def test_without_a_repository_the_installed_files_are_found(elsewhere, monkeypatch):
-    """As in a wheel, whose package data holds them as trainer.ds_configs."""
+    """As in a wheel, whose package data holds them as trainer/ds_configs."""
     package = elsewhere / "site-packages" / "trainer"
     (package / "ds_configs").mkdir(parents=True)
     (package / "ds_configs" / "zero3.json").write_text("{}")
-    monkeypatch.setattr(trainer.run.deepspeed_file, "__file__", str(package / "deepspeed_file.py"))
-    monkeypatch.setattr(trainer, "__path__", [str(package)])
-    try:
-        assert find_deepspeed_config(Path("zero3")) == package / "ds_configs" / "zero3.json"
-    finally:
-        sys.modules.pop("trainer.ds_configs")
+    monkeypatch.setattr(trainer.run.resources, "PACKAGE_ROOT", package.parent)
+    assert find_deepspeed_config(Path("zero3")) == package / "ds_configs" / "zero3.json"
 
 
 def test_without_any_shipped_files_a_name_is_refused(elsewhere, monkeypatch):
-    def no_package(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(trainer.run.deepspeed_file, "__file__", str(elsewhere / "trainer" / "deepspeed_file.py"))
-    monkeypatch.setattr(trainer.run.deepspeed_file, "files", no_package)
+    monkeypatch.setattr(trainer.run.resources, "PACKAGE_ROOT", elsewhere)
     with pytest.raises(UserError, match=r"^deepspeed\.config=zero3: No such file"):
         find_deepspeed_config(Path("zero3"))

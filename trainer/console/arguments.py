@@ -1,0 +1,44 @@
+"""Types of command-line arguments, for argparse: each turns a word into a value or says what was expected."""
+
+import argparse
+
+LAST_PORT = 65535
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    if not text.isdecimal() or not 1 <= int(text) <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a port from 1 to {LAST_PORT}")
+    return int(text)
+
+
+def memory_size(text: str) -> int:
+    """Bytes, with a unit: 24GiB is 24 x 2^30, 80GB is 80 x 10^9."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError  # takes 0.1 s, which a rank's start has no use for
+
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = 0
+    if size <= 0 or not text.rstrip().lower().endswith("b"):  # ByteSize also takes a number without a unit
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an amount of memory such as 24GiB or 80GB")
+    return int(size)
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas; `none` is an empty list."""
+    return [] if text == "none" else [name for name in text.split(",") if name]
+
+
+def indices(text: str) -> list[int]:
+    """Distinct numbers from 0, separated by commas, in ascending order."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers separated by commas, such as 0,2")
+    return sorted({int(part) for part in text.split(",")})
