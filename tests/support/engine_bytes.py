@@ -28,7 +28,7 @@ def learning_bytes(engine: Any) -> dict[str, int]:
 
 def copied_bytes(saver: AsyncSaver) -> int:
     """Copies for checkpoints: what a save is written from, and moments in 8 bits once more in fp32."""
-    return storage_bytes([*saver._copies, *(moment.copy for moment in saver.state._eight_bits)])
+    return storage_bytes([*saver._copies, *(moment.copy for moment in saver.state._quantized)])
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
