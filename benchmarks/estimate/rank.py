@@ -8,32 +8,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from benchmarks.shared.process_memory import PeakWatch, anonymous_bytes, settled_bytes
 from data_prep.reader import PreparedSet
-from trainer.base.loader import load_opened
-from trainer.base.weight_map import open_base
+from tests.support.training import build_training
 from trainer.console.library_logs import silence_libraries
-from trainer.distributed.engine import read_deepspeed_config
 from trainer.distributed.process_group import process_group
-from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe, load_recipe
-from trainer.training.loop import Parts, run_step
-from trainer.training.train import assemble, sharding_for
 
 STEPS = 2
-
-
-def build(recipe: Recipe, device: torch.device) -> Parts:
-    plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.get_world_size())
-    config = read_deepspeed_config(recipe, plan)
-    base = load_opened(open_base(recipe.base), sharding_for(config, device))
-    _, router_stats, engine = assemble(recipe, base, config, num_tasks=1, steps=STEPS)
-    rows = labelled_rows(plan.global_batch_size, recipe.data.seq_len)
-    prepared = PreparedSet(Path("unused"), {"tasks": ["text"]}, rows, [], [])
-    return Parts(engine, router_stats, prepared, plan, device, recipe.run.seed, router_every=1, held_out_rows=0)
 
 
 def labelled_rows(count: int, length: int) -> list[dict[str, np.ndarray]]:
@@ -48,11 +32,12 @@ def measure(recipe: Recipe) -> dict[str, int]:
     before = anonymous_bytes()
     watch = PeakWatch()
     with process_group() as device:
-        parts = build(recipe, device)
+        rows = labelled_rows(recipe.train.global_batch_size, recipe.data.seq_len)
+        training = build_training(recipe, device, PreparedSet(Path("unused"), {"tasks": ["text"]}, rows, [], []))
         loading = watch.peak()
         watch = PeakWatch()
         for step in range(1, STEPS + 1):
-            run_step(parts, step)
+            training.step(step)
         peak = watch.peak()
         found = {"loading": loading - before, "resident": settled_bytes() - before, "peak": peak - before}
         everyone: list[dict[str, int]] = [{}] * dist.get_world_size()

@@ -11,15 +11,12 @@ from datasets import Dataset, load_from_disk
 
 from benchmarks.step.setting import TARGETS, Setting
 from data_prep.reader import PreparedSet
-from trainer.base.loader import load_opened
-from trainer.base.weight_map import open_base
+from tests.support.training import build_training
 from trainer.console.library_logs import silence_libraries
-from trainer.distributed.engine import read_deepspeed_config
 from trainer.distributed.process_group import process_group
-from trainer.objective.batches import plan_batches, rows_of_step
+from trainer.objective.batches import rows_of_step
 from trainer.recipe import Recipe
-from trainer.training.loop import Parts, StepReport, run_step
-from trainer.training.train import assemble, sharding_for
+from trainer.training.loop import StepReport
 
 EXPERTS = 4
 
@@ -69,15 +66,10 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
 
 def train(base: str, rows: str, setting: Setting, device: torch.device) -> list[StepReport]:
     recipe = recipe_of(base, setting, dist.get_world_size())
-    plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
-    config = read_deepspeed_config(recipe, plan)
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = setting.persistence_threshold
-    model = load_opened(open_base(recipe.base), sharding_for(config, device))
-    _, router_stats, engine = assemble(recipe, model, config, 1, setting.steps)
     train = in_order_of_steps(load_from_disk(rows), recipe.run.seed).with_format("numpy")
-    prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, train, [])
-    parts = Parts(engine, router_stats, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
-    return [run_step(parts, step) for step in range(1, setting.steps + 1)]
+    prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, [], [])
+    training = build_training(recipe, device, prepared, setting.persistence_threshold)
+    return [training.step(step) for step in range(1, setting.steps + 1)]
 
 
 if __name__ == "__main__":

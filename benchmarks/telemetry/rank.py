@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,13 @@ from datasets import load_from_disk
 from benchmarks.step.ours import recipe_of
 from benchmarks.step.setting import Setting
 from data_prep.reader import PreparedSet
-from trainer.base.loader import load_opened
-from trainer.base.weight_map import open_base
+from tests.support.training import Training, build_training
 from trainer.console.library_logs import silence_libraries
-from trainer.distributed.engine import read_deepspeed_config
 from trainer.distributed.process_group import process_group
-from trainer.objective.batches import plan_batches
 from trainer.recipe import ReportConfig
 from trainer.telemetry.metrics import MetricsWriter, step_record
 from trainer.telemetry.router_images import SHARE, RouterImages
-from trainer.training.loop import Parts, StepReport, run_step
-from trainer.training.train import assemble, sharding_for
+from trainer.training.loop import StepReport
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TASKS = 6
@@ -54,32 +49,28 @@ def main(base: str, rows: str, steps: int, folder: Path) -> None:
         setting = Setting(steps=WARM_UP + steps)
         recipe = recipe_of(base, setting, dist.get_world_size())
         recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"target_modules": TARGETS})})
-        plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
-        config = read_deepspeed_config(recipe, plan)
-        model = load_opened(open_base(recipe.base), sharding_for(config, device))
-        _, router_stats, engine = assemble(recipe, model, config, TASKS, setting.steps)
         data = Rows(load_from_disk(rows).with_format("numpy"))
-        prepared = PreparedSet(Path(rows), {"tasks": NAMES}, data, data, [])
-        parts = Parts(engine, router_stats, prepared, plan, device, recipe.run.seed, 1, held_out_rows=0)
+        prepared = PreparedSet(Path(rows), {"tasks": NAMES}, data, [], [])
+        training = build_training(recipe, device, prepared)
         writer = MetricsWriter(folder, tensorboard=True) if dist.get_rank() == 0 else None
-        found, last = timed(parts, steps, writer)
+        found, last = timed(training, steps, writer)
         if writer is not None:
             found |= {"interval": ReportConfig().router_every, "share": SHARE, "drawings": drawn(last, writer)}
             (folder / "found.json").write_text(json.dumps(found))
         dist.barrier()
 
 
-def timed(parts: Parts, steps: int, writer: MetricsWriter | None) -> tuple[dict[str, list[float]], StepReport]:
+def timed(training: Training, steps: int, writer: MetricsWriter | None) -> tuple[dict[str, list[float]], StepReport]:
     """Seconds of plain and measured steps, writing included, which take turns at being first; the last measured."""
     seconds: dict[str, list[float]] = {"plain": [], "measured": []}
-    kinds = {"plain": replace(parts, router_every=NEVER), "measured": parts}
+    kinds = {"plain": training.with_router_every(NEVER), "measured": training}
     for step in range(1, WARM_UP + 1):
-        last = run_step(parts, step)
+        last = training.step(step)
     for pair in range(steps // 2):
         for place, kind in enumerate(("plain", "measured") if pair % 2 == 0 else ("measured", "plain")):
             dist.barrier()
             started = time.perf_counter()
-            report = run_step(kinds[kind], WARM_UP + 2 * pair + place + 1)
+            report = kinds[kind].step(WARM_UP + 2 * pair + place + 1)
             if writer is not None:
                 writer.write(step_record(report, NAMES, None))
             dist.barrier()
