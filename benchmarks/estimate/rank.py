@@ -8,33 +8,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from benchmarks.shared.process_memory import PeakWatch, anonymous_bytes, settled_bytes
 from data_prep.reader import PreparedSet
-from trainer.base.weight_map import open_base
+from tests.support.training import build_training
 from trainer.console.library_logs import silence_libraries
-from trainer.distributed.deepspeed_config import read_deepspeed_config
-from trainer.distributed.parallelize import parallelize
 from trainer.distributed.process_group import process_group
-from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
-from trainer.training.trainer import Trainer
 
 STEPS = 2
-
-
-def build(recipe: Recipe, device: torch.device) -> Trainer:
-    plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, dist.get_world_size())
-    config = read_deepspeed_config(recipe, plan)
-    parallel = parallelize(recipe, open_base(recipe.base), config, device, num_tasks=1, steps=STEPS)
-    rows = labelled_rows(plan.global_batch_size, recipe.data.seq_len)
-    prepared = PreparedSet(Path("unused"), {"tasks": ["text"]}, rows, [], [])
-    trainer = Trainer(recipe, parallel, prepared, plan, device, STEPS)
-    trainer.router_every = 1
-    return trainer
 
 
 def labelled_rows(count: int, length: int) -> list[dict[str, np.ndarray]]:
@@ -49,11 +33,12 @@ def measure(recipe: Recipe) -> dict[str, int]:
     before = anonymous_bytes()
     watch = PeakWatch()
     with process_group() as device:
-        trainer = build(recipe, device)
+        rows = labelled_rows(recipe.train.global_batch_size, recipe.data.seq_len)
+        training = build_training(recipe, device, PreparedSet(Path("unused"), {"tasks": ["text"]}, rows, [], []))
         loading = watch.peak()
         watch = PeakWatch()
-        for _ in range(STEPS):
-            trainer.train_step()
+        for step in range(1, STEPS + 1):
+            training.step(step)
         peak = watch.peak()
         found = {"loading": loading - before, "resident": settled_bytes() - before, "peak": peak - before}
         everyone: list[dict[str, int]] = [{}] * dist.get_world_size()

@@ -11,15 +11,12 @@ from datasets import Dataset, load_from_disk
 
 from benchmarks.step.setting import TARGETS, Setting
 from data_prep.reader import PreparedSet
-from trainer.base.weight_map import open_base
+from tests.support.training import build_training
 from trainer.console.library_logs import silence_libraries
-from trainer.distributed.deepspeed_config import read_deepspeed_config
-from trainer.distributed.parallelize import parallelize
 from trainer.distributed.process_group import process_group
-from trainer.objective.batches import plan_batches, rows_of_step
+from trainer.objective.batches import rows_of_step
 from trainer.recipe import Recipe
 from trainer.telemetry.step_report import StepReport
-from trainer.training.trainer import Trainer
 
 EXPERTS = 4
 
@@ -69,15 +66,10 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
 
 def train(base: str, rows: str, setting: Setting, device: torch.device) -> list[StepReport]:
     recipe = recipe_of(base, setting, dist.get_world_size())
-    plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
-    config = read_deepspeed_config(recipe, plan)
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = setting.persistence_threshold
-    parallel = parallelize(recipe, open_base(recipe.base), config, device, num_tasks=1, steps=setting.steps)
     train = in_order_of_steps(load_from_disk(rows), recipe.run.seed).with_format("numpy")
-    prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, train, [])
-    trainer = Trainer(recipe, parallel, prepared, plan, device, setting.steps)
-    trainer.router_every = 1
-    return [trainer.train_step() for _ in range(setting.steps)]
+    prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, [], [])
+    training = build_training(recipe, device, prepared, setting.persistence_threshold)
+    return [training.step(step) for step in range(1, setting.steps + 1)]
 
 
 if __name__ == "__main__":

@@ -13,17 +13,13 @@ from datasets import load_from_disk
 from benchmarks.step.ours import recipe_of
 from benchmarks.step.setting import Setting
 from data_prep.reader import PreparedSet
-from trainer.base.weight_map import open_base
+from tests.support.training import Training, build_training
 from trainer.console.library_logs import silence_libraries
-from trainer.distributed.deepspeed_config import read_deepspeed_config
-from trainer.distributed.parallelize import parallelize
 from trainer.distributed.process_group import process_group
-from trainer.objective.batches import plan_batches
 from trainer.recipe import ReportConfig
 from trainer.telemetry.metrics import MetricsWriter, step_record
 from trainer.telemetry.router_images import SHARE, RouterImages
 from trainer.telemetry.step_report import StepReport
-from trainer.training.trainer import Trainer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TASKS = 6
@@ -53,33 +49,29 @@ def main(base: str, rows: str, steps: int, folder: Path) -> None:
         setting = Setting(steps=WARM_UP + steps)
         recipe = recipe_of(base, setting, dist.get_world_size())
         recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"target_modules": TARGETS})})
-        plan = plan_batches(recipe.train.global_batch_size, setting.micro_batch_size, dist.get_world_size())
-        config = read_deepspeed_config(recipe, plan)
-        parallel = parallelize(recipe, open_base(recipe.base), config, device, TASKS, setting.steps)
         data = Rows(load_from_disk(rows).with_format("numpy"))
-        prepared = PreparedSet(Path(rows), {"tasks": NAMES}, data, data, [])
-        trainer = Trainer(recipe, parallel, prepared, plan, device, setting.steps)
+        prepared = PreparedSet(Path(rows), {"tasks": NAMES}, data, [], [])
+        training = build_training(recipe, device, prepared)
         writer = MetricsWriter(folder, tensorboard=True) if dist.get_rank() == 0 else None
-        found, last = timed(trainer, steps, writer)
+        found, last = timed(training, steps, writer)
         if writer is not None:
             found |= {"interval": ReportConfig().router_every, "share": SHARE, "drawings": drawn(last, writer)}
             (folder / "found.json").write_text(json.dumps(found))
         dist.barrier()
 
 
-def timed(trainer: Trainer, steps: int, writer: MetricsWriter | None) -> tuple[dict[str, list[float]], StepReport]:
+def timed(training: Training, steps: int, writer: MetricsWriter | None) -> tuple[dict[str, list[float]], StepReport]:
     """Seconds of plain and measured steps, writing included, which take turns at being first; the last measured."""
     seconds: dict[str, list[float]] = {"plain": [], "measured": []}
     every = {"plain": NEVER, "measured": 1}
-    trainer.router_every = every["measured"]
-    for _ in range(WARM_UP):
-        last = trainer.train_step()
+    for step in range(1, WARM_UP + 1):
+        last = training.step(step)
     for pair in range(steps // 2):
-        for kind in ("plain", "measured") if pair % 2 == 0 else ("measured", "plain"):
-            trainer.router_every = every[kind]
+        for place, kind in enumerate(("plain", "measured") if pair % 2 == 0 else ("measured", "plain")):
+            training.measure_routers_every(every[kind])
             dist.barrier()
             started = time.perf_counter()
-            report = trainer.train_step()
+            report = training.step(WARM_UP + 2 * pair + place + 1)
             if writer is not None:
                 writer.write(step_record(report, NAMES, None))
             dist.barrier()

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from tests.adapters.reference import SMALLEST_SUM, copied, loop, off
-from tests.support.tiny_adapters import METHODS, config_of, find_experts
+from tests.support.tiny_adapters import METHODS, config_of, make_experts
 from trainer.adapters.fused import RENORMALIZE_FLOOR, Gate, gated_experts
 from trainer.adapters.layer import Experts
 
@@ -25,7 +25,7 @@ def inputs(*rows: int, d_in: int = 20, d_out: int = 28, dtype: torch.dtype = tor
 def both(method: str, options: dict, *rows: int, dtype=torch.float32, adapter=torch.float32) -> tuple[dict, dict]:
     """Output and every gradient, by name: of the fused update, and of the loop in fp64 from the same values."""
     config = config_of(method, **options)
-    experts, (x, y) = find_experts(config, dtype=adapter), inputs(*rows, dtype=dtype)
+    experts, (x, y) = make_experts(config, dtype=adapter), inputs(*rows, dtype=dtype)
     parameters, (x64, y64) = copied(experts), [t.detach().double().requires_grad_() for t in (x, y)]
     out, expected = experts(x, y), loop(config, parameters, x64, y64)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -59,7 +59,7 @@ def test_any_number_of_experts(method, options, k):
 
 @methods
 def test_gradients_pass_gradcheck(method, options):
-    experts = find_experts(config_of(method, **options), 5, 6, torch.float64)
+    experts = make_experts(config_of(method, **options), 5, 6, torch.float64)
     names = [name for name, _ in experts.named_parameters()]
 
     def call(x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def test_gradients_pass_gradcheck(method, options):
 @methods
 def test_a_frozen_part_gets_no_gradient_and_the_others_keep_theirs(method, options):
     def gradients(frozen: str | None) -> dict[str, Tensor | None]:
-        experts, (x, y) = find_experts(config_of(method, **options)), inputs(4)
+        experts, (x, y) = make_experts(config_of(method, **options)), inputs(4)
         leaves = {"x": x, "y": y, **dict(experts.named_parameters())}
         for name, leaf in leaves.items():
             leaf.requires_grad_(name != frozen)
@@ -87,7 +87,7 @@ def test_a_frozen_part_gets_no_gradient_and_the_others_keep_theirs(method, optio
 
 @methods
 def test_output_without_gradient_is_the_same_and_the_base_output_is_left_alone(method, options):
-    experts, (x, y) = find_experts(config_of(method, **options)), inputs(4)
+    experts, (x, y) = make_experts(config_of(method, **options)), inputs(4)
     before, trained = y.detach().clone(), experts(x, y)
     with torch.no_grad():
         assert torch.equal(experts(x, y), trained)
@@ -98,7 +98,7 @@ def test_output_without_gradient_is_the_same_and_the_base_output_is_left_alone(m
 @methods
 def test_a_frozen_adapter_computes_the_loop_for_few_tokens_and_many(method, options, dtype, tolerance):
     config = config_of(method, **options)
-    experts = find_experts(config, dtype=dtype)
+    experts = make_experts(config, dtype=dtype)
     experts.freeze()
     for rows in ((16, 1), (2, 50)):
         x, y = (t.detach() for t in inputs(*rows, dtype=dtype))
@@ -111,7 +111,7 @@ def test_a_frozen_adapter_computes_the_loop_for_few_tokens_and_many(method, opti
 
 
 def test_a_frozen_adapter_with_gradients_still_gives_them():
-    experts = find_experts(config_of("teamlora"))
+    experts = make_experts(config_of("teamlora"))
     experts.freeze()
     experts(*inputs(1)).sum().backward()
     assert all(p.grad is not None for p in experts.parameters())
@@ -120,7 +120,7 @@ def test_a_frozen_adapter_with_gradients_still_gives_them():
 @methods
 def test_views_in_and_an_expanded_gradient_from_behind(method, options):
     config = config_of(method, **options)
-    experts, (x, y) = find_experts(config), inputs(20, 2, d_in=3, d_out=28)
+    experts, (x, y) = make_experts(config), inputs(20, 2, d_in=3, d_out=28)
     strided = x.permute(2, 1, 0), y[:3]  # [3, 2, 20] and [3, 2, 28], neither contiguous throughout
     experts(*strided).sum().backward()
     x64, parameters = strided[0].detach().double().requires_grad_(), copied(experts)
@@ -148,7 +148,7 @@ def kept_bytes(call: Callable[[], Tensor], *there_anyway: Tensor) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keeps_for_backward_beside_its_input_what_a_lora_keeps_and_k_values_a_token(method, options, dtype):
     config = config_of(method, **options)
-    experts, (x, y) = find_experts(config, dtype=dtype), inputs(2, 50, dtype=dtype)
+    experts, (x, y) = make_experts(config, dtype=dtype), inputs(2, 50, dtype=dtype)
     rank = len(experts.lora_a)
     a, b = torch.randn(rank, 20).to(dtype).requires_grad_(), torch.randn(28, rank).to(dtype).requires_grad_()
     lora = kept_bytes(lambda: y + 2.0 * F.linear(F.linear(x, a), b), x, a, b)
@@ -175,7 +175,7 @@ def test_bf16_adapter_on_a_bf16_base_is_the_loop_to_bf16_precision(method, optio
 @methods
 def test_under_autocast_matrices_meet_in_its_dtype_and_gradients_come_in_their_own(method, options):
     config = config_of(method, **options)
-    experts, (x, y) = find_experts(config), inputs(2, 5)
+    experts, (x, y) = make_experts(config), inputs(2, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = experts(x, y.bfloat16())
         kept = kept_bytes(lambda: experts(x, y.bfloat16()), x, *experts.parameters())
@@ -193,7 +193,7 @@ def test_under_autocast_matrices_meet_in_its_dtype_and_gradients_come_in_their_o
 
 
 def test_second_derivative_is_refused():
-    experts, (x, y) = find_experts(config_of("teamlora")), inputs(4)
+    experts, (x, y) = make_experts(config_of("teamlora")), inputs(4)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(experts(x, y).sum(), x, create_graph=True)
 
@@ -220,7 +220,7 @@ def test_in_bf16_softmax_and_competition_see_fp32(autocast):
 
 def test_renormalised_weights_sum_to_k():
     config = config_of("teamlora", renormalize=True, alpha=3.0)
-    experts = find_experts(config)
+    experts = make_experts(config)
     with torch.no_grad():
         experts.lora_a[:], experts.experts[:] = 0, 1
         experts.lora_a[:, 0] = 1  # each expert's B_i A x is r_B = alpha wherever x begins with 1
@@ -235,7 +235,7 @@ def test_renormalisation_stays_finite_and_is_scaled_by_the_floor(total):
     assert RENORMALIZE_FLOOR == SMALLEST_SUM
     config = config_of("teamlora", renormalize=True)
     plain = config_of("teamlora")
-    experts, (x, y) = find_experts(config), inputs(6)
+    experts, (x, y) = make_experts(config), inputs(6)
     with torch.no_grad():
         columns = experts.interaction
         columns += (total - columns.sum(0)) / 4  # every column sums to `total`, and so does every omega
@@ -248,7 +248,7 @@ def test_renormalisation_stays_finite_and_is_scaled_by_the_floor(total):
 
 
 def test_with_the_identity_for_m_teamlora_is_moelora():
-    team, moe = (find_experts(config_of(method)) for method in ("teamlora", "moelora"))
+    team, moe = (make_experts(config_of(method)) for method in ("teamlora", "moelora"))
     with torch.no_grad():
         team.interaction.copy_(torch.eye(4))
     moe.load_state_dict({n: p for n, p in team.state_dict().items() if n != "interaction"})

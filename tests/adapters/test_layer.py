@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.adapters.reference import off, with_loops
-from tests.support.tiny_adapters import METHODS, TOKENS, adapted, config_of, find_experts, logits, plain_model, wake
+from tests.support.tiny_adapters import METHODS, TOKENS, adapted, config_of, logits, make_experts, plain_model, wake
 from trainer.adapters.layer import ExpertLayer, Experts, HydraLoraLayer, MoeLoraLayer, TeamLoraLayer
 
 LAYERS = {"teamlora": TeamLoraLayer, "moelora": MoeLoraLayer, "hydralora": HydraLoraLayer}
@@ -82,7 +82,7 @@ def test_adapted_model_generates(llama, method):
 
 @methods
 def test_dropout_acts_on_the_input_of_the_adapter_and_only_in_training(method):
-    plain, dropping = find_experts(config_of(method)), find_experts(config_of(method, dropout=0.5))
+    plain, dropping = make_experts(config_of(method)), make_experts(config_of(method, dropout=0.5))
     x, y = torch.randn(6, 20), torch.randn(6, 28)
     torch.manual_seed(0)
     value = dropping(x, y)

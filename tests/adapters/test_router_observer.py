@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.adapters.reference import loop
-from tests.support.tiny_adapters import METHODS, config_of, find_experts
-from trainer.adapters.router_observer import observe_routers, only_expert, router_weights
+from tests.support.tiny_adapters import METHODS, config_of, make_experts
+from trainer.adapters.router_observer import observe_routers, router_weights
 
 methods = pytest.mark.parametrize(
     ("method", "options"), [*((m, {}) for m in METHODS), ("teamlora", {"renormalize": True})]
@@ -15,7 +15,7 @@ methods = pytest.mark.parametrize(
 def parts(method, options):
     torch.manual_seed(1)
     config = config_of(method, **options)
-    module = find_experts(config, dtype=torch.float64).eval()
+    module = make_experts(config, dtype=torch.float64).eval()
     return config, module, torch.randn(2, 3, 20).double(), torch.randn(2, 3, 28).double()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.adapters.reference import copied, loop, off
-from tests.support.tiny_adapters import METHODS, config_of, find_experts, wake
+from tests.support.tiny_adapters import METHODS, config_of, make_experts, wake
 from trainer.adapters.adapter_config import ExpertLoraConfig
 from trainer.adapters.layer import HydraLoraLayer, MoeLoraLayer, TeamLoraLayer
 from trainer.adapters.router_stats import RouterReport, RouterStats, by_decoder_layer, place_of
@@ -296,7 +296,7 @@ def warnings_of(call: Callable[[], object]) -> list[str]:
 
 
 def test_balance_loss_that_no_loop_drives_is_told_once_and_adds_nothing():
-    balanced, plain = (find_experts(config_of("teamlora", balance_loss_weight=weight)) for weight in (1.0, 0.0))
+    balanced, plain = (make_experts(config_of("teamlora", balance_loss_weight=weight)) for weight in (1.0, 0.0))
     x, y = torch.randn(6, 20), torch.randn(6, 28)
     [message] = warnings_of(lambda: balanced(x, y).sum().backward())
     assert message.startswith("balance_loss_weight has no effect: no training loop drives the routers")
@@ -305,7 +305,7 @@ def test_balance_loss_that_no_loop_drives_is_told_once_and_adds_nothing():
 
 
 def test_nothing_is_told_outside_training_or_where_a_loop_drives():
-    balanced = find_experts(config_of("teamlora", balance_loss_weight=1.0)).eval()
+    balanced = make_experts(config_of("teamlora", balance_loss_weight=1.0)).eval()
     assert warnings_of(lambda: balanced(torch.randn(6, 20), torch.randn(6, 28))) == []
     net = net_of("teamlora")
     router_stats = RouterStats(net)

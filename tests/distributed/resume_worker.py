@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from tests.distributed.worker import keep
 from tests.support import scene
-from tests.support.tiny_training import Training, build
+from tests.support.tiny_training import build
+from tests.support.training import Training
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.storage import folder_name
 from trainer.console.library_logs import silence_libraries

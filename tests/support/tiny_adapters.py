@@ -19,7 +19,7 @@ def config_of(method: str, **options: object) -> ExpertLoraConfig:
     return METHODS[method](**{"num_experts": 4, "expert_rank": 3, "alpha": 6.0, "task_type": "CAUSAL_LM", **options})
 
 
-def find_experts(config: ExpertLoraConfig, d_in: int = 20, d_out: int = 28, dtype=torch.float32) -> Experts:
+def make_experts(config: ExpertLoraConfig, d_in: int = 20, d_out: int = 28, dtype=torch.float32) -> Experts:
     experts = Experts(d_in, d_out, config)
     wake(experts)
     return experts.to(dtype)

@@ -1,4 +1,4 @@
-"""Small parts for tests, made on the spot: nothing is read from a disk or a network."""
+"""A tokenizer small enough to train on the spot: nothing is read from a disk or a network."""
 
 from transformers import PreTrainedTokenizerFast
 
