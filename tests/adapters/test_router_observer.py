@@ -5,7 +5,7 @@ import torch
 
 from tests.adapters.reference import loop
 from tests.support.tiny_adapters import METHODS, config_of, make_experts
-from trainer.adapters.router_observer import observe_routers, router_weights
+from trainer.adapters.router_observer import observe_routers, only_expert, router_weights
 
 methods = pytest.mark.parametrize(
     ("method", "options"), [*((m, {}) for m in METHODS), ("teamlora", {"renormalize": True})]
