@@ -29,7 +29,7 @@ from transformers import LlamaConfig
 from benchmarks.load import build_model
 from benchmarks.ranks import run_ranks
 from trainer.estimate.estimate import Estimator
-from trainer.estimate.measured import FITTED_ON
+from trainer.estimate.resident import FITTED_ON
 from trainer.recipe import Recipe, dump_recipe
 
 LAYERS, LENGTH = 9, 256

@@ -7,7 +7,6 @@ UNITS = {
     **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
     **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
 }
-GIB = 1024**3
 
 
 def parse_size(text: str) -> int:
