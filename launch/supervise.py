@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(os.path.abspath(__file__)).parent.parent))  # links 
 
 from data_prep.user_error import UserError
 from trainer.cluster.hostfile import Node, read_hostfile
-from trainer.cluster.launch_environment import passed_on
+from trainer.cluster.launch_environment import forwarded_variables
 from trainer.cluster.launch_outcome import Outcome
 from trainer.cluster.local_ranks import LocalRanks, launcher_command, slots_here
 from trainer.cluster.preflight import check_launch
-from trainer.cluster.remote_ranks import Reached, RemoteRanks
+from trainer.cluster.remote_ranks import ConnectedNodes, RemoteRanks
 from trainer.cluster.ssh import REPOSITORY, launch_folder
 from trainer.console.streams import survive_closed_streams
 from trainer.distributed.network import LAST_PORT, free_port
@@ -104,11 +104,11 @@ class Launch:
     def run(self, stop: Stop) -> Outcome:
         """One start, to the end of every rank. Raises TooFewNodes."""
         ranks = self._on_nodes() if self.nodes else self._here()
-        while ranks.look():
+        while ranks.poll():
             if stop.at_once:
-                ranks.end_within(0)
+                ranks.kill_after(0)
             elif stop.asked is not None:
-                ranks.ask(stop.asked)
+                ranks.request_stop(stop.asked)
             time.sleep(LOOK_EVERY)
         return Outcome(INTERRUPTED) if stop.at_once else ranks.outcome()
 
@@ -122,11 +122,11 @@ class Launch:
         return {LAUNCH_ID: secrets.token_hex(8), **({AGAIN: "1"} if self.again else {})}
 
     def _on_nodes(self) -> RemoteRanks:
-        reached = Reached(self.nodes, self.silence, self.grace)
+        reached = ConnectedNodes(self.nodes, self.silence, self.grace)
         least = self.options.min_nodes or len(self.nodes)
         if (found := len(reached.nodes)) < least:
             absent = "; ".join(f"{name}: {reason}" for name, reason in reached.absent.items())
-            reached.keep(0, "not needed")
+            reached.keep_first(0, "not needed")
             raise TooFewNodes(
                 f"{found} of {len(self.nodes)} nodes answer, and min_nodes={least}: {absent}; see `teamlora check`, or "
                 "lower min_nodes"
@@ -134,13 +134,13 @@ class Launch:
         if reached.absent:
             batch, experts = self.recipe.train.global_batch_size, self.recipe.experts.parallel_size
             count = dividing_nodes([remote.node for remote in reached.nodes], least, self.recipe)
-            reached.keep(
+            reached.keep_first(
                 count, f"train.global_batch_size={batch} or experts.parallel_size={experts} does not go with its ranks"
             )
         for name, reason in reached.absent.items():
             print(f"launch          without {name}: {reason}", flush=True)
         folder = launch_folder()
-        variables = {**passed_on(os.environ, folder), **self._own_variables()}
+        variables = {**forwarded_variables(os.environ, folder), **self._own_variables()}
         arguments = [str(SCRIPT), *self.options.arguments, f"run.nodes={len(reached.nodes)}"]
         return RemoteRanks(reached, arguments, variables, folder, self.options.master_port)
 
