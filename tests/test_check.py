@@ -80,7 +80,7 @@ def test_equal_machines_pass_and_each_check_says_so_in_one_line():
     texts = {finding.what: finding.text for finding in found}
     assert texts["slots"] == "4 ranks on 4 GPUs"
     assert texts["packages"] == "python 3.12.1, torch 2.13.0, peft 0.21.2"
-    assert texts["memory"] == "a rank needs 10.00 GiB and 1.00 GiB of its host, as estimated"
+    assert texts["memory"] == "a rank needs 10.00 GiB on its device and 1.00 GiB on its host (estimated)"
 
 
 OCCUPIED = "a rank needs 10.00 GiB, but GPU 7 has 1.00 GiB of 80.00 GiB free"
@@ -111,7 +111,7 @@ def other_rate(value: float) -> dict:
         ("prepared", {"prepared": "q"}, "data.prepared_dir=prepared differs from the set on a"),
         ("prepared", {"prepared": None, "problems": {"prepared": "no prepared set"}}, "no prepared set"),
         ("memory", {"gpus": [FIRST.gpus[0], Gpu(7, "H100", 80 * GIB, GIB)]}, OCCUPIED),
-        ("memory", {"memory": GIB}, "2 ranks need 2.00 GiB of host memory, but 1.00 GiB are free"),
+        ("memory", {"memory": GIB}, "2 ranks need 2.00 GiB of host memory, but 1.00 GiB is free"),
     ],
 )
 def test_a_mistake_on_one_node_is_an_error_of_that_node(what, change, text):
@@ -248,7 +248,7 @@ def test_the_estimate_is_for_the_kind_of_device_that_the_nodes_have(tmp_path, mo
     facts = replace(FIRST, gpus=gpus)
     monkeypatch.setattr(preflight, "probe_this_machine", lambda host, *_: Answer(host, facts, clock=EXACT))
     texts = {found.what: found.text for found in preflight.check_launch(tmp_path / "recipe.yaml", (), None).findings}
-    assert texts["memory"].startswith(f"a rank needs {device / GIB:.2f} GiB and ")
+    assert texts["memory"].startswith(f"a rank needs {device / GIB:.2f} GiB on its device and ")
 
 
 @pytest.mark.parametrize("over_ssh", [True, False])

@@ -14,7 +14,7 @@ from data_prep.user_error import UserError
 from tests.test_recipe import MINIMAL
 from trainer.cluster.hostfile import Node, read_hostfile
 from trainer.cluster.launch_environment import forwarded_variables
-from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
+from trainer.cluster.launch_outcome import Outcome, RankEnding, outcome
 from trainer.cluster.local_ranks import slots_here
 from trainer.cluster.ssh import launch_folder
 from trainer.distributed import network
@@ -219,13 +219,13 @@ OWN = ended(2, FAULT, "ValueError: no")
             [],
             [-9],
             False,
-            Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} (SIGKILL)"),
+            Outcome(FAULT, "DeepSpeed's launcher: killed from outside (SIGKILL)"),
         ),
         (
             [ended(0, STOPPED), ended(1, STOPPED)],
             [-9],
             False,
-            Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} (SIGKILL)"),
+            Outcome(FAULT, "DeepSpeed's launcher: killed from outside (SIGKILL)"),
         ),
         ([ended(0, STOPPED)], [-9], True, Outcome(STOPPED)),
         ([OWN, LOST], [1], True, Outcome(FAULT, "node, rank 2: ValueError: no")),

@@ -46,7 +46,7 @@ def outcome(endings: Iterable[tuple[str, RankEnding]], launchers: Iterable[int],
         return Outcome(MISTAKE)
     killed = next((-status for status in launchers if status < 0), None)
     if killed is not None and not failed and not stopping:  # then the ranks were stopped by whoever watches them
-        return Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} ({signal.Signals(killed).name})")
+        return Outcome(FAULT, f"DeepSpeed's launcher: killed from outside ({signal.Signals(killed).name})")
     if any(each.rank == 0 and each.ending.status == STOPPED for _, each in endings):
         return Outcome(STOPPED)
     if not failed:

@@ -277,20 +277,21 @@ def _find_too_little_memory(cluster: ClusterFacts) -> Iterator[_Problem]:
         slots = cluster.slots[host]
         for gpu in (facts.gpus or [])[:slots]:
             if gpu.free is not None and gpu.total is not None and need.device > gpu.free:
-                text = (
-                    f"a rank needs {gib(need.device)}, but GPU {gpu.index} has {gib(gpu.free)} of {gib(gpu.total)} free"
+                free = f"{gib(gpu.free)} of {gib(gpu.total)} free"
+                text = f"a rank needs {gib(need.device)}, but GPU {gpu.index} has {free}"
+                occupied = need.device <= gpu.total
+                remedy = (
+                    "end other processes on it, see nvidia-smi" if occupied else _fitting("gpu", gpu.total, cluster)
                 )
-                busy = need.device <= gpu.total
-                remedy = "end other processes on it, see nvidia-smi" if busy else _estimate(cluster, "gpu", gpu.total)
                 yield _Problem("error", host, text, remedy)
         per_rank = need.host if facts.gpus else need.host + need.device
         if per_rank * slots > facts.memory:
             ranks = "rank needs" if slots == 1 else "ranks need"
-            text = f"{slots} {ranks} {gib(per_rank * slots)} of host memory, but {gib(facts.memory)} are free"
-            yield _Problem("error", host, text, _estimate(cluster, "host", facts.memory // slots))
+            text = f"{slots} {ranks} {gib(per_rank * slots)} of host memory, but {gib(facts.memory)} is free"
+            yield _Problem("error", host, text, _fitting("host", facts.memory // slots, cluster))
 
 
-def _estimate(cluster: ClusterFacts, memory: str, size: int) -> str:
+def _fitting(memory: str, size: int, cluster: ClusterFacts) -> str:
     """A remedy: the command that shows which changes would fit."""
     limit = f"--{memory}-memory {size / GIB:.1f}GiB"
     return f"see what would fit: teamlora estimate RECIPE --world-size {cluster.ranks} {limit}"
@@ -298,11 +299,11 @@ def _estimate(cluster: ClusterFacts, memory: str, size: int) -> str:
 
 def _describe_memory(cluster: ClusterFacts) -> str:
     need = cluster.need
-    return f"a rank needs {gib(need.device)} and {gib(need.host)} of its host, as estimated" if need else ""
+    return f"a rank needs {gib(need.device)} on its device and {gib(need.host)} on its host (estimated)" if need else ""
 
 
 _CHECKS = (
-    _Check("reached", _find_unreached, lambda cluster: f"all of {counted(len(cluster.nodes), 'machine')}"),
+    _Check("reached", _find_unreached, lambda cluster: counted(len(cluster.nodes), "machine")),
     _Check("nodes", _find_wrong_node_count),
     _Check("machine", _find_same_machine, lambda cluster: "all different" if len(cluster.facts) > 1 else ""),
     _Check("slots", _find_bad_slots, _describe_slots),
