@@ -32,7 +32,8 @@ def report(recipe: Recipe, world_size: int, device: int | None, host: int | None
 
 
 def _tables(estimate: Estimate, kind: DeviceKind) -> list[str]:
-    title = f"GiB per rank ({estimate.world_size} ranks, ZeRO-{estimate.zero.stage}, {kind})"
+    ranks = "1 rank" if estimate.world_size == 1 else f"{estimate.world_size} ranks"
+    title = f"GiB per rank ({ranks}, ZeRO-{estimate.zero.stage}, {kind})"
     peak = MemoryUse("peak", estimate.device, estimate.host)
     uses = [
         (use.name, f"{use.device / GIB:.3f}", f"{use.host / GIB:.3f}")
