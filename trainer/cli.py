@@ -174,7 +174,7 @@ def _estimate(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from trainer.cluster.hostfile import read_hostfile
     from trainer.cluster.preflight import LIMIT, check_launch
-    from trainer.cluster.preflight_summary import counted
+    from trainer.cluster.preflight_facts import counted
 
     nodes = read_hostfile(options.hostfile) if options.hostfile is not None else None
     report = check_launch(options.recipe, options.overrides, nodes, options.master_port, options.limit or LIMIT)

@@ -29,7 +29,7 @@ from transformers import LlamaConfig
 from benchmarks.shared.random_llama import build_model
 from tests.support.ranks import run_ranks
 from trainer.estimate.estimate import Estimator
-from trainer.estimate.measured import FITTED_ON
+from trainer.estimate.resident import FITTED_ON
 from trainer.recipe import Recipe
 from trainer.recipe_file import dump_recipe
 

@@ -12,9 +12,9 @@ import yaml
 from data_prep.user_error import UserError
 from tests.support.minimal_recipe import MINIMAL
 from trainer.cluster.hostfile import Node, read_hostfile
-from trainer.cluster.launch_environment import passed_on
+from trainer.cluster.launch_environment import forwarded_variables
 from trainer.cluster.launch_options import parse_launch_options
-from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
+from trainer.cluster.launch_outcome import Outcome, RankEnding, outcome
 from trainer.cluster.local_ranks import slots_here
 from trainer.cluster.ssh import launch_folder
 from trainer.cluster.supervisor import dividing_nodes, launch
@@ -37,8 +37,8 @@ def test_a_hostfile_is_read_in_its_order(tmp_path):
         ("node-a\n", "line 1: 'node-a': expected `name slots=N`"),
         ("node-a slots=0\n", "line 1: 'node-a slots=0': expected"),
         ("node-a slots=2\nnode-a slots=2\n", "line 2: node-a is listed twice"),
-        ("# nothing\n", "lists no node"),
-        (None, "No such file or directory; give a file with a line such as `node-a slots=8` a node"),
+        ("# nothing\n", "lists no nodes"),
+        (None, "No such file or directory; give a file with one line per node, such as `node-a slots=8`"),
     ],
 )
 def test_a_bad_hostfile_is_refused(tmp_path, text, told):
@@ -63,7 +63,7 @@ def test_threads_interface_and_proxy_are_passed_on_and_the_shell_is_not(tmp_path
         "SSH_CONNECTION": "here",
         "HOME": "/root",
     }
-    assert passed_on(shell, tmp_path) == {
+    assert forwarded_variables(shell, tmp_path) == {
         "OMP_NUM_THREADS": "8",
         "NCCL_SOCKET_IFNAME": "ib0",
         "HTTPS_PROXY": "http://proxy:3128",
@@ -77,7 +77,7 @@ def test_a_line_of_deepspeed_env_that_would_end_its_launcher_is_refused(tmp_path
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / ".deepspeed_env").write_text(f"A=1\n{line}\nB=2\n")
     with pytest.raises(UserError, match=r"deepspeed_env, line 2: .*expected NAME=VALUE"):
-        passed_on({}, tmp_path)
+        forwarded_variables({}, tmp_path)
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "-1,0"])
@@ -91,7 +91,7 @@ def test_devices_are_those_that_are_visible(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f,7")
     assert slots_here(None) == [2, "GPU-5f", 7]
     assert slots_here(2) == [2, "GPU-5f"]
-    with pytest.raises(UserError, match="num_gpus=4: 3 are here"):
+    with pytest.raises(UserError, match="num_gpus=4: this machine has 3"):
         slots_here(4)
 
 
@@ -222,13 +222,13 @@ OWN = ended(2, FAULT, "ValueError: no")
             [],
             [-9],
             False,
-            Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} (SIGKILL)"),
+            Outcome(FAULT, "DeepSpeed's launcher: killed from outside (SIGKILL)"),
         ),
         (
             [ended(0, STOPPED), ended(1, STOPPED)],
             [-9],
             False,
-            Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} (SIGKILL)"),
+            Outcome(FAULT, "DeepSpeed's launcher: killed from outside (SIGKILL)"),
         ),
         ([ended(0, STOPPED)], [-9], True, Outcome(STOPPED)),
         ([OWN, LOST], [1], True, Outcome(FAULT, "node, rank 2: ValueError: no")),

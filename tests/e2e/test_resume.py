@@ -149,7 +149,7 @@ def test_a_halted_rank_ends_the_launch_in_the_set_time_with_operation_and_rank_n
     os.kill(ranks_of("halted")[1], signal.SIGSTOP)
     assert run.status(LIMIT) == 1, run.said()
     assert "does not answer in " in run.said()
-    assert "launch          failed on rank 1: was halted, as by SIGSTOP or a debugger, and was killed" in run.said()
+    assert "launch          failed on rank 1: was suspended (SIGSTOP or a debugger), and was killed" in run.said()
     assert not ranks_of("halted")
 
 

@@ -1,4 +1,4 @@
-"""Builds an engine for each ZeRO stage, makes a step, and leaves what it holds.
+"""Builds an engine for each ZeRO stage, runs one step, and writes the bytes it holds to FOLDER/held.json.
 
 python -m tests.estimate.built_engine BASE FOLDER      (with RANK, WORLD_SIZE, ... set)
 """
@@ -22,7 +22,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def recipe_of(base: Path, folder: Path, stage: int, dtype: str) -> Recipe:
-    """ds_configs/zero3.json, or zero2.json with another stage."""
+    """A recipe on ds_configs/zero3.json, or on zero2.json with its stage replaced."""
     found = json.loads(Path(f"ds_configs/zero{3 if stage == 3 else 2}.json").read_text())
     found["zero_optimization"]["stage"] = stage
     config = folder / f"stage{stage}.json"
@@ -31,14 +31,14 @@ def recipe_of(base: Path, folder: Path, stage: int, dtype: str) -> Recipe:
 
 
 def held(recipe: Recipe, stage: int, device: torch.device) -> dict[str, int]:
-    """Bytes after a step by category, as the run tells them or as the engine's tensors say."""
+    """Bytes by category after a step, as the run reports them or as read from the engine's tensors."""
     training = build(recipe, device, scene.training_rows(recipe))
     model, saver = training.model, training.saver()
     training.step(1)
-    told, learning = bytes_on_this_rank(model, stage, 1), learning_bytes(training.engine)
+    reported, learning = bytes_on_this_rank(model, stage, 1), learning_bytes(training.engine)
     second = [m.second for m in model.modules() if isinstance(m, NF4Linear)]
     return {
-        **{category: told[category] for category in ("packed weights", "absmax", "unquantised", "adapter")},
+        **{category: reported[category] for category in ("packed weights", "absmax", "unquantised", "adapter")},
         **{category: learning[category] for category in ("master copy", "optimizer moments")},
         "absmax, second level": storage_bytes(t for level in second for t in (level.absmax, level.code, level.offset)),
         "buffers": storage_bytes(model.buffers()),

@@ -8,8 +8,8 @@ import pytest
 from trainer.cli import main
 from trainer.console.arguments import memory_size
 from trainer.estimate.estimate import Estimator
-from trainer.estimate.measured import LIBRARIES
-from trainer.estimate.sizes import GIB
+from trainer.estimate.estimate_report import GIB
+from trainer.estimate.resident import LIBRARIES
 from trainer.recipe_file import dump_recipe, load_recipe
 
 
@@ -21,33 +21,33 @@ def path(tmp_path, recipe_of):
     return path
 
 
-def asked(capsys, *arguments):
-    """What is printed; the status says whether it fits."""
+def estimate_json(capsys, *arguments):
+    """The printed JSON object; the exit status agrees with `fits`."""
     status = main(["estimate", *map(str, arguments), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert status == (0 if found["fits"] else 2)
     return found
 
 
-def test_json_adds_up(path, capsys):
-    found = asked(capsys, path, "--world-size", "2")
-    resident = sum(held["device"] for held in found["resident"].values())
+def test_the_terms_in_json_add_up_to_the_peak(path, capsys):
+    found = estimate_json(capsys, path, "--world-size", "2")
+    resident = sum(use["device"] for use in found["resident"].values())
     assert found["peak"]["device"] == resident + sum(found["transient"].values())
     assert found["fits"] and found["would_fit"] == []
     moments = found["resident"]["optimizer moments"]["device"]
     assert found["trained_parameters"] * 8 == pytest.approx(2 * moments, rel=1e-3)  # AdamW's two in fp32, on two ranks
 
 
-def test_table_names_every_category_and_the_limit(path, capsys):
+def test_the_table_names_every_category_and_the_limit(path, capsys):
     assert main(["estimate", str(path), "--gpu-memory", "900GiB"]) == 0
     out = capsys.readouterr().out
-    for word in ("packed weights", "optimizer moments", "activations", "peak", "sends in a step", "fits", "900.00 GiB"):
+    for word in ("packed weights", "optimizer moments", "activations", "peak", "sent per rank", "fits", "900.00 GiB"):
         assert word in out
 
 
 @pytest.mark.parametrize("limit", ["40GiB", "24GiB", "16GiB"])
-def test_what_is_suggested_fits_when_it_is_estimated_afresh(path, capsys, limit):
-    found = asked(capsys, path, "--world-size", "2", "--gpu-memory", limit)
+def test_suggestions_fit_when_estimated_again(path, capsys, limit):
+    found = estimate_json(capsys, path, "--world-size", "2", "--gpu-memory", limit)
     assert not found["fits"] and found["would_fit"]
     for suggestion in found["would_fit"]:
         overrides = [setting for setting in suggestion["settings"] if "=" in setting]
@@ -57,18 +57,18 @@ def test_what_is_suggested_fits_when_it_is_estimated_afresh(path, capsys, limit)
         assert estimate.device == suggestion["device"] <= memory_size(limit)
 
 
-def test_what_nothing_helps_is_said(path, capsys):
+def test_a_run_that_no_change_makes_fit_is_reported(path, capsys):
     assert main(["estimate", str(path), "--gpu-memory", "10MiB"]) == 2
     printed = capsys.readouterr()
-    assert "nothing that was tried would fit" in printed.out
+    assert "none of the changes tried would fit" in printed.out
     assert printed.err.startswith("error: does not fit: device ") and printed.err.count("\n") == 1
 
 
-def test_what_does_not_fit_is_an_error_that_names_the_nearest_change(path, capsys):
+def test_a_run_that_does_not_fit_is_an_error_that_names_the_nearest_change(path, capsys):
     assert main(["estimate", str(path), "--world-size", "2", "--gpu-memory", "40GiB", "--host-memory", "9GiB"]) == 2
     printed = capsys.readouterr()
     assert "does not fit    device" in printed.out and "would fit" in printed.out
-    assert printed.err.startswith("error: does not fit: device ") and "of 40.00 GiB; it would with " in printed.err
+    assert printed.err.startswith("error: does not fit: device ") and "of 40.00 GiB; it would fit with " in printed.err
     assert "host" not in printed.err and printed.err.count("\n") == 1
 
 
@@ -80,27 +80,28 @@ def test_a_deepspeed_file_that_training_refuses_is_refused(path, tmp_path, capsy
     assert "zero_hpz_partition_size=2 corrupts a packed base" in capsys.readouterr().err
 
 
-def test_a_gpus_memory_makes_it_an_estimate_for_a_gpu(path, capsys):
-    found = asked(capsys, path, "--gpu-memory", "900GiB")
+def test_giving_gpu_memory_estimates_for_a_gpu(path, capsys):
+    found = estimate_json(capsys, path, "--gpu-memory", "900GiB")
     assert found["device_kind"] == "cuda" and found["peak"] == found["peak_on"]["cuda"]
 
 
-def test_json_tells_the_peak_on_each_kind_of_device(path, capsys):
-    on = asked(capsys, path, "deepspeed.config=ds_configs/zero2.json")["peak_on"]  # whose buckets are of one size
+def test_json_reports_the_peak_on_each_kind_of_device(path, capsys):
+    found = estimate_json(capsys, path, "deepspeed.config=ds_configs/zero2.json")  # buckets of the same size on both
+    on = found["peak_on"]
     assert on["cuda"]["device"] - on["cpu"]["device"] == LIBRARIES["cuda"] - LIBRARIES["cpu"]
     assert on["cuda"]["host"] == on["cpu"]["host"]
 
 
 def test_offload_moves_bytes_to_the_host(path, capsys):
-    on_device = asked(capsys, path)["peak"]
-    found = asked(capsys, path, "deepspeed.config=ds_configs/zero3_offload.json", "--host-memory", "1GiB")
+    on_device = estimate_json(capsys, path)["peak"]
+    found = estimate_json(capsys, path, "deepspeed.config=ds_configs/zero3_offload.json", "--host-memory", "1GiB")
     assert on_device["host"] < 4 * GIB
     assert found["peak"]["host"] > 4 * GIB and found["peak"]["device"] < on_device["device"]
     assert not found["fits"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--world-size", "3"], "train.global_batch_size=64 is not divisible by"),
         (["base.model=nowhere/at/all"], "nowhere/at/all does not exist"),
@@ -109,10 +110,10 @@ def test_offload_moves_bytes_to_the_host(path, capsys):
         (["experts.parallel_size=2"], "does not divide the 1 ranks"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(path, capsys, arguments, said):
+def test_a_mistake_is_one_line_and_status_2(path, capsys, arguments, message):
     assert main(["estimate", str(path), *arguments]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("size", ["24", "much", "0GB"])

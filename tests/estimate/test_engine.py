@@ -1,4 +1,4 @@
-"""What one process without ZeRO, and with each stage, holds after a step; several ranks: tests/distributed."""
+"""What one process holds after a step under each ZeRO stage; for several ranks see tests/distributed."""
 
 import json
 
@@ -21,7 +21,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(base, tmp_path_factory):
-    """What the cases below hold; from a process of its own, since DeepSpeed keeps its groups for a whole process."""
+    """Bytes held in each case, from a separate process: DeepSpeed keeps its groups for the life of a process."""
     folder = tmp_path_factory.mktemp("built")
     run_ranks(1, ["-m", "tests.estimate.built_engine", str(base), str(folder)])
     return json.loads((folder / "held.json").read_text())
@@ -29,14 +29,14 @@ def built(base, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_estimated_bytes_are_those_of_a_built_engine(base, built, tmp_path, stage, dtype):
+def test_estimated_bytes_match_a_built_engine(base, built, tmp_path, stage, dtype):
     recipe = recipe_of(base, tmp_path, stage, dtype)
-    told = built[f"{stage}-{dtype}"]
-    estimated = {held.name: held.device + held.host for held in Estimator(recipe).estimate(recipe, 1).resident}
-    assert {category: estimated[category] for category in told} == told
+    held = built[f"{stage}-{dtype}"]
+    estimated = {use.name: use.device + use.host for use in Estimator(recipe).estimate(recipe, 1).resident}
+    assert {category: estimated[category] for category in held} == held
 
 
-def test_an_adapter_to_start_from_is_counted_as_a_fresh_one(base, tmp_path):
+def test_an_adapter_to_start_from_counts_like_a_fresh_one(base, tmp_path):
     adapted(base, "teamlora", expert_rank=4, alpha=8).save_pretrained(tmp_path / "adapter")
     recipe = recipe_of(base, tmp_path, 3, "fp32")
     begun = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"init_from": tmp_path / "adapter"})})

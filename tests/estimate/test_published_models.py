@@ -1,4 +1,4 @@
-"""Models of known size, from their config.json alone, against closed forms."""
+"""Estimates for models of known size, from config.json alone, against closed forms."""
 
 import math
 import time
@@ -7,7 +7,7 @@ import pytest
 
 from trainer.estimate.estimate import Estimator
 
-# name: (parameters as published, hidden, intermediate, layers, key/value width)
+# name: (published number of parameters, hidden, intermediate, layers, key/value width)
 MODELS = {
     "llama-3-8b": (8_030_261_248, 4096, 14336, 32, 1024),
     "llama-3-70b": (70_553_706_496, 8192, 28672, 80, 1024),
@@ -17,23 +17,23 @@ VOCABULARY, WORLD = 128_256, 8
 models = pytest.mark.parametrize("name", MODELS)
 
 
-def held(recipe, world):
-    return {row.name: row.device for row in Estimator(recipe).estimate(recipe, world).resident}
+def device_bytes(recipe, world):
+    return {use.name: use.device for use in Estimator(recipe).estimate(recipe, world).resident}
 
 
 @models
-def test_unquantised_parameters_are_as_many_as_published(recipe_of, name):
+def test_unquantised_parameters_match_the_published_count(recipe_of, name):
     recipe = recipe_of(name, base__quantization="none", train__global_batch_size=WORLD)
     published = MODELS[name][0]
-    assert held(recipe, 1)["unquantised"] == 2 * published
-    assert held(recipe, WORLD)["unquantised"] == 2 * published // WORLD
+    assert device_bytes(recipe, 1)["unquantised"] == 2 * published
+    assert device_bytes(recipe, WORLD)["unquantised"] == 2 * published // WORLD
 
 
 @models
-def test_packed_weights_take_half_a_byte_and_a_64th_for_their_maxima(recipe_of, name):
+def test_packed_weights_take_half_a_byte_each_plus_one_byte_per_64_for_maxima(recipe_of, name):
     published, hidden, _, layers, _ = MODELS[name]
     plain = 2 * VOCABULARY * hidden + (2 * layers + 1) * hidden
-    found = held(recipe_of(name, train__global_batch_size=WORLD), WORLD)
+    found = device_bytes(recipe_of(name, train__global_batch_size=WORLD), WORLD)
     assert found["packed weights"] == (published - plain) // 2 // WORLD
     assert found["absmax"] == (published - plain) // 64 // WORLD
     assert found["unquantised"] == 2 * plain // WORLD
@@ -45,64 +45,64 @@ def test_adapter_and_its_state_follow_teamloras_shapes(recipe_of, name):
     k, rank = 4, 4
     sides = [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
     elements = layers * sum(k * rank * d_in + k * d_in + k * k + k * rank * d_out for d_in, d_out in sides)
-    found = held(recipe_of(name), 1)
+    found = device_bytes(recipe_of(name), 1)
     assert found["adapter"] == found["gradients"] == 2 * elements
     assert (found["master copy"], found["optimizer moments"]) == (4 * elements, 8 * elements)
 
 
 def test_placed_experts_are_cut_over_replicas_and_whole_with_replicate(recipe_of):
     _, hidden, intermediate, layers, _ = MODELS["llama-3-8b"]
-    experts = 2 * layers * 16 * (2 * intermediate + hidden)  # bytes in bf16 of all B
-    whole = held(recipe_of("llama-3-8b"), 1)["adapter"]
+    experts = 2 * layers * 16 * (2 * intermediate + hidden)  # bytes of all B in bf16
+    whole = device_bytes(recipe_of("llama-3-8b"), 1)["adapter"]
     shared = whole - experts
     placed = {"experts__parallel_size": 2, "train__global_batch_size": WORLD}
-    cut = held(recipe_of("llama-3-8b", **placed), WORLD)["adapter"]
-    replicated = held(recipe_of("llama-3-8b", **placed, experts__replicate=True), WORLD)["adapter"]
+    cut = device_bytes(recipe_of("llama-3-8b", **placed), WORLD)["adapter"]
+    replicated = device_bytes(recipe_of("llama-3-8b", **placed, experts__replicate=True), WORLD)["adapter"]
     assert cut == (shared + experts) // WORLD
     assert replicated == shared // WORLD + experts // 2
 
 
-def test_eight_bit_moments_take_a_byte_each_and_a_maximum_a_block(recipe_of):
-    found = held(recipe_of("llama-3-8b", train__optimizer="adamw_8bit"), 1)
+def test_8bit_moments_take_one_byte_each_plus_one_maximum_per_block(recipe_of):
+    found = device_bytes(recipe_of("llama-3-8b", train__optimizer="adamw_8bit"), 1)
     elements = found["master copy"] // 4
     assert found["optimizer moments"] == 2 * (elements + 4 * math.ceil(elements / 256))
 
 
 @pytest.mark.parametrize(("stage", "world", "share"), [(0, 2, 1), (2, 2, 2), (3, 1, 1), (3, 2, 2)])
 @pytest.mark.parametrize(("optimizer", "size"), [("adamw", 12), ("adamw_8bit", 20)])
-def test_a_checkpoint_is_copied_on_the_host_whole_or_by_shards(recipe_of, stage, world, share, optimizer, size):
+def test_the_checkpoint_copy_is_on_the_host_whole_or_sharded(recipe_of, stage, world, share, optimizer, size):
     config = f"ds_configs/zero{stage}.json" if stage else "ds_configs/single.json"
     recipe = recipe_of("llama-3-8b", deepspeed__config=config, train__optimizer=optimizer)
     found = Estimator(recipe).estimate(recipe, world)
-    (row,) = (row for row in found.resident if row.name == "checkpoint copy")
-    expected = pytest.approx(size * found.trained / share, rel=1e-4)  # stage 0 keeps small tensors out of the 8 bits
+    (row,) = (use for use in found.resident if use.name == "checkpoint copy")
+    expected = pytest.approx(size * found.trained / share, rel=1e-4)  # stage 0 keeps small tensors in fp32
     assert (row.device, row.host) == (0, expected)
 
 
 @pytest.mark.parametrize(("kind", "elements"), [("cuda", 50_000_000), ("cpu", None)])
-def test_the_reduce_bucket_is_reserved_on_a_gpu_and_filled_by_gradients_on_a_cpu(recipe_of, kind, elements):
+def test_the_reduce_bucket_is_allocated_whole_on_a_gpu_and_as_far_as_used_on_a_cpu(recipe_of, kind, elements):
     recipe = recipe_of("llama-3-8b", adapter__expert_rank=1, train__global_batch_size=WORLD)
-    rows = {row.name: row.device for row in Estimator(recipe, kind).estimate(recipe, WORLD).resident}
+    rows = {use.name: use.device for use in Estimator(recipe, kind).estimate(recipe, WORLD).resident}
     assert rows["reduce bucket"] == (2 * elements if elements else rows["adapter"] * WORLD)
 
 
 @pytest.mark.parametrize(("world", "copies"), [(1, 2), (64, None)])
-def test_while_loading_the_adapter_is_whole_or_twice_beside_its_master_copy(recipe_of, world, copies):
+def test_the_loading_peak_is_the_whole_adapter_or_its_shard_twice_and_its_master_copy(recipe_of, world, copies):
     recipe = recipe_of("llama-3-8b", train__global_batch_size=world)
     found = Estimator(recipe, "cpu").estimate(recipe, world)
-    rows = {row.name: row.device for row in found.resident}
+    rows = {use.name: use.device for use in found.resident}
     base = ("packed weights", "absmax", "absmax, second level", "unquantised", "buffers", "libraries")
     learning = copies * rows["adapter"] + rows["master copy"] if copies else world * rows["adapter"]
-    held = found.loading.device - sum(rows[name] for name in base)
-    assert held == pytest.approx(learning, rel=1e-3)  # shards are padded
+    rest = found.loading.device - sum(rows[name] for name in base)
+    assert rest == pytest.approx(learning, rel=1e-3)  # shards are padded
 
 
 @pytest.mark.parametrize(("dispatch", "tokens"), [("auto", 512), ("weights", 0)])
-def test_calibration_moves_outputs_of_512_tokens(recipe_of, dispatch, tokens):
+def test_autotuning_exchanges_outputs_of_512_tokens(recipe_of, dispatch, tokens):
     recipe = recipe_of("llama-3-8b", adapter__expert_rank=1, experts__parallel_size=2, experts__dispatch=dispatch)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"global_batch_size": 2})})
     found = Estimator(recipe, "cpu").estimate(recipe, 2)
-    rows = {row.name: row.device for row in found.resident}
+    rows = {use.name: use.device for use in found.resident}
     rest = found.loading.device - sum(rows.values()) + rows["gradients"] + rows["optimizer moments"]
     assert rest + rows["reduce bucket"] == max(rows["adapter"], 7 * tokens * 14336 * 2)
 
@@ -113,12 +113,12 @@ def test_zero3_gathers_each_weight_twice_and_the_embedding_once(recipe_of):
     published, hidden, *_ = MODELS["llama-3-8b"]
     a_pass = 2 * (2 * published - VOCABULARY * hidden) * (WORLD - 1) // WORLD
     assert estimate.sent["gathers of the base"] == 2 * a_pass  # two micro-batches
-    adapter = {row.name: row.device for row in estimate.resident}["adapter"] * (WORLD - 1)
+    adapter = {use.name: use.device for use in estimate.resident}["adapter"] * (WORLD - 1)
     assert estimate.sent["gathers of the adapter"] == 4 * adapter
     assert estimate.sent["gradients"] == 2 * adapter
 
 
-def test_the_largest_is_answered_on_64_ranks_in_seconds(recipe_of):
+def test_405b_on_64_ranks_is_estimated_in_seconds(recipe_of):
     recipe = recipe_of("llama-3.1-405b", train__global_batch_size=64, data__seq_len=4096)
     began = time.process_time()
     Estimator(recipe).estimate(recipe, 64)

@@ -1,4 +1,4 @@
-"""What comes and goes in a step, against closed forms for Llama-3-8B in bf16."""
+"""Memory that is held for part of a step only, against closed forms for Llama-3-8B in bf16."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def transient(recipe_of):
     return make
 
 
-def test_logits_stand_three_times_in_fp32_and_twice_in_bf16(transient):
+def test_logits_are_held_three_times_in_fp32_and_twice_in_bf16(transient):
     assert transient().logits == TOKENS * VOCABULARY * 16
 
 
@@ -33,27 +33,27 @@ HEAD = 2 * VOCABULARY * HIDDEN
 
 
 def config_with(folder, **zero):
-    """ds_configs/zero3.json with other values."""
+    """ds_configs/zero3.json with some values replaced."""
     config = json.loads(Path("ds_configs/zero3.json").read_text())
     config["zero_optimization"] |= zero
     (folder / "zero3.json").write_text(json.dumps(config))
     return {"deepspeed__config": str(folder / "zero3.json")}
 
 
-def test_nothing_is_gathered_where_nothing_is_sharded(transient):
+def test_nothing_is_gathered_on_a_single_rank(transient):
     alone = transient(world=1)
     assert (alone.gathered, alone.arriving, alone.placed) == (0, 0, 0)
 
 
-def test_a_model_below_the_limit_of_live_parameters_is_whole(transient, tmp_path):
+def test_a_model_below_the_live_parameter_limit_is_gathered_whole(transient, tmp_path):
     roomy = config_with(tmp_path, stage3_max_live_parameters=10**11)
     whole = LAYERS * LAYER + 2 * HIDDEN + HEAD
     assert transient(**roomy).gathered == whole
-    # checkpointing makes the embedding's output want a gradient, so backward needs the embedding as well
+    # checkpointing makes the embedding's output require a gradient, so backward needs the embedding as well
     assert transient(**roomy, train__activation_checkpointing=True).gathered == whole + HEAD
 
 
-def test_above_it_gathers_stop_there(transient, tmp_path):
+def test_a_model_above_the_live_parameter_limit_is_gathered_up_to_it(transient, tmp_path):
     elements = LAYERS * (PACKED + 2 * HIDDEN + ADAPTER) + HIDDEN + HEAD // 2
     size = LAYERS * LAYER + 2 * HIDDEN + HEAD
     live = 10**9
@@ -62,11 +62,11 @@ def test_above_it_gathers_stop_there(transient, tmp_path):
     )
 
 
-def test_without_prefetch_one_layer_and_the_head_are_whole(transient, tmp_path):
+def test_without_prefetch_one_layer_and_the_head_are_gathered(transient, tmp_path):
     assert transient(**config_with(tmp_path, stage3_prefetch_bucket_size=0)).gathered == LAYER + HEAD
 
 
-def test_autograd_keeps_plain_linears_whole_unless_layers_are_recomputed(transient, tmp_path):
+def test_autograd_keeps_plain_linears_whole_without_checkpointing(transient, tmp_path):
     plain = {"base__quantization": "none", **config_with(tmp_path, stage3_prefetch_bucket_size=0)}
     layer = 2 * (LINEARS + 2 * HIDDEN + ADAPTER)
     assert transient(**plain).gathered == layer + HEAD + LAYERS * 2 * LINEARS
@@ -77,11 +77,11 @@ def test_the_largest_parameter_arrives_beside_its_copy(transient):
     assert transient().arriving == HEAD
 
 
-def test_placed_adapters_of_two_layers_are_whole(transient):
+def test_placed_adapters_of_two_layers_are_gathered(transient):
     assert transient(experts__parallel_size=2).placed == 2 * 2 * ADAPTER
 
 
-def test_a_step_makes_an_fp32_gradient_and_two_temporaries_of_adamws(transient):
+def test_the_optimizer_step_holds_an_fp32_gradient_and_two_adamw_temporaries(transient):
     assert transient().step == LAYERS * ADAPTER // WORLD * 3 * 4
     assert transient(base__dtype="fp32").step == LAYERS * ADAPTER // WORLD * 2 * 4
     assert transient(train__optimizer="adamw_8bit").step == LAYERS * ADAPTER // WORLD * 4
@@ -94,7 +94,7 @@ def test_the_largest_weight_is_dequantised_in_the_compute_dtype(transient):
     assert transient(base__quantization="none").working == gradients
 
 
-def test_checkpointing_keeps_each_layers_input_and_one_layer_again(transient):
+def test_checkpointing_keeps_each_layers_input_and_recomputes_one_layer(transient):
     full, slim = transient(), transient(train__activation_checkpointing=True)
     rotary, mask, positions = 2 * 2 * TOKENS * 128, TOKENS * 512, 8 * TOKENS
     assert slim.activations == LAYERS * 2 * TOKENS * HIDDEN + rotary + mask + positions
@@ -104,5 +104,5 @@ def test_checkpointing_keeps_each_layers_input_and_one_layer_again(transient):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_named_terms_add_up_to_the_peak(transient, checkpointing):
-    found = transient(train__activation_checkpointing=checkpointing)
-    assert sum(found.by_name.values()) == found.peak
+    estimate = transient(train__activation_checkpointing=checkpointing)
+    assert sum(estimate.by_name.values()) == estimate.peak

@@ -10,7 +10,7 @@ import trainer.run.resources
 from data_prep.user_error import UserError
 from tests.support.minimal_recipe import MINIMAL
 from trainer.distributed.deepspeed_config import read_deepspeed_config
-from trainer.estimate.suggest import suggestions
+from trainer.estimate.suggest import suggest
 from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe
 from trainer.recipe_file import dump_recipe, load_recipe
@@ -80,7 +80,7 @@ def test_an_estimate_tries_the_configurations_beside_the_given_one(elsewhere, gi
         tried.append(str(recipe.deepspeed.config))
         return SimpleNamespace(recipe=recipe, world_size=world_size, fits=lambda *_: False)
 
-    suggestions(SimpleNamespace(estimate=nothing_fits), nothing_fits(recipe, 1), 0, 0)
+    suggest(SimpleNamespace(estimate=nothing_fits), nothing_fits(recipe, 1), 0, 0)
     assert list(dict.fromkeys(tried)) == [given, *offered]
 
 

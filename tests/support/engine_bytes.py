@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine really holds, read from its tensors."""
+"""Bytes that DeepSpeed's engine holds, read from its tensors."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from trainer.distributed.deepspeed_internals import fp32_copies
 
 
 def learning_bytes(engine: Any) -> dict[str, int]:
-    """Master copies, moments and gradient buffers after a step, by the storages they stand in."""
+    """Bytes of the storages of master copies, moments and gradient buffers after a step."""
     wrapper = engine.optimizer
     flat = getattr(wrapper, "fp32_partitioned_groups_flat", None) or getattr(
         wrapper, "single_partition_of_fp32_groups", None
@@ -27,7 +27,7 @@ def learning_bytes(engine: Any) -> dict[str, int]:
 
 
 def copied_bytes(saver: AsyncSaver) -> int:
-    """Copies for checkpoints: what a save is written from, and moments in 8 bits once more in fp32."""
+    """Copies for checkpoints: what a save is written from, and fp32 copies of 8-bit moments."""
     return storage_bytes([*saver._copies, *(moment.copy for moment in saver.state._quantized)])
 
 

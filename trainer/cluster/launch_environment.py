@@ -1,4 +1,4 @@
-"""Which variables of the launching shell the ranks on other nodes are given; ssh passes none on."""
+"""Selects the launching shell's variables that ranks on other nodes get; ssh forwards none by itself."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,30 +11,30 @@ PREFIXES = (
     "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "TRITON_", "UCX_",
 )  # fmt: skip
 NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "LD_LIBRARY_PATH", "PATH")
-OF_ONE_NODE = ("CUDA_VISIBLE_DEVICES",)  # the hostfile's slots say it
+PER_NODE = ("CUDA_VISIBLE_DEVICES",)  # set on each node from the hostfile's slots
 
 
-def passed_on(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Those for the ranks: the shell's, replaced by .deepspeed_env's. Raises UserError as `read_file` does."""
-    found = {
+def forwarded_variables(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """The shell's variables for ranks, overridden by .deepspeed_env. Raises UserError as `read_file` does."""
+    variables = {
         name: value
         for name, value in environment.items()
         if name.startswith(PREFIXES) or name in NAMES or name.lower() in NAMES
     }
     for path in (Path.home() / FILE, folder / FILE):
         if path.is_file():
-            found |= read_file(path)
-    return {name: value for name, value in found.items() if name not in OF_ONE_NODE}
+            variables |= read_file(path)
+    return {name: value for name, value in variables.items() if name not in PER_NODE}
 
 
 def read_file(path: Path) -> dict[str, str]:
-    """NAME=VALUE lines. Raises UserError for any other: of a comment or empty line DeepSpeed's own launcher dies."""
-    found = {}
+    """Reads NAME=VALUE lines. Raises UserError for others: DeepSpeed's launcher fails on comments and empty lines."""
+    variables = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         name, equals, value = line.partition("=")
         if not equals or not name.strip() or name.lstrip().startswith("#"):
             raise UserError(
-                f"{path}, line {number}: {line!r}: expected NAME=VALUE, no comment, no empty line; remove it"
+                f"{path}, line {number}: {line!r}: expected NAME=VALUE (no comments or empty lines); remove it"
             )
-        found[name.strip()] = value.strip().strip('"')
-    return found
+        variables[name.strip()] = value.strip().strip('"')
+    return variables

@@ -1,4 +1,4 @@
-"""What became of a launch, from how each of its ranks ended: an exit status, and the one line that says why."""
+"""Derives a launch's outcome from how each rank ended: an exit status and one line that gives the cause."""
 
 import signal
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from trainer.run.launch_protocol import FAULT, MISTAKE, STOPPED, Ending
 
-KILLED = "killed from outside, as by SIGKILL or for want of memory"
+KILLED = "killed from outside (SIGKILL, or out of memory)"
 
 
 @dataclass(frozen=True)
 class RankEnding:
-    """How one rank ended, as its node's launcher saw it. stuck: it had to be killed, after others had failed."""
+    """How one rank ended, as its node's launcher saw it. stuck: it had to be killed after other ranks had failed."""
 
     rank: int
     ending: Ending
@@ -19,37 +19,39 @@ class RankEnding:
 
     @property
     def own_fault(self) -> bool:
-        """It failed and said why itself; neither was it killed, nor did it only notice another's end."""
+        """Whether it failed and gave the cause itself: not killed, and not ended because of another rank."""
         return self.ending.failed and not (self.stuck or self.ending.followed or self.ending.line == KILLED)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """cause: a line for a person where a fault ended the launch, else empty."""
+    """cause: one line for users if a fault ended the launch, else empty."""
 
     status: int
     cause: str = ""
 
 
 def outcome(endings: Iterable[tuple[str, RankEnding]], launchers: Iterable[int], stopping: bool) -> Outcome:
-    """endings: (where, how) in the order in which they were seen. launchers: exit statuses of DeepSpeed's launchers.
+    """Combines the endings of all ranks.
 
-    stopping: the ranks had been asked to stop; they then have, unless one says itself that it failed. Of several that
-    failed the cause is the first that does not only tell of another, and before one that was stuck.
+    endings: (prefix that names the node, ending), in the order in which they were observed. launchers: exit statuses of
+    DeepSpeed's launchers. stopping: the ranks had been asked to stop; then they count as stopped, unless a rank reports
+    a failure of its own. If several ranks failed, the cause is the first one that did not merely follow another rank,
+    and preferably one that was not stuck.
     """
     endings = list(endings)
-    statuses = {found.ending.status for _, found in endings}
-    failed = [(where, found) for where, found in endings if found.ending.failed]
+    statuses = {each.ending.status for _, each in endings}
+    failed = [(where, each) for where, each in endings if each.ending.failed]
     if MISTAKE in statuses:
         return Outcome(MISTAKE)
     killed = next((-status for status in launchers if status < 0), None)
-    if killed is not None and not failed and not stopping:  # the ranks were then asked to stop by who watches them
-        return Outcome(FAULT, f"DeepSpeed's launcher: {KILLED} ({signal.Signals(killed).name})")
-    if any(found.rank == 0 and found.ending.status == STOPPED for _, found in endings):
+    if killed is not None and not failed and not stopping:  # then the ranks were stopped by whoever watches them
+        return Outcome(FAULT, f"DeepSpeed's launcher: killed from outside ({signal.Signals(killed).name})")
+    if any(each.rank == 0 and each.ending.status == STOPPED for _, each in endings):
         return Outcome(STOPPED)
     if not failed:
         status = next((abs(status) for status in launchers if status != 0), 0)
         return Outcome(STOPPED if stopping and status not in (0, MISTAKE) else status)
-    where, first = min(failed, key=lambda each: (each[1].ending.followed, each[1].stuck))  # min keeps the order
-    stopped = stopping and not any(found.own_fault for _, found in failed)
+    where, first = min(failed, key=lambda pair: (pair[1].ending.followed, pair[1].stuck))  # of equals, the first
+    stopped = stopping and not any(each.own_fault for _, each in failed)
     return Outcome(STOPPED if stopped else FAULT, f"{where}rank {first.rank}: {first.ending.line}")

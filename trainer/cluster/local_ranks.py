@@ -1,7 +1,7 @@
-"""The ranks of a launch on this machine, under DeepSpeed's launcher: signals handed on, and an end within a bound.
+"""The ranks of a launch on this machine, under DeepSpeed's launcher: forwards signals and bounds the time to the end.
 
-DeepSpeed's launcher does neither: it answers a signal by ending the ranks one after the other, returns 1 whatever they
-return, and waits for ever for a rank that is halted.
+DeepSpeed's launcher does neither. It answers a signal by ending the ranks one after the other, returns 1 whatever they
+return, and waits forever for a suspended rank.
 """
 
 import base64
@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -23,16 +23,18 @@ from data_prep.user_error import UserError
 from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
 from trainer.run.launch_protocol import ENDINGS, FAULT, Ending, read_endings
 
-HUNG = "neither ended nor answered, and was killed"
-HALTED = "was halted, as by SIGSTOP or a debugger, and was killed"
+HUNG = "did not end in time, and was killed"
+SUSPENDED = "was suspended (SIGSTOP or a debugger), and was killed"
+
+_T = TypeVar("_T")
 
 
 def launcher_command(
     slots: Mapping[str, Sequence[int | str]], node: int, address: str, port: int, arguments: Sequence[str]
 ) -> list[str]:
-    """What DeepSpeed's own launchers start on each node, here on the one that is number `node` in `slots`.
+    """The command of DeepSpeed's per-node launcher for the node at index `node` of `slots`.
 
-    slots: {node: ids of its devices, one a rank}. address, port: where rank 0 is met. arguments: script and its own.
+    slots: {node: device ids, one per rank}. address, port: where ranks meet rank 0. arguments: the script and its own.
     """
     world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
@@ -41,7 +43,7 @@ def launcher_command(
 
 
 def visible_gpus() -> list[int | str] | None:
-    """Ids that CUDA_VISIBLE_DEVICES names, up to a -1 or an empty one, as CUDA reads it; None where it is not set."""
+    """Ids in CUDA_VISIBLE_DEVICES up to the first -1 or empty one, as CUDA reads it; None if it is not set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return None
@@ -50,10 +52,10 @@ def visible_gpus() -> list[int | str] | None:
 
 
 def slots_here(count: int | None) -> list[int | str]:
-    """Ids of this machine's GPUs that are to be used, `count` of them; without a GPU `count` ranks on the CPU, or one.
+    """Ids of the first `count` GPUs of this machine, None for all; without a GPU, `count` ranks on the CPU or one.
 
-    CUDA_VISIBLE_DEVICES is kept to; for ranks on the CPU DeepSpeed's launcher makes -1 of it, and so hides what GPUs
-    there are. Raises UserError where there are fewer.
+    Respects CUDA_VISIBLE_DEVICES. An id of -1 is a rank on the CPU: DeepSpeed's launcher then hides all GPUs. Raises
+    UserError if there are fewer GPUs.
     """
     ids = visible_gpus()
     if ids is None:
@@ -63,114 +65,115 @@ def slots_here(count: int | None) -> list[int | str]:
     if not ids:
         return [-1] * (count or 1)
     if count is not None and count > len(ids):
-        raise UserError(f"num_gpus={count}: {len(ids)} are here; lower it, or see CUDA_VISIBLE_DEVICES")
+        raise UserError(f"num_gpus={count}: this machine has {len(ids)}; lower it, or see CUDA_VISIBLE_DEVICES")
     return ids[:count]
 
 
 class LocalRanks:
-    """One start of ranks, in a session of its own: so they are found however their parents end.
+    """One start of ranks, in a session of their own, so that they are found even after their parents end.
 
-    command: as `launcher_command` gives it. grace: seconds that the others have when a rank, or the launcher,
-    has failed. Further options are subprocess.Popen's.
+    command: from `launcher_command`. grace: seconds that the others have to end once a rank or the launcher has failed.
+    options: subprocess.Popen's.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], grace: float, **options: Any) -> None:
         self._grace = grace
         self._folder = tempfile.TemporaryDirectory(prefix="teamlora-")
         env = {**environment, ENDINGS: self._folder.name}
-        self.launcher = subprocess.Popen(command, start_new_session=True, env=env, **options)
+        self.launcher: subprocess.Popen[str] = subprocess.Popen(command, start_new_session=True, env=env, **options)
         self._ranks: dict[int, psutil.Process] = {}
-        self._seen: dict[int, RankEnding] = {}  # in the order in which they ended
-        self._asked: signal.Signals | None = None
-        self._stopping = False  # asked from outside
-        self._told: set[int] = set()  # processes that have been told
-        self._ending = float("inf")  # when what is left is killed, by time.monotonic
+        self._endings: dict[int, RankEnding] = {}  # in the order in which ranks ended
+        self._stop_signal: signal.Signals | None = None  # for every rank
+        self._stop_requested = False  # from outside
+        self._signalled: set[int] = set()  # processes that have got the signal
+        self._kill_at = float("inf")  # time.monotonic at which what is left is killed
 
-    def ask(self, number: signal.Signals) -> None:
-        """Has every rank asked to save and end, now or as soon as it has begun."""
-        self._asked, self._stopping = self._asked or number, True
+    def request_stop(self, number: signal.Signals) -> None:
+        """Sends the signal to every rank, also to ones yet to start: they save and end. The first signal counts."""
+        self._stop_signal, self._stop_requested = self._stop_signal or number, True
 
-    def end_within(self, seconds: float) -> None:
-        """Kills what is left after so many seconds."""
-        self._ending = min(self._ending, time.monotonic() + seconds)
+    def kill_after(self, seconds: float) -> None:
+        """Kills what is left after so many seconds, or earlier if that was requested before."""
+        self._kill_at = min(self._kill_at, time.monotonic() + seconds)
 
-    def look(self) -> bool:
-        """Whether anything of the launch is left. To be called often: here it is seen to."""
-        left = list(self._processes())
-        self._note(left)
+    def poll(self) -> bool:
+        """Returns whether any process is left. Also does the supervision, so it must be called often."""
+        processes = list(self._processes())
+        self._record_endings(processes)
         status = self.launcher.poll()
-        if status is not None and status < 0 and not self._killing:  # it was ended itself; its ranks do not know
-            self._asked = self._asked or signal.SIGTERM
-        if status is not None or any(found.ending.status != 0 for found in self._seen.values()):
-            self.end_within(self._grace)
-        if self._killing:
-            self._kill(left)
-        elif self._asked is not None:
-            self._hand_on()
-        return bool(left) or status is None
+        if status is not None and status < 0 and not self._kill_due:  # it was killed alone, and its ranks do not know
+            self._stop_signal = self._stop_signal or signal.SIGTERM
+        if status is not None or any(rank.ending.status != 0 for rank in self._endings.values()):
+            self.kill_after(self._grace)
+        if self._kill_due:
+            self._kill(processes)
+        elif self._stop_signal is not None:
+            self._send_to_ranks(self._stop_signal)
+        return bool(processes) or status is None
 
     @property
-    def _killing(self) -> bool:
-        return time.monotonic() >= self._ending
+    def _kill_due(self) -> bool:
+        return time.monotonic() >= self._kill_at
 
     def endings(self) -> list[RankEnding]:
-        """How each rank ended, in that order."""
-        return list(self._seen.values())
+        """How each rank ended, in the order in which they ended."""
+        return list(self._endings.values())
 
     def outcome(self) -> Outcome:
-        """What became of them, once nothing is left; their folder goes."""
+        """The outcome once nothing is left; deletes the folder of the ranks' endings."""
         self._folder.cleanup()
-        found = [("", ending) for ending in self.endings()]
-        return outcome(found, [self.launcher.returncode], stopping=self._stopping)
+        return outcome([("", ending) for ending in self.endings()], [self.launcher.returncode], self._stop_requested)
 
-    def _note(self, left: Sequence[psutil.Process]) -> None:
-        """Which ranks there are, and how those ended that are gone."""
-        for process in left:
+    def _record_endings(self, processes: Sequence[psutil.Process]) -> None:
+        """Finds new ranks, and how those ended whose process is gone."""
+        for process in processes:
             rank = _rank_of(process)
             if rank is not None:
                 self._ranks.setdefault(rank, process)
-        running = {process.pid for process in left}
-        gone = [rank for rank, process in self._ranks.items() if process.pid not in running and rank not in self._seen]
-        told = read_endings(Path(self._folder.name))  # after looking who is gone: they write before they go
-        for rank, ending in (told | {rank: Ending(FAULT, KILLED) for rank in gone if rank not in told}).items():
-            self._seen.setdefault(rank, RankEnding(rank, ending))
+        running = {process.pid for process in processes}
+        gone = [rank for rank, each in self._ranks.items() if each.pid not in running and rank not in self._endings]
+        written = read_endings(Path(self._folder.name))  # after listing processes: ranks write before they exit
+        killed = {rank: Ending(FAULT, KILLED) for rank in gone if rank not in written}
+        for rank, ending in (written | killed).items():
+            self._endings.setdefault(rank, RankEnding(rank, ending))
 
-    def _hand_on(self) -> None:
+    def _send_to_ranks(self, number: signal.Signals) -> None:
         for process in self._ranks.values():
-            if process.pid not in self._told:
-                self._told.add(process.pid)
-                _to_living(process, lambda process: process.send_signal(self._asked))
+            if process.pid not in self._signalled:
+                self._signalled.add(process.pid)
+                _if_alive(process, lambda process: process.send_signal(number))
 
-    def _kill(self, left: Sequence[psutil.Process]) -> None:
+    def _kill(self, processes: Sequence[psutil.Process]) -> None:
         for rank, process in self._ranks.items():
-            if process in left and rank not in self._seen:
-                halted = _to_living(process, psutil.Process.status) == psutil.STATUS_STOPPED
-                self._seen[rank] = RankEnding(rank, Ending(FAULT, HALTED if halted else HUNG), stuck=True)
-        for process in left:
-            _to_living(process, psutil.Process.kill)
+            if process in processes and rank not in self._endings:
+                suspended = _if_alive(process, psutil.Process.status) == psutil.STATUS_STOPPED
+                self._endings[rank] = RankEnding(rank, Ending(FAULT, SUSPENDED if suspended else HUNG), stuck=True)
+        for process in processes:
+            _if_alive(process, psutil.Process.kill)
 
     def _processes(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             try:
-                mine = os.getsid(process.pid) == self.launcher.pid
-                if mine and process.status() != psutil.STATUS_ZOMBIE:
+                own = os.getsid(process.pid) == self.launcher.pid
+                if own and process.status() != psutil.STATUS_ZOMBIE:
                     yield process
             except (OSError, psutil.Error):
                 continue
 
 
 def _rank_of(process: psutil.Process) -> int | None:
-    """The number of a rank's own process; None for the launcher, and for a rank's children, which inherit RANK."""
+    """The rank of a rank's main process; None for the launcher and for a rank's children, which inherit RANK."""
     try:
         rank, parent = process.environ().get("RANK"), process.parent()
         inherited = parent is not None and "RANK" in parent.environ()
-    except psutil.Error:  # it has ended, or is about to begin
+    except psutil.Error:  # it has ended, or is about to start
         return None
     return int(rank) if rank is not None and not inherited else None
 
 
-def _to_living(process: psutil.Process, deed: Any) -> Any:
+def _if_alive(process: psutil.Process, action: Callable[[psutil.Process], _T]) -> _T | None:
+    """Returns the action's result; None if the process has ended."""
     try:
-        return deed(process)
-    except psutil.Error:  # it has ended
+        return action(process)
+    except psutil.Error:
         return None

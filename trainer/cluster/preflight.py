@@ -1,4 +1,4 @@
-"""Whether a launch can go well, found out in seconds and before anything is loaded: `teamlora check`."""
+"""`teamlora check`: finds out within seconds, before anything is loaded, whether a launch can succeed."""
 
 import json
 import os
@@ -11,31 +11,31 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from data_prep.tables import text_table
 from data_prep.user_error import UserError
 from trainer.cluster.hostfile import Node
-from trainer.cluster.launch_environment import passed_on
+from trainer.cluster.launch_environment import forwarded_variables
 from trainer.cluster.local_ranks import visible_gpus
-from trainer.cluster.preflight_checks import findings
-from trainer.cluster.preflight_facts import ALL, ClusterFacts, Finding, Need
-from trainer.cluster.preflight_summary import counted
+from trainer.cluster.preflight_checks import run_checks
+from trainer.cluster.preflight_facts import ALL, ClusterFacts, Finding, Level, Need, counted
 from trainer.cluster.probe import Request
-from trainer.cluster.probe_client import Answer, ask_all, ask_here
+from trainer.cluster.probe_client import Answer, probe_hosts, probe_this_machine
 from trainer.cluster.ssh import REPOSITORY, launch_folder
 from trainer.recipe import CheckpointConfig
 from trainer.recipe_file import load_recipe
 from trainer.run.launch_protocol import MISTAKE
 
 SILENCE = 12.0  # seconds after which a machine is given up
-LIMIT = 12.0  # seconds after which the estimate is
-STATE = 12  # bytes of a checkpoint a trained parameter: value and AdamW's moments in fp32
+LIMIT = 12.0  # seconds after which the estimate is given up
+CHECKPOINT_BYTES = 12  # per trained parameter: its value and AdamW's moments in fp32
 _LEVELS = ("ok", "warning", "error")
 
 
 @dataclass(frozen=True)
 class Report:
-    """seconds: that the check took."""
+    """seconds: how long the check took."""
 
     findings: tuple[Finding, ...]
     nodes: tuple[Node, ...]
@@ -50,23 +50,23 @@ class Report:
         return [finding for finding in self.findings if finding.level == "warning"]
 
     def __str__(self) -> str:
-        """A table, a finding a line; errors come last, next to the prompt."""
+        """A table with one line per finding, errors last, next to the prompt."""
         ordered = sorted(self.findings, key=lambda finding: _LEVELS.index(finding.level))
-        width = max([len("host"), *(len(finding.host) for finding in ordered)]) + 2
-        lines = [f"{'result':9}{'host':{width}}{'what':15}finding; remedy"]
-        for finding in ordered:
-            text = f"{finding.text}; {finding.remedy}" if finding.remedy else finding.text
-            lines.append(f"{finding.level:9}{finding.host:{width}}{finding.what:15}{text}")
-        return "\n".join([*lines, "", self.summary])
+        rows = [
+            (each.level, each.host, each.what, f"{each.text}; {each.remedy}" if each.remedy else each.text)
+            for each in ordered
+        ]
+        table = text_table(("result", "host", "what", "finding; remedy"), rows, left=range(4))
+        return f"{table}\n\n{self.summary}"
 
     @property
     def summary(self) -> str:
-        """In a few words."""
+        """One line of counts."""
         counts = f"{counted(len(self.errors), 'error')}, {counted(len(self.warnings), 'warning')}"
         return f"{counted(len(self.nodes), 'node')} in {self.seconds:.1f} s: {counts}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The object that `--json` prints."""
         return {
             "passed": not self.errors,
             "nodes": [asdict(node) for node in self.nodes],
@@ -82,47 +82,47 @@ def check_launch(
     master_port: int | None = None,
     limit: float = LIMIT,
 ) -> Report:
-    """Looks at all nodes at once, over ssh, or without nodes at this machine alone; at memory where all else is right.
+    """Checks all nodes at once over ssh, or without nodes this machine; checks memory if nothing else is wrong.
 
-    master_port: where rank 0 will listen; None for any that is free. limit: seconds after which the estimate is given
-    up; a node is after 12. Raises UserError for a mistake in the recipe, and for nothing that a node says or leaves
-    unsaid.
+    master_port: where rank 0 will listen; None for any free port. limit: seconds after which the estimate is given up;
+    nodes are given up after SILENCE. Raises UserError for a mistake in the recipe; everything else is a finding.
     """
     started = time.monotonic()
     recipe = load_recipe(recipe_path, tuple(overrides))
-    environment, problems = _passed_on() if nodes is not None else ({}, [])
+    environment, problems = _rank_environment() if nodes is not None else ({}, [])
     request = Request(str(launch_folder()), str(recipe_path), tuple(overrides), master_port or 0, environment)
-    hosts = tuple(nodes) if nodes is not None else (Node(socket.gethostname(), _gpus_here() or 1),)
-    with _estimating(recipe_path, overrides, sum(node.slots for node in hosts)) as estimating:
-        seen = ClusterFacts(recipe, hosts, *_answers(hosts, request, over_ssh=nodes is not None))
-        found = [*problems, *findings(seen)]
-        if not any(finding.level == "error" for finding in found):  # else they are told at once
-            need, problem = _estimated(estimating, seen, started, limit)
-            found = [*findings(replace(seen, need=need)), *problem]
-    return Report(tuple(found), hosts, time.monotonic() - started)
+    hosts = tuple(nodes) if nodes is not None else (Node(socket.gethostname(), _count_gpus() or 1),)
+    with _started_estimate(recipe_path, overrides, sum(node.slots for node in hosts)) as estimate:
+        cluster = ClusterFacts(recipe, hosts, *_probe(hosts, request, over_ssh=nodes is not None))
+        findings = [*problems, *run_checks(cluster)]
+        if not any(finding.level == "error" for finding in findings):  # else report without waiting for the estimate
+            need, problem = _finish_estimate(estimate, cluster, started, limit)
+            findings = [*run_checks(replace(cluster, need=need)), *problem]
+    return Report(tuple(findings), hosts, time.monotonic() - started)
 
 
-def _gpus_here() -> int:
-    """Those that a launch would use, counted without torch, whose import takes seconds."""
+def _count_gpus() -> int:
+    """How many GPUs a launch would use, without torch, whose import takes seconds."""
     visible = visible_gpus()
     return len(visible if visible is not None else list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def _answers(nodes: Sequence[Node], request: Request, over_ssh: bool) -> tuple[list[Answer], Answer | None]:
-    """Of the nodes; and of this machine, where it is none of them."""
+def _probe(nodes: Sequence[Node], request: Request, over_ssh: bool) -> tuple[list[Answer], Answer | None]:
+    """Answers of the nodes, and of this machine if it is not one of them."""
     if not over_ssh:
-        return [ask_here(nodes[0].name, request, SILENCE)], None
+        return [probe_this_machine(nodes[0].name, request, SILENCE)], None
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask_here, socket.gethostname(), replace(request, port=None, environment={}), SILENCE)
-        answers, here = ask_all([node.name for node in nodes], request, SILENCE), asked.result()
+        own_request = replace(request, port=None, environment={})
+        own = pool.submit(probe_this_machine, socket.gethostname(), own_request, SILENCE)
+        answers, here = probe_hosts([node.name for node in nodes], request, SILENCE), own.result()
     machines = {answer.facts.machine for answer in answers if answer.facts is not None}
     is_a_node = here.facts is None or here.facts.machine in machines
     return answers, None if is_a_node else here
 
 
 @contextmanager
-def _estimating(recipe: Path, overrides: Sequence[str], ranks: int) -> Iterator[subprocess.Popen]:
-    """`teamlora estimate` in a process of its own: it imports torch while the nodes are asked, and can be given up."""
+def _started_estimate(recipe: Path, overrides: Sequence[str], ranks: int) -> Iterator[subprocess.Popen]:
+    """`teamlora estimate` as a separate process: it imports torch while nodes are probed, and can be given up."""
     command = [sys.executable, "-m", "trainer", "estimate", str(recipe), *overrides, f"--world-size={ranks}", "--json"]
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
@@ -134,40 +134,40 @@ def _estimating(recipe: Path, overrides: Sequence[str], ranks: int) -> Iterator[
             process.kill()
 
 
-def _estimated(
-    estimating: subprocess.Popen, seen: ClusterFacts, started: float, limit: float
+def _finish_estimate(
+    estimate: subprocess.Popen, cluster: ClusterFacts, started: float, limit: float
 ) -> tuple[Need | None, list[Finding]]:
-    """What a rank needs on the nodes' kind of device, or why that is not known."""
+    """What a rank needs on the kind of device that the nodes have, or a finding that says why it is unknown."""
     try:
-        out, err = estimating.communicate(timeout=max(0.0, started + limit - time.monotonic()))
+        out, err = estimate.communicate(timeout=max(0.0, started + limit - time.monotonic()))
     except subprocess.TimeoutExpired:
         text = f"not estimated in {limit:.0f} s"
-        return None, [Finding("warning", ALL, "memory", text, "run `teamlora estimate RECIPE`, or give --limit")]
-    if estimating.returncode != 0:
-        said = (err.strip().splitlines() or ["nothing was said"])[-1].removeprefix("error: ")
-        return None, [Finding(_level(estimating.returncode, seen), ALL, "memory", f"not estimated: {said}")]
-    found = json.loads(out)
-    state = found["trained_parameters"] * STATE
-    disk = state * _checkpoints(seen.recipe.checkpoint, seen.recipe.train.steps)
-    kind = "cuda" if any(facts.gpus for facts in seen.facts.values()) else "cpu"
-    return Need(**found["peak_on"][kind], disk=disk), []
+        return None, [Finding("warning", ALL, "memory", text, "run `teamlora estimate RECIPE`, or raise --limit")]
+    if estimate.returncode != 0:
+        message = (err.strip().splitlines() or ["no output"])[-1].removeprefix("error: ")
+        return None, [Finding(_level(estimate.returncode, cluster), ALL, "memory", f"not estimated: {message}")]
+    printed = json.loads(out)
+    per_checkpoint = printed["trained_parameters"] * CHECKPOINT_BYTES
+    disk = per_checkpoint * _count_checkpoints(cluster.recipe.checkpoint, cluster.recipe.train.steps)
+    kind = "cuda" if any(facts.gpus for facts in cluster.facts.values()) else "cpu"
+    return Need(**printed["peak_on"][kind], disk=disk), []
 
 
-def _level(status: int, seen: ClusterFacts) -> Literal["warning", "error"]:
-    """A mistake in the recipe would be refused by every rank; what the launching machine alone lacks would not."""
-    facts = seen.here.facts if seen.here is not None else next(iter(seen.facts.values()))
-    return "error" if status == MISTAKE and facts.base is not None else "warning"
+def _level(status: int, cluster: ClusterFacts) -> Level:
+    """Every rank would refuse a mistake in the recipe; a base that only the launching machine lacks is a warning."""
+    facts = cluster.here.facts if cluster.here is not None else next(iter(cluster.facts.values()))
+    return "error" if status == MISTAKE and facts is not None and facts.base is not None else "warning"
 
 
-def _checkpoints(config: CheckpointConfig, steps: int | None) -> int:
-    """How many a run has on the disk at most: those kept, and the one that is being written."""
-    for_good = steps // config.keep_every if steps is not None and config.keep_every is not None else 0
-    return config.keep_last + config.keep_best + for_good + 1
+def _count_checkpoints(config: CheckpointConfig, steps: int | None) -> int:
+    """The most checkpoints that a run has on disk: those it keeps and the one being written."""
+    permanent = steps // config.keep_every if steps is not None and config.keep_every is not None else 0
+    return config.keep_last + config.keep_best + permanent + 1
 
 
-def _passed_on() -> tuple[dict[str, str], list[Finding]]:
-    """What ranks on other nodes are given, or why that is not known."""
+def _rank_environment() -> tuple[dict[str, str], list[Finding]]:
+    """The variables that ranks on other nodes get, or a finding that says why they are unknown."""
     try:
-        return passed_on(os.environ, Path.cwd()), []
+        return forwarded_variables(os.environ, Path.cwd()), []
     except UserError as error:
         return {}, [Finding("error", socket.gethostname(), "environment", str(error))]

@@ -1,258 +1,328 @@
-"""What is wrong with a set-up, from what its machines told: plain functions of facts."""
+"""The checks of a set-up: plain functions that find problems in the facts of all machines."""
 
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from data_prep.differences import differences
 from trainer.base.model_folder import may_be_of_the_hub
-from trainer.cluster import preflight_summary
-from trainer.cluster.preflight_facts import ALL, ClusterFacts, Finding
-from trainer.cluster.preflight_summary import counted, gib
+from trainer.cluster.preflight_facts import ALL, GIB, ClusterFacts, Finding, Level, counted, gib
 from trainer.cluster.probe import SAMPLED
 from trainer.cluster.probe_client import Failure
 from trainer.cluster.ssh import REPOSITORY
-from trainer.estimate.sizes import GIB
 
-LEAST_DISK = 2**27  # bytes for what a run writes beside checkpoints
-CLOCK = 5.0  # seconds
-COMPARED = f"configuration, tokenizer, names and shapes of tensors, some bytes of up to {SAMPLED} of them"  # of a base
-INSTALL = f"make the checkout and its .venv at this path on that node: {REPOSITORY}, bash launch/install.sh"
+LEAST_DISK = 2**27  # bytes for what a run writes besides checkpoints
+CLOCK = 5.0  # seconds that clocks may differ
+BASE_COMPARED = f"compared: configuration, tokenizer, tensor names and shapes, some bytes of up to {SAMPLED} tensors"
+INSTALL = f"create the checkout and its .venv at the same path on that node ({REPOSITORY}): bash launch/install.sh"
 
-_SSH = {  # what ssh says: the remedy
-    "Could not resolve hostname": "correct the name in the hostfile, or make it known in /etc/hosts or ~/.ssh/config",
-    "Permission denied": "let this machine's key in: ssh-copy-id {host}",
-    "Host key verification failed": "accept the machine's key once: ssh {host}",
-    "Connection refused": "start sshd there, or name its port in ~/.ssh/config",
+_SSH_REMEDIES = {  # by what ssh prints
+    "Could not resolve hostname": "correct the name in the hostfile, or add it to /etc/hosts or ~/.ssh/config",
+    "Permission denied": "install this machine's key there: ssh-copy-id {host}",
+    "Host key verification failed": "accept the machine's host key once: ssh {host}",
+    "Connection refused": "start sshd there, or set its port in ~/.ssh/config",
 }
 
 
-def findings(seen: ClusterFacts) -> list[Finding]:
-    """Every check's findings: those of hosts with a mistake, or one that says what is in order."""
+class _Problem(NamedTuple):
+    level: Level
+    host: str
+    text: str
+    remedy: str
+
+
+_Find = Callable[[ClusterFacts], Iterator[_Problem]]
+
+
+@dataclass(frozen=True)
+class _Check:
+    """find: yields what is wrong. passed: the report's text if nothing is; no line if it is empty."""
+
+    what: str
+    find: _Find
+    passed: Callable[[ClusterFacts], str] = lambda cluster: ""
+
+
+def run_checks(cluster: ClusterFacts) -> list[Finding]:
+    """Runs every check; each yields its problems or at most one finding of level "ok"."""
     found: list[Finding] = []
-    for what, (check, describe) in _CHECKS.items():
-        bad = [Finding(level, host, what, text, remedy) for level, host, text, remedy in check(seen)]
-        found += bad
-        if not bad and seen.facts and (text := describe(seen)):
-            found.append(Finding("ok", ALL, what, text))
+    for check in _CHECKS:
+        problems = list(check.find(cluster))
+        found += [Finding(level, host, check.what, text, remedy) for level, host, text, remedy in problems]
+        if not problems and cluster.facts and (text := check.passed(cluster)):
+            found.append(Finding("ok", ALL, check.what, text))
     return found
 
 
-_Level = Literal["warning", "error"]
-_Found = Iterator[tuple[_Level, str, str, str]]  # level, host, text, remedy
-_Check = Callable[[ClusterFacts], _Found]
-
-
-def _unreached(seen: ClusterFacts) -> _Found:
-    for answer in seen.answers:
+def _find_unreached(cluster: ClusterFacts) -> Iterator[_Problem]:
+    for answer in cluster.answers:
         if answer.failure is not None:
-            yield "error", answer.host, *_failure(answer.host, answer.failure)
+            yield _Problem("error", answer.host, *_explain(answer.host, answer.failure))
 
 
-def _failure(host: str, failure: Failure) -> tuple[str, str]:
-    """Text and remedy for a command that did not answer."""
-    said = failure.said or "nothing was said"
+def _explain(host: str, failure: Failure) -> tuple[str, str]:
+    """(text, remedy) for a probe that did not answer."""
+    output = failure.last_line or "no output"
     if failure.status is None:
-        return f"no answer in time ({said})", f"see what keeps it: ssh {host}"
-    if failure.status == 255:  # ssh's own
-        known = (remedy for text, remedy in _SSH.items() if text in said)
-        remedy = next(known, "see that it is up, and that `ssh {host}` works without a question")
-        return f"not reached: {said}", remedy.format(host=host)
-    if re.search(r"\bcd\b", said) or "No module named 'trainer" in said:
-        return f"no checkout at {REPOSITORY} ({said})", INSTALL
-    if failure.status in (126, 127) or "No module named" in said:
-        return f"no interpreter at {sys.executable} with this project's packages ({said})", INSTALL
-    return f"does not answer as this code does ({said})", f"bring it to the same commit; {INSTALL}"
+        return f"no answer in time ({output})", f"see what delays it: ssh {host}"
+    if failure.status == 255:  # from ssh itself
+        known = (remedy for text, remedy in _SSH_REMEDIES.items() if text in output)
+        remedy = next(known, "check that it is up and that `ssh {host}` works without a prompt")
+        return f"not reached: {output}", remedy.format(host=host)
+    if re.search(r"\bcd\b", output) or "No module named 'trainer" in output:
+        return f"no checkout at {REPOSITORY} ({output})", INSTALL
+    if failure.status in (126, 127) or "No module named" in output:
+        return f"no interpreter at {sys.executable} with this project's packages ({output})", INSTALL
+    return f"the check failed there ({output})", f"bring it to the same commit; {INSTALL}"
 
 
-def _run_nodes(seen: ClusterFacts) -> _Found:
-    wanted = seen.recipe.run.nodes
-    if wanted is not None and wanted != len(seen.nodes):
-        text = f"run.nodes={wanted}, and the launch is on {counted(len(seen.nodes), 'node')}"
-        yield "error", ALL, text, "give a hostfile that lists every node, or correct run.nodes"
+def _find_wrong_node_count(cluster: ClusterFacts) -> Iterator[_Problem]:
+    wanted = cluster.recipe.run.nodes
+    if wanted is not None and wanted != len(cluster.nodes):
+        text = f"run.nodes={wanted}, but the launch is on {counted(len(cluster.nodes), 'node')}"
+        yield _Problem("error", ALL, text, "give a hostfile that lists every node, or correct run.nodes")
 
 
-def _same_machine(seen: ClusterFacts) -> _Found:
+def _find_same_machine(cluster: ClusterFacts) -> Iterator[_Problem]:
     names: dict[str, str] = {}
-    for host, facts in seen.facts.items():
+    for host, facts in cluster.facts.items():
         first = names.setdefault(facts.machine, host)
         if first != host:
             text = f"is the same machine as {first}: both are {facts.hostname}"
-            yield "error", host, text, "list a machine once, with all its slots"
+            yield _Problem("error", host, text, "list each machine once, with all its slots")
 
 
-def _slots(seen: ClusterFacts) -> _Found:
-    with_gpus = [host for host, facts in seen.facts.items() if facts.gpus]
-    for host, facts in seen.facts.items():
-        slots, gpus = seen.slots[host], facts.gpus
+def _find_bad_slots(cluster: ClusterFacts) -> Iterator[_Problem]:
+    with_gpus = [host for host, facts in cluster.facts.items() if facts.gpus]
+    for host, facts in cluster.facts.items():
+        slots, gpus = cluster.slots[host], facts.gpus
         if gpus is None:
-            yield "error", host, f"its GPUs cannot be used: {facts.problems['gpus']}", "see nvidia-smi there"
+            yield _Problem("error", host, f"its GPUs cannot be used: {facts.problems['gpus']}", "run nvidia-smi there")
         elif with_gpus and not gpus:
-            yield "error", host, f"has no GPU, as {with_gpus[0]} has", "see nvidia-smi there, or take it off the list"
+            text = f"has no GPU, but {with_gpus[0]} has"
+            yield _Problem("error", host, text, "run nvidia-smi there, or remove it from the hostfile")
         elif gpus and slots > len(gpus):
-            text = f"slots={slots}, and it has {counted(len(gpus), 'GPU')}"
-            yield "error", host, text, f"write slots={len(gpus)} in the hostfile"
+            text = f"slots={slots}, but it has {counted(len(gpus), 'GPU')}"
+            yield _Problem("error", host, text, f"write slots={len(gpus)} in the hostfile")
         elif not gpus and slots > facts.cores:
-            text = f"slots={slots} on {counted(facts.cores, 'core')}, without a GPU"
-            yield "warning", host, text, f"write slots={facts.cores} in the hostfile"
+            text = f"slots={slots}, but it has {counted(facts.cores, 'core')} and no GPU"
+            yield _Problem("warning", host, text, f"write slots={facts.cores} in the hostfile")
 
 
-def _told(name: str, remedy: str) -> _Check:
-    """A check of what a machine could not find out by itself."""
+def _describe_slots(cluster: ClusterFacts) -> str:
+    gpus = sum(len(facts.gpus or ()) for facts in cluster.facts.values())
+    return f"{counted(cluster.ranks, 'rank')} on {counted(gpus, 'GPU') if gpus else 'CPUs'}"
 
-    def check(seen: ClusterFacts) -> _Found:
-        for host, facts in seen.facts.items():
+
+def _problems_named(name: str, remedy: str) -> _Find:
+    """A check for what a machine reported in Facts.problems under this name."""
+
+    def find(cluster: ClusterFacts) -> Iterator[_Problem]:
+        for host, facts in cluster.facts.items():
             if name in facts.problems:
-                yield "error", host, facts.problems[name], remedy
+                yield _Problem("error", host, facts.problems[name], remedy)
 
-    return check
+    return find
 
 
-def _usual(values: Mapping[str, Any]) -> tuple[str, Any]:
-    """The value that most hosts have, and the first host with it; of several such values the first."""
+def _known_everywhere(name: str, text: str) -> Callable[[ClusterFacts], str]:
+    """`text` if every node that answered knows this of itself, else nothing."""
+    return lambda cluster: text if all(getattr(facts, name) is not None for facts in cluster.facts.values()) else ""
+
+
+def _most_common(values: Mapping[str, Any]) -> tuple[str, Any]:
+    """The first host that has the most common value, and the value; of equally common values the first."""
     texts = {host: json.dumps(value, sort_keys=True) for host, value in values.items()}
     most = Counter(texts.values()).most_common(1)[0][0]
     host = next(host for host, text in texts.items() if text == most)
     return host, values[host]
 
 
-def _others(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
-    """(host, its value, a host with the usual value, that) of every host with another value."""
+def _deviations(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
+    """(host, its value, a host with the most common value, that value) for every host with another value."""
     known = {host: value for host, value in values.items() if value is not None}
     if known:
-        usual_host, usual = _usual(known)
+        usual_host, usual = _most_common(known)
         yield from ((host, value, usual_host, usual) for host, value in known.items() if value != usual)
 
 
-def _unlike(seen: ClusterFacts, name: str, text: str, compared: str = "") -> _Found:
-    """Hosts with another of what is to be the same file or folder everywhere."""
-    for host, _, other, _ in _others({host: getattr(facts, name) for host, facts in seen.facts.items()}):
-        yield "error", host, f"{text} than on {other}{compared}", f"copy it from {other}"
+def _find_differing(cluster: ClusterFacts, name: str, text: str, compared: str = "") -> Iterator[_Problem]:
+    """Hosts whose file or folder differs although it must be the same everywhere."""
+    for host, _, other, _ in _deviations({host: getattr(facts, name) for host, facts in cluster.facts.items()}):
+        yield _Problem("error", host, f"{text} on {other}{compared}", f"copy it from {other}")
 
 
-def _packages(seen: ClusterFacts) -> _Found:
-    values = {host: {"python": facts.python, **facts.versions} for host, facts in seen.facts.items()}
+def _find_other_packages(cluster: ClusterFacts) -> Iterator[_Problem]:
+    values = {host: {"python": facts.python, **facts.versions} for host, facts in cluster.facts.items()}
     for package in dict.fromkeys(name for each in values.values() for name in each):
-        of = {host: each.get(package) or "not installed" for host, each in values.items()}
-        for host, found, other, wanted in _others(of):
-            yield "error", host, f"{package} is {found}, on {other} {wanted}", "bash launch/install.sh there"
+        versions = {host: each.get(package) or "not installed" for host, each in values.items()}
+        for host, version, other, usual in _deviations(versions):
+            yield _Problem(
+                "error", host, f"{package} is {version}, but {usual} on {other}", "bash launch/install.sh there"
+            )
 
 
-def _code(seen: ClusterFacts) -> _Found:
-    for host, _, other, _ in _others({host: facts.code for host, facts in seen.everywhere.items()}):
-        yield "error", host, f"has other code of this trainer than {other}", "bring it to the same commit"
+def _describe_packages(cluster: ClusterFacts) -> str:
+    facts = next(iter(cluster.facts.values()))
+    return ", ".join(f"{name} {version}" for name, version in {"python": facts.python, **facts.versions}.items())
 
 
-def _recipe(seen: ClusterFacts) -> _Found:
-    yield from _told("recipe", "give every node the same recipe")(seen)
-    recipes = {host: facts.recipe for host, facts in seen.everywhere.items()}
-    for host, found, other, wanted in _others(recipes):
-        changes = list(differences(wanted, found))
-        key, before, now = changes[0]
-        more = f" ({len(changes) - 1} more keys differ)" if len(changes) > 1 else ""
-        yield "error", host, f"has {key}={now!r}, {other} has {before!r}{more}", "give every node the same recipe"
+def _find_other_code(cluster: ClusterFacts) -> Iterator[_Problem]:
+    for host, _, other, _ in _deviations({host: facts.code for host, facts in cluster.everywhere.items()}):
+        yield _Problem("error", host, f"has other trainer code than {other}", "bring it to the same commit")
 
 
-def _deepspeed(seen: ClusterFacts) -> _Found:
-    yield from _told("deepspeed", "copy it to the same path there")(seen)
-    yield from _unlike(seen, "deepspeed", f"deepspeed.config={seen.recipe.deepspeed.config} is another file")
+def _find_other_recipe(cluster: ClusterFacts) -> Iterator[_Problem]:
+    remedy = "give every node the same recipe"
+    yield from _problems_named("recipe", remedy)(cluster)
+    for host, recipe, other, usual in _deviations({host: facts.recipe for host, facts in cluster.everywhere.items()}):
+        changes = list(differences(usual, recipe))
+        key, expected, value = changes[0]
+        more = f" ({counted(len(changes) - 1, 'more key')} differ)" if len(changes) > 1 else ""
+        yield _Problem("error", host, f"has {key}={value!r}, but {other} has {expected!r}{more}", remedy)
 
 
-def _base(seen: ClusterFacts) -> _Found:
-    for host, facts in seen.facts.items():
+def _find_other_deepspeed_config(cluster: ClusterFacts) -> Iterator[_Problem]:
+    yield from _problems_named("deepspeed", "copy it to the same path there")(cluster)
+    text = f"deepspeed.config={cluster.recipe.deepspeed.config} differs from the file"
+    yield from _find_differing(cluster, "deepspeed", text)
+
+
+def _find_other_base(cluster: ClusterFacts) -> Iterator[_Problem]:
+    for host, facts in cluster.facts.items():
         if problem := facts.problems.get("base"):
-            yield _absent_base(seen, host, problem)
-    yield from _unlike(seen, "base", f"base.model={seen.recipe.base.model} is another", f" ({COMPARED})")
+            yield _missing_base(cluster, host, problem)
+    text = f"base.model={cluster.recipe.base.model} differs from that"
+    yield from _find_differing(cluster, "base", text, f" ({BASE_COMPARED})")
 
 
-def _absent_base(seen: ClusterFacts, host: str, problem: str) -> tuple[_Level, str, str, str]:
-    model = seen.recipe.base.model
-    others = [other for other, facts in seen.facts.items() if facts.base_in_folder]
+def _missing_base(cluster: ClusterFacts, host: str, problem: str) -> _Problem:
+    model = cluster.recipe.base.model
+    others = [other for other, facts in cluster.facts.items() if facts.base_in_folder]
     if others:
-        return "error", host, f"base.model={model}: not there, as it is on {others[0]}", f"copy it from {others[0]}"
+        text = f"base.model={model} is missing, but {others[0]} has it"
+        return _Problem("error", host, text, f"copy it from {others[0]}")
     if may_be_of_the_hub(model):
-        text = f"base.model={model} is no folder there, and not in its cache of the Hub, from which it will be fetched"
-        return "warning", host, text, "fetch it before, or give a folder that every node has"
-    return "error", host, problem, "copy it to the same path there"
+        text = f"base.model={model} is neither a folder there nor in its Hub cache, so it will be downloaded"
+        return _Problem("warning", host, text, "download it first, or give a folder that every node has")
+    return _Problem("error", host, problem, "copy it to the same path there")
 
 
-def _prepared(seen: ClusterFacts) -> _Found:
-    yield from _told("prepared", "do so there, or copy the set to the same path")(seen)
-    yield from _unlike(seen, "prepared", f"data.prepared_dir={seen.recipe.data.prepared_dir} is another set")
+def _find_other_prepared_set(cluster: ClusterFacts) -> Iterator[_Problem]:
+    yield from _problems_named("prepared", "run `teamlora prepare` there, or copy the set to the same path")(cluster)
+    text = f"data.prepared_dir={cluster.recipe.data.prepared_dir} differs from the set"
+    yield from _find_differing(cluster, "prepared", text)
 
 
-def _run_directory(seen: ClusterFacts) -> _Found:
-    """An error on the first node only: the others' ranks write nothing, unless one of them becomes the first."""
-    needed = max(LEAST_DISK, seen.need.disk if seen.need is not None else 0)
-    for host, facts in seen.facts.items():
-        level = "error" if host == seen.nodes[0].name else "warning"
+def _find_bad_run_directory(cluster: ClusterFacts) -> Iterator[_Problem]:
+    """An error on the first node only; ranks on the others write nothing, unless their node becomes the first."""
+    needed = max(LEAST_DISK, cluster.need.disk if cluster.need is not None else 0)
+    for host, facts in cluster.facts.items():
+        level: Level = "error" if host == cluster.nodes[0].name else "warning"
         if problem := facts.problems.get("run_directory"):
-            yield level, host, f"run.output_dir={seen.recipe.run.output_dir}: {problem}", "give a folder of its own"
+            text = f"run.output_dir={cluster.recipe.run.output_dir}: {problem}"
+            yield _Problem(level, host, text, "give a folder that can be written")
         elif facts.disk is not None and facts.disk < needed:
-            text = f"{gib(facts.disk)} free at {facts.run_directory}, and the run writes {gib(needed)}"
-            yield level, host, text, "make room, give another run.output_dir, or lower checkpoint.keep_last"
+            text = f"{gib(facts.disk)} free at {facts.run_directory}, but the run writes {gib(needed)}"
+            yield _Problem(level, host, text, "free space, change run.output_dir, or lower checkpoint.keep_last")
 
 
-def _clock(seen: ClusterFacts) -> _Found:
-    for answer in seen.answers:
-        if answer.clock is not None and abs(answer.clock.ahead) - answer.clock.doubt > CLOCK:
-            way = "ahead of" if answer.clock.ahead > 0 else "behind"
-            text = f"its clock is {abs(answer.clock.ahead):.0f} s {way} this machine's"
-            yield "warning", answer.host, text, "set both by NTP"
+def _describe_run_directory(cluster: ClusterFacts) -> str:
+    first = cluster.first
+    return f"{first.run_directory} is writable, {gib(first.disk)} free" if first and first.disk is not None else ""
 
 
-def _connection(seen: ClusterFacts) -> _Found:
-    for answer in seen.answers:
-        if answer.unreached is not None:
-            text = f"does not reach {seen.nodes[0].name} at {answer.unreached}"
-            yield "error", answer.host, text, "open all ports between the nodes, and see the route from there"
+def _find_wrong_clocks(cluster: ClusterFacts) -> Iterator[_Problem]:
+    for answer in cluster.answers:
+        clock = answer.clock
+        if clock is not None and abs(clock.ahead) - clock.uncertainty > CLOCK:
+            direction = "ahead of" if clock.ahead > 0 else "behind"
+            text = f"its clock is {abs(clock.ahead):.0f} s {direction} this machine's"
+            yield _Problem("warning", answer.host, text, "synchronize both by NTP")
 
 
-def _memory(seen: ClusterFacts) -> _Found:
-    if seen.need is None:
+def _describe_clocks(cluster: ClusterFacts) -> str:
+    clocks = (answer.clock for answer in cluster.answers if answer.clock is not None)
+    return f"within {max(abs(clock.ahead) + clock.uncertainty for clock in clocks):.1f} s of this machine's"
+
+
+def _describe_port(cluster: ClusterFacts) -> str:
+    return f"{cluster.first.port} is free on {cluster.nodes[0].name}" if cluster.first else ""
+
+
+def _find_failed_connections(cluster: ClusterFacts) -> Iterator[_Problem]:
+    for answer in cluster.answers:
+        if answer.unreachable is not None:
+            text = f"cannot reach {cluster.nodes[0].name} at {answer.unreachable}"
+            yield _Problem(
+                "error", answer.host, text, "open all ports between the nodes, and check the route from there"
+            )
+
+
+def _describe_connections(cluster: ClusterFacts) -> str:
+    if cluster.first is None or len(cluster.facts) == 1:
+        return ""
+    return f"every node reaches {cluster.nodes[0].name} at {cluster.first.address}"
+
+
+def _find_too_little_memory(cluster: ClusterFacts) -> Iterator[_Problem]:
+    need = cluster.need
+    if need is None:
         return
-    for host, facts in seen.facts.items():
-        slots = seen.slots[host]
+    for host, facts in cluster.facts.items():
+        slots = cluster.slots[host]
         for gpu in (facts.gpus or [])[:slots]:
-            if gpu.free is not None and gpu.total is not None and seen.need.device > gpu.free:
-                yield "error", host, *_lacks(seen.need.device, gpu.free, gpu.total, f"GPU {gpu.index}", seen)
-        each = seen.need.host if facts.gpus else seen.need.host + seen.need.device
-        if each * slots > facts.memory:
-            need = "rank needs" if slots == 1 else "ranks need"
-            text = f"{slots} {need} {gib(each * slots)} of host memory, and {gib(facts.memory)} are free"
-            yield "error", host, text, _smaller(seen, "--host-memory", facts.memory // slots)
+            if gpu.free is not None and gpu.total is not None and need.device > gpu.free:
+                free = f"{gib(gpu.free)} of {gib(gpu.total)} free"
+                text = f"a rank needs {gib(need.device)}, but GPU {gpu.index} has {free}"
+                occupied = need.device <= gpu.total
+                remedy = (
+                    "end other processes on it, see nvidia-smi" if occupied else _fitting("gpu", gpu.total, cluster)
+                )
+                yield _Problem("error", host, text, remedy)
+        per_rank = need.host if facts.gpus else need.host + need.device
+        if per_rank * slots > facts.memory:
+            ranks = "rank needs" if slots == 1 else "ranks need"
+            text = f"{slots} {ranks} {gib(per_rank * slots)} of host memory, but {gib(facts.memory)} is free"
+            yield _Problem("error", host, text, _fitting("host", facts.memory // slots, cluster))
 
 
-def _lacks(needed: int, free: int, total: int, which: str, seen: ClusterFacts) -> tuple[str, str]:
-    text = f"a rank needs {gib(needed)}, and {gib(free)} of the {gib(total)} of {which} are free"
-    if needed <= total:
-        return text, "end what else runs there, see nvidia-smi"
-    return text, _smaller(seen, "--gpu-memory", total)
+def _fitting(memory: str, size: int, cluster: ClusterFacts) -> str:
+    """A remedy: the command that shows which changes would fit."""
+    limit = f"--{memory}-memory {size / GIB:.1f}GiB"
+    return f"see what would fit: teamlora estimate RECIPE --world-size {cluster.ranks} {limit}"
 
 
-def _smaller(seen: ClusterFacts, option: str, size: int) -> str:
-    ranks = sum(seen.slots.values())
-    return f"see what would fit: teamlora estimate RECIPE --world-size {ranks} {option} {size / GIB:.1f}GiB"
+def _describe_memory(cluster: ClusterFacts) -> str:
+    need = cluster.need
+    return f"a rank needs {gib(need.device)} on its device and {gib(need.host)} on its host (estimated)" if need else ""
 
 
-_CHECKS: dict[str, tuple[_Check, Callable[[ClusterFacts], str]]] = {  # and what is said where all is in order
-    "reached": (_unreached, lambda seen: f"{counted(len(seen.nodes), 'machine')} in all"),
-    "nodes": (_run_nodes, lambda seen: ""),
-    "machine": (_same_machine, lambda seen: "each is another" if len(seen.facts) > 1 else ""),
-    "slots": (_slots, preflight_summary.slots),
-    "folder": (_told("folder", "make it there, with all that the recipe names"), lambda seen: ""),
-    "packages": (_packages, preflight_summary.packages),
-    "code": (_code, lambda seen: f"{REPOSITORY}: the same"),
-    "recipe": (_recipe, preflight_summary.known("recipe", "the same, as resolved")),
-    "deepspeed": (_deepspeed, preflight_summary.known("deepspeed", "the same file")),
-    "base": (_base, preflight_summary.known("base", f"the same: {COMPARED}")),
-    "prepared": (_prepared, preflight_summary.known("prepared", "the same: key of the set, size of its files")),
-    "run directory": (_run_directory, preflight_summary.disk),
-    "clock": (_clock, preflight_summary.clock),
-    "port": (_told("port", "give another with --master-port, or end what listens there"), preflight_summary.port),
-    "connection": (_connection, preflight_summary.connection),
-    "memory": (_memory, preflight_summary.memory),
-}
+_CHECKS = (
+    _Check("reached", _find_unreached, lambda cluster: counted(len(cluster.nodes), "machine")),
+    _Check("nodes", _find_wrong_node_count),
+    _Check("machine", _find_same_machine, lambda cluster: "all different" if len(cluster.facts) > 1 else ""),
+    _Check("slots", _find_bad_slots, _describe_slots),
+    _Check("folder", _problems_named("folder", "create it there, with all that the recipe names")),
+    _Check("packages", _find_other_packages, _describe_packages),
+    _Check("code", _find_other_code, lambda cluster: f"the same at {REPOSITORY}"),
+    _Check("recipe", _find_other_recipe, _known_everywhere("recipe", "the same, as resolved")),
+    _Check("deepspeed", _find_other_deepspeed_config, _known_everywhere("deepspeed", "the same file")),
+    _Check("base", _find_other_base, _known_everywhere("base", f"the same ({BASE_COMPARED})")),
+    _Check(
+        "prepared",
+        _find_other_prepared_set,
+        _known_everywhere("prepared", "the same (compared: key of the set, sizes of its files)"),
+    ),
+    _Check("run directory", _find_bad_run_directory, _describe_run_directory),
+    _Check("clock", _find_wrong_clocks, _describe_clocks),
+    _Check(
+        "port", _problems_named("port", "give another with --master-port, or end what listens there"), _describe_port
+    ),
+    _Check("connection", _find_failed_connections, _describe_connections),
+    _Check("memory", _find_too_little_memory, _describe_memory),
+)

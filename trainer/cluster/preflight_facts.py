@@ -1,4 +1,4 @@
-"""What the machines of a launch told, and a line of the report that is made of it."""
+"""What a preflight check works on and yields: facts of all machines, estimated needs, findings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,16 @@ from trainer.cluster.probe_client import Answer
 from trainer.recipe import Recipe
 
 ALL = "all"
+GIB = 2**30
+
+Level = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. host: a name as in the hostfile, or ALL."""
+    """One line of the report. host: a name from the hostfile, or ALL. what: the check."""
 
-    level: Literal["ok", "warning", "error"]
+    level: Level
     host: str
     what: str
     text: str
@@ -26,7 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one rank's memory, and of the run's disk, as they are estimated."""
+    """Estimated bytes of memory per rank, on device and host, and of disk for the run."""
 
     device: int
     host: int
@@ -35,10 +38,10 @@ class Need:
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """All that findings are made of.
+    """The input of all checks.
 
-    answers: of the nodes, in their order. here: of the launching machine, where that is no node. need: None where it
-    was not estimated.
+    answers: of the nodes, in their order. here: of the launching machine if it is not a node. need: None if it was not
+    estimated.
     """
 
     recipe: Recipe
@@ -49,7 +52,7 @@ class ClusterFacts:
 
     @cached_property
     def facts(self) -> dict[str, Facts]:
-        """Of the nodes that answered, by name."""
+        """{name: facts} of the nodes that answered."""
         return {answer.host: answer.facts for answer in self.answers if answer.facts is not None}
 
     @cached_property
@@ -57,7 +60,26 @@ class ClusterFacts:
         return {node.name: node.slots for node in self.nodes}
 
     @property
+    def ranks(self) -> int:
+        return sum(self.slots.values())
+
+    @property
+    def first(self) -> Facts | None:
+        """Facts of the first node, which has rank 0."""
+        return self.facts.get(self.nodes[0].name)
+
+    @property
     def everywhere(self) -> dict[str, Facts]:
-        """Those of the launching machine too, which come first."""
+        """`facts`, preceded by those of the launching machine."""
         here = {self.here.host: self.here.facts} if self.here is not None and self.here.facts is not None else {}
         return here | self.facts
+
+
+def counted(number: int, noun: str) -> str:
+    """1 rank, 2 ranks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB with two decimals."""
+    return f"{size / GIB:.2f} GiB"

@@ -1,7 +1,7 @@
-"""What a machine tells of itself: `python -m trainer.cluster.probe` answers lines of JSON with lines of JSON.
+"""Collects facts about the machine it runs on: `python -m trainer.cluster.probe` answers JSON lines with JSON lines.
 
-Runs on each node before a launch, so it imports nothing that takes seconds. A request is an object with one key; the
-answer is what the function of that name here returns.
+Runs on each node before a launch, so it imports nothing that takes seconds. A request is an object with one key, the
+name of a function here, and its arguments; the answer has the same key and the function's result.
 """
 
 import csv
@@ -41,10 +41,10 @@ DRIVER = 6.0  # seconds for nvidia-smi, which wakes the GPUs
 
 @dataclass(frozen=True)
 class Request:
-    """What a machine is to look at. Paths are those of the launch, and relative ones are seen from `folder`.
+    """What to look at. Paths are as given to the launch; relative ones are relative to `folder`.
 
-    port: where the first node is to listen; 0 for a free one; None: it does not. environment: variables that the ranks
-    there will be given.
+    port: where this machine shall listen as the first node; 0 for a free port; None for none. environment: variables
+    that the ranks there will get.
     """
 
     folder: str
@@ -56,7 +56,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Its memory in bytes; None where the driver does not tell it. index: nvidia-smi's; None for a part (MIG)."""
+    """total, free: memory in bytes, None if the driver does not report it. index: nvidia-smi's, None for a MIG part."""
 
     index: int | None
     name: str
@@ -66,37 +66,37 @@ class Gpu:
 
 @dataclass
 class Facts:
-    """What one machine is and has. What could not be found out is None, and told in `problems` by the field's name."""
+    """What one machine is and has. A fact that could not be found out is None; `problems` gives the reason by name."""
 
     hostname: str
-    machine: str  # the same text on the same machine only
-    address: str  # at which other machines reach it
+    machine: str  # identifies the machine
+    address: str  # where other machines reach it
     python: str
     versions: dict[str, str | None]
     code: str
     cores: int
-    memory: int  # bytes of the host's that are available
+    memory: int  # available bytes of host memory
     gpus: list[Gpu] | None = None
     recipe: dict[str, Any] | None = None  # as resolved
     deepspeed: str | None = None  # sha256 of the file that deepspeed.config names
-    base: str | None = None  # what was compared of it, as one hash
-    base_in_folder: bool = False  # and not in the Hub's cache
+    base: str | None = None  # one hash of what is compared
+    base_in_folder: bool = False  # as opposed to the Hub's cache
     prepared: str | None = None
-    run_directory: str | None = None  # the run's directory, or the nearest folder above that is there
-    disk: int | None = None  # bytes that are free there
-    port: int | None = None  # at which it listens
+    run_directory: str | None = None  # the run's directory, or its nearest existing parent
+    disk: int | None = None  # free bytes there
+    port: int | None = None  # where it listens
     problems: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, answer: dict[str, Any]) -> "Facts":
-        """From JSON. Raises TypeError for an answer of other code."""
+    def from_json(cls, answer: dict[str, Any]) -> "Facts":
+        """Raises TypeError for an answer with other fields, from other code."""
         gpus = answer.get("gpus")
         return cls(**{**answer, "gpus": gpus and [Gpu(**each) for each in gpus]})
 
 
-def facts(request: Request) -> Facts:
-    """Everything but whether others are reached."""
-    found = Facts(
+def collect_facts(request: Request) -> Facts:
+    """Everything except whether other machines are reachable. Changes to the request's folder for good."""
+    facts = Facts(
         hostname=socket.gethostname(),
         machine=machine(),
         address=reached_at(),
@@ -106,29 +106,29 @@ def facts(request: Request) -> Facts:
         cores=len(os.sched_getaffinity(0)),
         memory=psutil.virtual_memory().available,
     )
-    with _told(found, "gpus"):
-        found.gpus = gpus()
+    with _record_problem(facts, "gpus"):
+        facts.gpus = list_gpus()
     if request.port is not None:
-        found.port = _listen_somewhere(found, request.port)
-    with _told(found, "folder"):
+        facts.port = _listen(facts, request.port)
+    with _record_problem(facts, "folder"):
         os.chdir(request.folder)
-        with _told(found, "recipe"):
-            _look_at_recipe(found, load_recipe(Path(request.recipe), request.overrides))
-    return found
+        with _record_problem(facts, "recipe"):
+            _add_recipe_facts(facts, load_recipe(Path(request.recipe), request.overrides))
+    return facts
 
 
 def connect(address: str, port: int, hostname: str) -> str | None:
-    """Why this machine does not reach the probe of the first node, which says its name; None where it does."""
+    """Connects to the first node's probe, which sends its hostname. Returns why that failed; None if it worked."""
     try:
         with socket.create_connection((address, port), timeout=CONNECT) as connection:
-            told = connection.makefile().readline().strip()
+            answer = connection.makefile().readline().strip()
     except OSError as error:
         return error.strerror or str(error)
-    return None if told == hostname else f"{told or 'something else'} answers there"
+    return None if answer == hostname else f"{answer or 'something else'} answers there"
 
 
-def gpus() -> list[Gpu]:
-    """Those that ranks will see. Raises OSError where there are some and the driver does not work, or has not all."""
+def list_gpus() -> list[Gpu]:
+    """The GPUs that ranks will see. Raises OSError if the driver fails or lacks a GPU of CUDA_VISIBLE_DEVICES."""
     visible = visible_gpus()
     if visible == [] or not any(Path("/dev").glob("nvidia[0-9]*")):
         return []
@@ -136,53 +136,54 @@ def gpus() -> list[Gpu]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER)
     except subprocess.TimeoutExpired:
-        raise OSError(f"nvidia-smi does not answer in {DRIVER:.0f} s") from None
+        raise OSError(f"nvidia-smi did not answer in {DRIVER:.0f} s") from None
     if done.returncode != 0:
         raise OSError(f"nvidia-smi: {_last_line(done.stdout + done.stderr)}")
-    return gpus_in(done.stdout, visible)
+    return parse_gpus(done.stdout, visible)
 
 
-def gpus_in(table: str, visible: Sequence[int | str] | None = None) -> list[Gpu]:
-    """From nvidia-smi's lines `index, uuid, name, MiB, MiB`, where a size may be `[N/A]`.
+def parse_gpus(table: str, visible: Sequence[int | str] | None = None) -> list[Gpu]:
+    """Parses nvidia-smi's lines `index, uuid, name, MiB, MiB`, where a size may be `[N/A]`.
 
-    visible: as CUDA_VISIBLE_DEVICES names those to give, in its order; None: all. Raises OSError for one that is not
-    there.
+    visible: the GPUs to return, in this order, named as in CUDA_VISIBLE_DEVICES; None for all. Raises OSError for one
+    that is not in the table.
     """
-    found = {}
+    by_uuid = {}
     for index, uuid, name, *sizes in csv.reader(table.splitlines(), skipinitialspace=True):
-        found[uuid] = Gpu(int(index), name, *(int(mib) * 2**20 if mib.isdecimal() else None for mib in sizes))
-    return list(found.values()) if visible is None else [_named(wanted, found) for wanted in visible]
+        total, free = (int(mib) * 2**20 if mib.isdecimal() else None for mib in sizes)
+        by_uuid[uuid] = Gpu(int(index), name, total, free)
+    return list(by_uuid.values()) if visible is None else [_find_gpu(name, by_uuid) for name in visible]
 
 
-def _named(wanted: int | str, gpus: Mapping[str, Gpu]) -> Gpu:
-    """The one of that number, or of the uuid (a key) that begins so."""
-    if str(wanted).startswith("MIG-"):
-        return Gpu(None, str(wanted), None, None)
-    for uuid, gpu in gpus.items():
-        if wanted == gpu.index or (isinstance(wanted, str) and uuid.startswith(wanted)):
+def _find_gpu(name: int | str, by_uuid: Mapping[str, Gpu]) -> Gpu:
+    """The GPU with this index, or whose uuid begins with this name."""
+    if str(name).startswith("MIG-"):
+        return Gpu(None, str(name), None, None)
+    for uuid, gpu in by_uuid.items():
+        if name == gpu.index or (isinstance(name, str) and uuid.startswith(name)):
             return gpu
-    raise OSError(f"CUDA_VISIBLE_DEVICES names {wanted}, and nvidia-smi shows no such GPU")
+    raise OSError(f"CUDA_VISIBLE_DEVICES names {name}, but nvidia-smi lists no such GPU")
 
 
-def _look_at_recipe(found: Facts, recipe: Recipe) -> None:
-    found.recipe = recipe.model_dump(mode="json")
-    with _told(found, "deepspeed"):
-        found.deepspeed = sha256(find_deepspeed_config(recipe.deepspeed.config).read_bytes()).hexdigest()
-    with _told(found, "base"):
-        found.base, found.base_in_folder = _base(recipe)
-    with _told(found, "prepared"):
-        found.prepared = _prepared(recipe)
-    with _told(found, "run_directory"):
-        found.run_directory, found.disk = _run_directory(recipe.run.directory)
+def _add_recipe_facts(facts: Facts, recipe: Recipe) -> None:
+    facts.recipe = recipe.model_dump(mode="json")
+    with _record_problem(facts, "deepspeed"):
+        facts.deepspeed = sha256(find_deepspeed_config(recipe.deepspeed.config).read_bytes()).hexdigest()
+    with _record_problem(facts, "base"):
+        facts.base, facts.base_in_folder = _base(recipe)
+    with _record_problem(facts, "prepared"):
+        facts.prepared = _prepared(recipe)
+    with _record_problem(facts, "run_directory"):
+        facts.run_directory, facts.disk = _run_directory(recipe.run.directory)
 
 
 @contextmanager
-def _told(found: Facts, name: str) -> Iterator[None]:
-    """A failure of the block becomes one of the problems."""
+def _record_problem(facts: Facts, name: str) -> Iterator[None]:
+    """Records a failure of the block in facts.problems."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:  # UserError is a ValueError
-        found.problems[name] = " ".join(str(error).split())
+        facts.problems[name] = " ".join(str(error).split())
 
 
 def _version(package: str) -> str | None:
@@ -193,6 +194,7 @@ def _version(package: str) -> str | None:
 
 
 def _base(recipe: Recipe) -> tuple[str, bool]:
+    """(hash of what is compared of the base, whether the recipe names its folder)."""
     from trainer.base.base_fingerprint import fingerprint
     from trainer.base.model_folder import resolve_folder
 
@@ -204,7 +206,7 @@ def _base(recipe: Recipe) -> tuple[str, bool]:
 
 
 def _prepared(recipe: Recipe) -> str:
-    """The key of the set and the bytes of its files, which are not read."""
+    """Hash of the set's key and the sizes of its files, which are not read."""
     from data_prep.reader import manifest_for
 
     key, folder = manifest_for(recipe.data)["key"], recipe.data.prepared_dir
@@ -213,43 +215,51 @@ def _prepared(recipe: Recipe) -> str:
 
 
 def _run_directory(directory: Path) -> tuple[str, int]:
-    """The nearest folder that is there, in which a file could be written, and bytes free. Raises OSError if not."""
+    """The directory or its nearest existing parent, and its free bytes. Raises OSError if it is not writable."""
     directory = directory.resolve()
-    there = next(each for each in (directory, *directory.parents) if each.exists())
+    existing = next(each for each in (directory, *directory.parents) if each.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
-            return str(there), disk_usage(there).free
+        with tempfile.TemporaryFile(dir=existing):
+            return str(existing), disk_usage(existing).free
     except OSError as error:
-        raise OSError(f"cannot write into {there} ({error.strerror})") from error
+        raise OSError(f"cannot write into {existing} ({error.strerror})") from error
 
 
-def _listen_somewhere(found: Facts, port: int) -> int:
-    """Listens at the port, or, where it is taken, at another: so that connections can be tried all the same."""
-    both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+def _listen(facts: Facts, port: int) -> int:
+    """Listens at the port or, if it is taken, at a free one, so that connections can be tried nevertheless."""
     try:
-        listener = socket.create_server(("", port), backlog=1024, **both)
+        listener = _server(port)
     except OSError as error:
-        found.problems["port"] = f"port {port} is {_taken_by(port) or error.strerror}"
-        listener = socket.create_server(("", 0), backlog=1024, **both)
-    threading.Thread(target=_answer, args=(listener, found.hostname), daemon=True).start()
+        facts.problems["port"] = f"port {port} is {_taken_by(port) or error.strerror}"
+        listener = _server(0)
+    threading.Thread(target=_send_hostname, args=(listener, facts.hostname), daemon=True).start()
     return listener.getsockname()[1]
 
 
-def _answer(listener: socket.socket, hostname: str) -> None:
+def _server(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), backlog=1024, family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=1024)
+
+
+def _send_hostname(listener: socket.socket, hostname: str) -> None:
     while True:
         connection, _ = listener.accept()
-        with connection, suppress(OSError):  # who asked may be gone
+        with connection, suppress(OSError):  # the other side may be gone
             connection.sendall(f"{hostname}\n".encode())
 
 
 def _taken_by(port: int) -> str | None:
-    """Which process listens there, if this user may know."""
-    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port)
-    found = next(listening, None)
-    if found is None:
+    """Which process listens there, if this user is allowed to know."""
+    listening = (
+        c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port
+    )
+    connection = next(listening, None)
+    if connection is None:
         return None
+    pid = connection.pid
     try:
-        return f"taken by {psutil.Process(found.pid).name()}, process {found.pid}" if found.pid else "taken"
+        return f"taken by {psutil.Process(pid).name()}, process {pid}" if pid else "taken"
     except psutil.Error:  # it has ended since
         return "taken"
 
@@ -258,26 +268,27 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it failed"])[-1]
 
 
-def _as_ranks_see(**request: Any) -> dict[str, Any]:
-    asked = Request(**request)
-    os.environ.update(asked.environment | {"HF_HUB_OFFLINE": "1"})  # a base that is not there is not fetched now
-    return asdict(facts(asked))
+def _collect_as_ranks(**arguments: Any) -> dict[str, Any]:
+    """Facts as seen with the variables of the ranks, but without downloading a base that is missing."""
+    request = Request(**arguments)
+    os.environ.update(request.environment | {"HF_HUB_OFFLINE": "1"})
+    return asdict(collect_facts(request))
 
 
-_ANSWERS: dict[str, Callable[..., Any]] = {
-    "facts": _as_ranks_see,
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "facts": _collect_as_ranks,
     "clock": time.time,
     "connect": connect,
 }
 
 
 def main() -> None:
-    """Answers each line of stdin with one of stdout, until stdin ends."""
+    """Answers each line of stdin with a line on stdout, until stdin ends."""
     answers = sys.stdout
     with redirect_stdout(sys.stderr):
         for line in sys.stdin:
             ((name, arguments),) = json.loads(line).items()
-            print(json.dumps({name: _ANSWERS[name](**arguments)}), file=answers, flush=True)
+            print(json.dumps({name: _FUNCTIONS[name](**arguments)}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Asks many machines what they are, all at once: one ssh and one thread for each."""
+"""Runs the probe on many machines at once: one ssh and one thread per machine."""
 
 import json
 import os
@@ -14,150 +14,157 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.cluster.probe import Facts, Request
-from trainer.cluster.ssh import REPOSITORY, allow_many_files, parsed, ssh_command
+from trainer.cluster.ssh import REPOSITORY, allow_many_files, parse_json, ssh_command
 
 PROBE = "trainer.cluster.probe"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How the command on a machine ended before it answered: None where it was given up. said: its last line."""
+    """A probe that ended before it answered. status: None if it was given up. last_line: of its output."""
 
     status: int | None
-    said: str
+    last_line: str
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Seconds by which a machine's clock is ahead of this one's, and by how many that may be wrong."""
+class ClockOffset:
+    """Seconds by which a machine's clock is ahead of this one's, and how far off that number may be."""
 
     ahead: float
-    doubt: float
+    uncertainty: float
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back from one machine.
+    """The result from one machine.
 
-    unreached: why it cannot connect to the first machine's port; None where it can, or was not asked.
+    unreachable: why it cannot connect to the first machine's port; None if it can or did not try.
     """
 
     host: str
     facts: Facts | None = None
     failure: Failure | None = None
-    clock: Clock | None = None
-    unreached: str | None = None
+    clock: ClockOffset | None = None
+    unreachable: str | None = None
 
 
-def ask_all(hosts: Sequence[str], request: Request, limit: float) -> list[Answer]:
-    """The answers of hosts over ssh; see `ask`."""
-    return ask({host: ssh_command(host, PROBE) for host in hosts}, request, limit)
+def probe_hosts(hosts: Sequence[str], request: Request, limit: float) -> list[Answer]:
+    """Probes hosts over ssh; see `probe_all`."""
+    return probe_all({host: ssh_command(host, PROBE) for host in hosts}, request, limit)
 
 
-def ask_here(host: str, request: Request, limit: float) -> Answer:
-    """This machine's answer, under a name."""
-    (answer,) = ask({host: [sys.executable, "-m", PROBE]}, request, limit)
+def probe_this_machine(host: str, request: Request, limit: float) -> Answer:
+    """Probes this machine without ssh. host: the name in its answer."""
+    (answer,) = probe_all({host: [sys.executable, "-m", PROBE]}, request, limit)
     return answer
 
 
-def ask(commands: Mapping[str, Sequence[str]], request: Request, limit: float) -> list[Answer]:
-    """The answers of hosts in their order, given the command that starts the probe on each.
+def probe_all(commands: Mapping[str, Sequence[str]], request: Request, limit: float) -> list[Answer]:
+    """Returns the answers in the hosts' order. commands: {host: the command that starts the probe there}.
 
-    The first host listens at the request's port for as long as the others try to reach it there. What has not answered
-    after `limit` seconds is given up.
+    The first host listens at the request's port while the others try to reach it there. Hosts that have not answered
+    after `limit` seconds are given up.
     """
     allow_many_files()
     probes = [_Probe(host, command) for host, command in commands.items()]
-    timer = threading.Timer(limit, lambda: [probe.give_up() for probe in probes])
+    timer = threading.Timer(limit, _give_up, args=[probes])
     timer.start()
     try:
         with ThreadPoolExecutor(len(probes)) as pool:
             first = pool.submit(_examine, probes[0], request)
-            quiet = replace(request, port=None)
-            others = [pool.submit(_examine_and_connect, probe, quiet, first) for probe in probes[1:]]
+            without_port = replace(request, port=None)
+            others = [pool.submit(_examine_and_connect, probe, without_port, first) for probe in probes[1:]]
             try:
                 return [answer.result() for answer in (first, *others)]
-            except BaseException:  # a Ctrl-C: the threads would be waited for
-                for probe in probes:
-                    probe.give_up()
+            except BaseException:  # a Ctrl-C: leaving the block waits for the threads
+                _give_up(probes)
                 raise
     finally:
         timer.cancel()
         for probe in probes:
-            probe.hang_up()
+            probe.close_input()
         for probe in probes:
             probe.close()
 
 
 class _Probe:
-    """trainer.cluster.probe on one machine. `ask` raises _Ended where it has ended, whatever ended it."""
+    """The probe's process on one machine."""
 
     def __init__(self, host: str, command: Sequence[str]) -> None:
         self.host = host
         self._given_up = False
-        self._said = ""
-        pipe = subprocess.PIPE  # one for both outputs: hundreds of hosts come near the limit of open files
+        self._last_line = ""
+        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
             stdin=pipe,
             stdout=pipe,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT,  # one pipe for both: hundreds of hosts come near the limit of open files
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # with what ssh starts itself, as for a ProxyJump
+            start_new_session=True,  # with what ssh itself starts, as for a ProxyJump
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
-    def ask(self, name: str, **arguments: Any) -> Any:
-        with suppress(OSError):  # where it has ended, its output says why
-            self._process.stdin.write(json.dumps({name: arguments}) + "\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
-            answer = parsed(line)
+    def call(self, name: str, **arguments: Any) -> Any:
+        """Calls a function of the probe. Raises _ProbeEnded if the process has ended for any reason."""
+        with suppress(OSError):  # if it has ended, its output gives the reason
+            self._stdin.write(json.dumps({name: arguments}) + "\n")
+            self._stdin.flush()
+        for line in self._stdout:
+            answer = parse_json(line)
             if isinstance(answer, dict) and name in answer:
                 return answer[name]
-            self._said = line.strip() or self._said  # a greeting of the shell, or why it ends
-        raise _Ended(Failure(None if self._given_up else self._process.wait(), self._said))
+            self._last_line = line.strip() or self._last_line  # a shell's greeting, or an error
+        raise _ProbeEnded(Failure(None if self._given_up else self._process.wait(), self._last_line))
 
     def give_up(self) -> None:
         self._given_up = True
         self._kill()
 
-    def hang_up(self) -> None:
-        """Lets it end, by the end of its input."""
+    def close_input(self) -> None:
+        """Lets the process end by itself."""
         with suppress(OSError):
-            self._process.stdin.close()
+            self._stdin.close()
 
     def close(self) -> None:
-        """Waits a little for its end, which is then made."""
+        """Waits up to a second for the process to end, then kills it."""
         try:
             self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             self._kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._stdout.close()
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-class _Ended(Exception):
+class _ProbeEnded(Exception):
     def __init__(self, failure: Failure) -> None:
         self.failure = failure
 
 
+def _give_up(probes: Sequence[_Probe]) -> None:
+    for probe in probes:
+        probe.give_up()
+
+
 def _examine(probe: _Probe, request: Request) -> Answer:
     try:
-        facts = Facts.read(probe.ask("facts", **asdict(request)))
+        facts = Facts.from_json(probe.call("facts", **asdict(request)))
         before = time.time()
-        there = probe.ask("clock")
+        there = probe.call("clock")
         after = time.time()
-    except _Ended as ended:
+    except _ProbeEnded as ended:
         return Answer(probe.host, failure=ended.failure)
     except TypeError as error:
-        return Answer(probe.host, failure=Failure(0, f"other code of this trainer: {error}"))
-    return Answer(probe.host, facts, clock=Clock(there - (before + after) / 2, (after - before) / 2))
+        return Answer(probe.host, failure=Failure(0, f"other trainer code: {error}"))
+    return Answer(probe.host, facts, clock=ClockOffset(there - (before + after) / 2, (after - before) / 2))
 
 
 def _examine_and_connect(probe: _Probe, request: Request, first: Future[Answer]) -> Answer:
@@ -165,7 +172,7 @@ def _examine_and_connect(probe: _Probe, request: Request, first: Future[Answer])
     if answer.facts is None or to is None or to.port is None:
         return answer
     try:
-        unreached = probe.ask("connect", address=to.address, port=to.port, hostname=to.hostname)
-    except _Ended:
-        unreached = "no answer in time"
-    return replace(answer, unreached=unreached and f"{to.address}:{to.port} ({unreached})")
+        reason = probe.call("connect", address=to.address, port=to.port, hostname=to.hostname)
+    except _ProbeEnded:
+        reason = "no answer in time"
+    return replace(answer, unreachable=reason and f"{to.address}:{to.port} ({reason})")

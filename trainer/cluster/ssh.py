@@ -1,4 +1,4 @@
-"""How a command of this trainer is started on another machine: the same interpreter and code, over ssh by key."""
+"""Starts commands of this trainer on other machines, over ssh by key: same interpreter path, same checkout path."""
 
 import json
 import math
@@ -13,29 +13,29 @@ from typing import Any
 
 from data_prep.user_error import UserError
 
-# Links are kept: on another machine the path may be there, and what a link here leads to may not.
+# Symbolic links are kept: another machine may have this path, but not what a link points to here.
 REPOSITORY = Path(os.path.abspath(__file__)).parent.parent.parent
-CONNECT = 10  # seconds to reach a node's sshd
+CONNECT_TIMEOUT = 10  # seconds to reach a node's sshd
 
 
 def launch_folder() -> Path:
-    """The current folder by the name under which the shell entered it, links kept as in REPOSITORY."""
+    """The current folder by the name under which the shell entered it, with symbolic links kept as in REPOSITORY."""
     named = os.environ.get("PWD", "")
     same = os.path.isabs(named) and os.path.exists(named) and os.path.samefile(named, os.curdir)
     return Path(named) if same else Path.cwd()
 
 
-def ssh_command(host: str, module: str, arguments: Sequence[str] = (), silence: float = CONNECT) -> list[str]:
-    """A local command that runs `python -m module arguments` on `host`, in the checkout there.
+def ssh_command(host: str, module: str, arguments: Sequence[str] = (), silence: float = CONNECT_TIMEOUT) -> list[str]:
+    """Builds a local command that runs `python -m module arguments` on `host`, in the checkout there.
 
-    It asks no question: without a key it ends. Where the host falls silent ssh ends too, with status 255 and within
-    about `silence` seconds, of which ssh alone would never know. Raises UserError where this machine has no ssh.
+    It never prompts: without a key it fails. If the host falls silent, ssh exits with status 255 within about `silence`
+    seconds; by default it would not notice. Raises UserError if this machine has no ssh.
     """
     if shutil.which("ssh") is None:
-        raise UserError(f"{host}: this machine has no ssh to reach it by; install it (openssh-client)")
+        raise UserError(f"{host}: this machine has no ssh to reach it; install it (openssh-client)")
     options = {
         "BatchMode": "yes",
-        "ConnectTimeout": CONNECT,
+        "ConnectTimeout": CONNECT_TIMEOUT,
         "ServerAliveInterval": max(1, math.ceil(silence / 3)),
         "ServerAliveCountMax": 3,
         "ForwardX11": "no",
@@ -43,19 +43,19 @@ def ssh_command(host: str, module: str, arguments: Sequence[str] = (), silence: 
     }
     settings = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     remote = shlex.join([sys.executable, "-m", module, *arguments])
-    # by way of trainer/, so that an empty folder in place of the checkout is told as one
+    # by way of trainer/, so that an empty folder in place of the checkout fails as a missing checkout
     entered = f"cd {shlex.quote(str(REPOSITORY / 'trainer'))} && cd .. && exec {remote}"
     return ["ssh", *settings, host, entered]
 
 
 def allow_many_files() -> None:
-    """Lets this process open as many files as it may: pipes to hundreds of nodes are more than the usual 1024."""
+    """Raises this process's limit of open files to its maximum: pipes to hundreds of nodes exceed the usual 1024."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def parsed(line: str) -> Any:
-    """What a line of JSON holds; None where it is none."""
+def parse_json(line: str) -> Any:
+    """The value of a line of JSON; None if it is not JSON."""
     try:
         return json.loads(line)
     except ValueError:

@@ -15,12 +15,12 @@ from types import FrameType
 
 from data_prep.user_error import UserError
 from trainer.cluster.hostfile import Node, read_hostfile
-from trainer.cluster.launch_environment import passed_on
+from trainer.cluster.launch_environment import forwarded_variables
 from trainer.cluster.launch_options import LaunchOptions, parse_launch_options
 from trainer.cluster.launch_outcome import Outcome
 from trainer.cluster.local_ranks import LocalRanks, launcher_command, slots_here
 from trainer.cluster.preflight import check_launch
-from trainer.cluster.remote_ranks import Reached, RemoteRanks
+from trainer.cluster.remote_ranks import ConnectedNodes, RemoteRanks
 from trainer.cluster.ssh import launch_folder
 from trainer.distributed.network import free_port
 from trainer.recipe import Recipe
@@ -77,11 +77,11 @@ class Launch:
     def run(self, stop: StopRequest) -> Outcome:
         """Starts the ranks once and waits until all have ended. Raises TooFewNodes."""
         ranks = self._on_nodes() if self.nodes else self._here()
-        while ranks.look():
+        while ranks.poll():
             if stop.at_once:
-                ranks.end_within(0)
+                ranks.kill_after(0)
             elif stop.signal is not None:
-                ranks.ask(stop.signal)
+                ranks.request_stop(stop.signal)
             time.sleep(POLL_EVERY)
         return Outcome(INTERRUPTED) if stop.at_once else ranks.outcome()
 
@@ -95,11 +95,11 @@ class Launch:
         return {LAUNCH_ID: secrets.token_hex(8), **({AGAIN: "1"} if self.again else {})}
 
     def _on_nodes(self) -> RemoteRanks:
-        reached = Reached(self.nodes, self.silence, self.grace)
+        reached = ConnectedNodes(self.nodes, self.silence, self.grace)
         least = self.options.min_nodes or len(self.nodes)
         if (found := len(reached.nodes)) < least:
             absent = "; ".join(f"{name}: {reason}" for name, reason in reached.absent.items())
-            reached.keep(0, "not needed")
+            reached.keep_first(0, "not needed")
             raise TooFewNodes(
                 f"{found} of {len(self.nodes)} nodes answer, and min_nodes={least}: {absent}; see `teamlora check`, or "
                 "lower min_nodes"
@@ -107,14 +107,14 @@ class Launch:
         if reached.absent:
             batch, experts = self.recipe.train.global_batch_size, self.recipe.experts.parallel_size
             count = dividing_nodes([remote.node for remote in reached.nodes], least, self.recipe)
-            reached.keep(
+            reached.keep_first(
                 count,
                 f"train.global_batch_size={batch} or experts.parallel_size={experts} cannot be divided with its ranks",
             )
         for name, reason in reached.absent.items():
             print(f"launch          without {name}: {reason}", flush=True)
         folder = launch_folder()
-        variables = {**passed_on(os.environ, folder), **self._own_variables()}
+        variables = {**forwarded_variables(os.environ, folder), **self._own_variables()}
         command = rank_command([*self.options.arguments, f"run.nodes={len(reached.nodes)}"])
         return RemoteRanks(reached, command, variables, folder, self.options.master_port)
 

@@ -14,8 +14,8 @@ from trainer.distributed.deepspeed_internals import ShardedParameterFactory
 class Zero3Sharding:
     """ShardingStrategy of ZeRO-3 over the ranks of the process group.
 
-    config: DeepSpeed's, as `deepspeed.initialize` will get it, and one that `check_config` has accepted. Every rank
-    makes the same calls of `keep` in the same order.
+    config: DeepSpeed's, as `deepspeed.initialize` will get it, accepted by `check_sharded_base`. Every rank makes the
+    same calls of `keep` in the same order.
     """
 
     def __init__(self, config: dict[str, Any], device: torch.device | str) -> None:

@@ -1,7 +1,7 @@
-"""What one micro-batch keeps for backward, found by running a copy of few layers on fake tensors: no memory, no time.
+"""Measures what one micro-batch keeps for backward by running a copy with few layers on fake tensors: fast, no memory.
 
-Autograd itself tells what it saves, of the same model code that trains, adapters included; a model of L layers keeps
-what one keeps, and L - 1 times what a second adds. Layers of different kinds are counted as the mean of their kinds.
+Autograd itself reports what it saves for the model code that trains, adapters included. A model of L layers keeps what
+one layer keeps plus L - 1 times what a second one adds. Layers of different kinds count as the mean of their kinds.
 """
 
 import copy
@@ -20,21 +20,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear, SecondLevel
 from trainer.base.weight_map import DTYPES
-from trainer.estimate.gathered import decoder_layers
-from trainer.estimate.rank_model import build_rank_model
+from trainer.estimate.rank_model import base_of, build_rank_model, decoder_layers
 from trainer.recipe import ExpertsConfig, Recipe
 
-FLASH = "fa2_on_fake_tensors"  # stands for flash_attention_2, which only a GPU can run
+FLASH = "fa2_on_fake_tensors"  # stands in for flash_attention_2, which only runs on a GPU
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for backward by one micro-batch on its way through the decoder.
+    """Bytes that one micro-batch keeps for backward on its way through the decoder.
 
-    first: of the first `kinds` layers and of what is in no layer (final norm) or in all (rotary tables). The embedding
-    is frozen, so the first layer keeps less than the others. layer: of each further one. hidden: of one layer's input
-    [micro batch, seq, hidden], all that checkpointing keeps of a layer. shared: of what all layers are given beside it
-    (attention masks, rotary tables), which checkpointing keeps until the first layer is recomputed.
+    first: of the first `kinds` layers and of what belongs to no layer (final norm) or to all (rotary tables). The
+    embedding is frozen, so the first layer keeps less than the others. layer: of each further layer. hidden: of one
+    layer's input [micro batch, seq, hidden], which is all that checkpointing keeps per layer. shared: of the other
+    arguments that all layers get (attention masks, rotary tables), which checkpointing keeps until the first layer is
+    recomputed.
     """
 
     first: int
@@ -45,31 +45,31 @@ class Activations:
     kinds: int
 
     def saved(self, checkpointing: bool) -> int:
-        """From forward on, until backward comes by."""
+        """Bytes kept when forward ends, all of them until backward begins."""
         if checkpointing:
             return self.layers * self.hidden + self.shared
         return self.first + (self.layers - self.kinds) * self.layer
 
 
-def activations(config: PretrainedConfig, recipe: Recipe) -> Activations:
-    """For rows of data.seq_len tokens and train.micro_batch_size of them; the head and the loss are not included."""
+def estimate_activations(config: PretrainedConfig, recipe: Recipe) -> Activations:
+    """Estimates a micro-batch of train.micro_batch_size rows of data.seq_len tokens, without the head and the loss."""
     text = config.get_text_config()
     kinds = len(dict.fromkeys(getattr(text, "layer_types", None) or [])) or 1
-    few, more = (_saved(_shortened(config, kinds * times), recipe) for times in (1, 2))
+    short, long = (_saved_bytes(_shortened(config, kinds * times), recipe) for times in (1, 2))
     tokens = recipe.train.micro_batch_size * recipe.data.seq_len
     hidden = tokens * text.hidden_size * DTYPES[recipe.base.dtype].itemsize
     return Activations(
-        first=few.own + more.of_shared,
-        layer=(more.own - few.own) // kinds,
+        first=short.own + long.of_shared,
+        layer=(long.own - short.own) // kinds,
         hidden=hidden,
-        shared=more.shared,
+        shared=long.shared,
         layers=text.num_hidden_layers,
         kinds=kinds,
     )
 
 
 def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same model with so many layers, in which every kind of layer stands equally often."""
+    """The same model with `layers` layers, of which each kind of layer has the same number."""
     short = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(short, "layer_types", None) or []))
     short.num_hidden_layers = layers
@@ -79,57 +79,61 @@ def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """Bytes that autograd saves, without and of what all layers share (`of_shared`); shared: of that, saved or not."""
+class _SavedBytes:
+    """own, of_shared: bytes that autograd saves, apart from and of what all layers share. shared: all of the latter."""
 
     own: int
     of_shared: int
     shared: int
 
 
-def _saved(config: PretrainedConfig, recipe: Recipe) -> _Saved:
-    """What autograd saves in the decoder's forward, parameters left out.
+def _saved_bytes(config: PretrainedConfig, recipe: Recipe) -> _SavedBytes:
+    """Runs the decoder's forward and counts what autograd saves besides parameters.
 
-    Rows are of packed documents: positions that are not known could begin anew anywhere, and transformers makes masks.
+    Rows hold packed documents: fake positions could restart anywhere, so transformers builds attention masks.
     """
-    adapter = recipe.adapter.model_copy(update={"balance_loss_weight": 0.0})  # which wants a loop, and saves nothing
+    adapter = recipe.adapter.model_copy(update={"balance_loss_weight": 0.0})  # needs a training loop, saves nothing
     base = recipe.base.model_copy(update={"attention": FLASH} if recipe.base.attention == "flash_attention_2" else {})
-    alone = recipe.model_copy(update={"experts": ExpertsConfig(), "adapter": adapter, "base": base})
+    experts = ExpertsConfig.model_validate({})  # not placed
+    unplaced = recipe.model_copy(update={"experts": experts, "adapter": adapter, "base": base})
     kept: dict[int, Any] = {}
     shared: dict[int, Any] = {}
     rows, length = recipe.train.micro_batch_size, recipe.data.seq_len
     with _flash_attention():
-        model = build_rank_model(config, alone, world_size=1).model.train()
+        model = build_rank_model(config, unplaced, world_size=1).model
+        model.train()
         with FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(model)
             own = {p.untyped_storage()._cdata for p in model.parameters()}
             for layer in decoder_layers(model):
-                layer.register_forward_pre_hook(_watcher(_collector(shared, own)), with_kwargs=True)
+                layer.register_forward_pre_hook(_argument_hook(_collector(shared, own)), with_kwargs=True)
             ids, positions = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
-            decoder = model.get_base_model().get_decoder()
+            decoder = base_of(model).get_decoder()
             with saved_tensors_hooks(_collector(kept, own), lambda tensor: tensor):
                 hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False)
             del hidden
     both = kept.keys() & shared.keys()
-    return _Saved(_bytes(kept, kept.keys() - both), _bytes(kept, both), _bytes(shared, shared.keys()))
+    return _SavedBytes(_bytes(kept, kept.keys() - both), _bytes(kept, both), _bytes(shared, shared.keys()))
 
 
-def _watcher(collect: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    """A hook before a layer's forward, which collects what the layer is given beside its input."""
+def _argument_hook(collect: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """A forward pre-hook that collects a layer's arguments other than its input."""
 
-    def watch(_layer: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def hook(_layer: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         for each in tree_leaves((positional[1:], named)):
             if torch.is_tensor(each):
                 collect(each)
 
-    return watch
+    return hook
 
 
 def _collector(kept: dict[int, Any], own: set[int]) -> Callable[[Tensor], Tensor]:
+    """A function that adds a tensor's storage to `kept` unless it is in `own`, and returns the tensor."""
+
     def collect(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other takes its place in memory
+            kept[storage._cdata] = storage  # referenced, so that its address is not reused
         return tensor
 
     return collect
@@ -141,7 +145,7 @@ def _bytes(storages: dict[int, Any], which: Iterable[int]) -> int:
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """Lets models be built with FLASH, for which transformers makes no mask."""
+    """Registers FLASH as an attention implementation; transformers builds no mask for it."""
     ALL_ATTENTION_FUNCTIONS[FLASH] = lambda _, q, k, v, *_mask, **_options: (_Flash.apply(q, k, v), None)
     try:
         yield
@@ -150,11 +154,11 @@ def _flash_attention() -> Iterator[None]:
 
 
 class _Flash(torch.autograd.Function):
-    """Saves what flash-attn's kernels do: q, k and v, keys not repeated, the output, the log-sum-exp of each row."""
+    """Saves what flash-attn's kernels save: q, k and v without repeated keys, the output, each row's log-sum-exp."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: [rows, heads, seq, d]; k, v: [rows, fewer heads, seq, d]; the output: [rows, seq, heads, d]."""
+        """q: [rows, heads, seq, d]; k, v: [rows, key/value heads, seq, d]; returns [rows, seq, heads, d]."""
         rows, heads, length, _ = q.shape
         out = v.new_empty(rows, length, heads, v.shape[-1])
         ctx.save_for_backward(q, k, v, out, q.new_empty(rows, heads, length, dtype=torch.float32))
@@ -162,7 +166,7 @@ class _Flash(torch.autograd.Function):
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Parameters and buffers on a CPU that is not there, second levels as well."""
+    """Makes all parameters, buffers and second quantisation levels fake CPU tensors; call under FakeTensorMode."""
     model.to_empty(device="cpu")
     for module in model.modules():
         if isinstance(module, NF4Linear):

@@ -1,4 +1,4 @@
-"""One run's memory and traffic a rank, before anything is launched."""
+"""Estimates a run's memory and traffic per rank, before anything is launched."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,13 +8,11 @@ from transformers import PretrainedConfig
 
 from trainer.base.model_config import parse_config_alone
 from trainer.distributed.deepspeed_config import check_expert_parallel, check_sharded_base, read_deepspeed_config
-from trainer.estimate.activations import Activations, activations
-from trainer.estimate.loading import loading
-from trainer.estimate.measured import DeviceKind
+from trainer.estimate.activations import Activations, estimate_activations
 from trainer.estimate.rank_model import RankModel, build_rank_model
-from trainer.estimate.resident import MemoryUse, resident
+from trainer.estimate.resident import DeviceKind, MemoryUse, estimate_resident
 from trainer.estimate.traffic import sent_bytes
-from trainer.estimate.transient import Transient, transient
+from trainer.estimate.transient import Transient, estimate_loading, estimate_transient
 from trainer.estimate.zero_settings import ZeroSettings, zero_settings
 from trainer.objective.batches import plan_batches
 from trainer.recipe import Recipe
@@ -22,10 +20,10 @@ from trainer.recipe import Recipe
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank; all hold equally much, but for the first's checkpoint copy. trained: elements of the adapter.
+    """Bytes per rank. All ranks hold equally much, except that rank 0's checkpoint copy is the largest.
 
-    resident: from the first step to the last. transient: device bytes at the highest moment of a step. loading: the
-    highest moment before the first step. sent: in one optimizer step.
+    trained: elements of the adapter. resident: held from the first step to the last. transient: on the device at the
+    peak of a step. loading: the peak before the first step. sent: in one optimizer step.
     """
 
     recipe: Recipe
@@ -40,8 +38,8 @@ class Estimate:
     @property
     def rows(self) -> list[MemoryUse]:
         """Every category of training that is not empty."""
-        coming = (MemoryUse(name, device=size) for name, size in self.transient.by_name.items())
-        return [row for row in (*self.resident, *coming) if row.device or row.host]
+        transient = (MemoryUse(name, device=size) for name, size in self.transient.by_name.items())
+        return [row for row in (*self.resident, *transient) if row.device or row.host]
 
     @cached_property
     def device(self) -> int:
@@ -52,14 +50,14 @@ class Estimate:
         return max(self.loading.host, sum(row.host for row in self.rows))
 
     def fits(self, device: int | None, host: int | None) -> bool:
-        """Into so many bytes a rank; None is no limit."""
+        """Whether each rank fits into so many bytes; None is no limit."""
         return (device is None or self.device <= device) and (host is None or self.host <= host)
 
 
 class Estimator:
-    """Estimates a base's recipes, each part of the work once for all recipes that share it.
+    """Estimates recipes of one base; recipes share the work that they have in common.
 
-    kind: of the device that training will run on; None: a GPU if this machine has one.
+    kind: of device that training will run on; None: a GPU if this machine has one, else the CPU.
     """
 
     def __init__(self, recipe: Recipe, kind: DeviceKind | None = None) -> None:
@@ -69,9 +67,9 @@ class Estimator:
         self._activations: dict[tuple, Activations] = {}
 
     def estimate(self, recipe: Recipe, world_size: int, kind: DeviceKind | None = None) -> Estimate:
-        """kind: of device, where it is not the estimator's own.
+        """Estimates one recipe. kind: of device; None: the estimator's own.
 
-        Raises UserError where a run of this recipe on so many ranks would be refused.
+        Raises UserError if a run of this recipe on so many ranks would be refused.
         """
         plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, world_size)
         config = read_deepspeed_config(recipe, plan)
@@ -80,33 +78,33 @@ class Estimator:
             check_expert_parallel(recipe.experts, range(world_size), config, recipe.deepspeed.config)
         zero = zero_settings(config)
         model = self._model(recipe, world_size)
-        held = tuple(resident(model, zero, recipe.train.optimizer, world_size, kind or self.kind))
+        resident = tuple(estimate_resident(model, zero, recipe.train.optimizer, world_size, kind or self.kind))
         return Estimate(
             recipe=recipe,
             world_size=world_size,
             trained=_trained(model, recipe.experts.parallel_size),
             zero=zero,
-            resident=held,
-            transient=transient(model, self._kept(recipe), zero, recipe, world_size),
-            loading=loading(held, model, recipe.experts),
+            resident=resident,
+            transient=estimate_transient(model, self._activations_of(recipe), zero, recipe, world_size),
+            loading=estimate_loading(resident, model, recipe.experts),
             sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
         )
 
     def _model(self, recipe: Recipe, world_size: int) -> RankModel:
-        key = (recipe.experts.parallel_size, recipe.experts.replicate, world_size)
-        key = key if recipe.experts.parallel_size > 1 else ()
+        placed = recipe.experts.parallel_size > 1  # else the model is the same on any number of ranks
+        key = (recipe.experts.parallel_size, recipe.experts.replicate, world_size) if placed else ()
         if key not in self._models:
             self._models[key] = build_rank_model(self._config, recipe, world_size)
         return self._models[key]
 
-    def _kept(self, recipe: Recipe) -> Activations:
+    def _activations_of(self, recipe: Recipe) -> Activations:
         key = (recipe.train.micro_batch_size, recipe.data.seq_len)
         if key not in self._activations:
-            self._activations[key] = activations(self._config, recipe)
+            self._activations[key] = estimate_activations(self._config, recipe)
         return self._activations[key]
 
 
 def _trained(model: RankModel, parallel_size: int) -> int:
-    own = model.by_expert  # a share of the experts, where they are placed
-    trained = (p for p in model.model.parameters() if p.requires_grad)
-    return sum(p.numel() * (parallel_size if p in own else 1) for p in trained)
+    """Elements of the whole adapter; of placed experts each rank builds its share only."""
+    own = model.by_expert
+    return sum(p.numel() * (parallel_size if p in own else 1) for p in model.trained)

@@ -1,106 +1,109 @@
-"""What `teamlora estimate` prints: a table for a person, or one JSON object."""
+"""What `teamlora estimate` prints: tables and a verdict, or one JSON object."""
 
 import json
 
+from data_prep.tables import text_table
 from data_prep.user_error import UserError
 from trainer.estimate.estimate import Estimate, Estimator
-from trainer.estimate.measured import LIBRARIES, DeviceKind
-from trainer.estimate.sizes import GIB
-from trainer.estimate.suggest import Change, suggestions
+from trainer.estimate.resident import LIBRARIES, DeviceKind, MemoryUse
+from trainer.estimate.suggest import Suggestion, suggest
 from trainer.recipe import Recipe
+
+GIB = 2**30
 
 
 def report(recipe: Recipe, world_size: int, device: int | None, host: int | None, as_json: bool) -> None:
-    """Prints the estimate; device, host: memory of one rank in bytes, None is no limit.
+    """Prints the estimate. device, host: memory per rank in bytes; None is no limit.
 
-    Of a GPU where its memory is given or this machine has one, else of a CPU. Raises UserError for what a run would
-    refuse, and, once all is printed, where it does not fit.
+    The estimate is for a GPU if `device` is given or this machine has a GPU, else for a CPU. Raises UserError for what
+    a run would refuse and, after printing, if the run does not fit.
     """
     estimator = Estimator(recipe, "cuda" if device is not None else None)
-    found = estimator.estimate(recipe, world_size)
-    others = [] if found.fits(device, host) else suggestions(estimator, found, device, host)
+    estimate = estimator.estimate(recipe, world_size)
+    fits = estimate.fits(device, host)
+    suggestions = [] if fits else suggest(estimator, estimate, device, host)
     if as_json:
-        on = {kind: estimator.estimate(recipe, world_size, kind) for kind in LIBRARIES}
-        print(json.dumps(_as_object(found, estimator.kind, on, device, host, others)))
+        by_kind = {kind: estimator.estimate(recipe, world_size, kind) for kind in LIBRARIES}
+        print(json.dumps(_as_object(estimate, estimator.kind, by_kind, device, host, suggestions)))
     else:
-        print("\n".join([*_table(found, estimator.kind), *_verdict(found, device, host, others)]))
-    if not found.fits(device, host):
-        raise UserError(_shortage(found, device, host, others))
+        print("\n".join([*_tables(estimate, estimator.kind), *_verdict(estimate, device, host, suggestions)]))
+    if not fits:
+        raise UserError(_shortage(estimate, device, host, suggestions))
 
 
-def _table(found: Estimate, kind: DeviceKind) -> list[str]:
-    zero = f"ZeRO-{found.zero.stage}, {kind}"
-    lines = [f"{f'GiB of each of {found.world_size} ranks, {zero}':36}{'device':>10}{'host':>10}"]
-    lines += [_line(row.name, row.device, row.host) for row in found.rows]
-    lines += [_line("peak", found.device, found.host), _line("while loading", found.loading.device, found.loading.host)]
-    lines += ["", f"{'GiB a rank sends in a step':36}{'':10}"]
-    lines += [f"{name:36}{size / GIB:10.3f}" for name, size in found.sent.items()]
+def _tables(estimate: Estimate, kind: DeviceKind) -> list[str]:
+    ranks = "1 rank" if estimate.world_size == 1 else f"{estimate.world_size} ranks"
+    title = f"GiB per rank ({ranks}, ZeRO-{estimate.zero.stage}, {kind})"
+    peak = MemoryUse("peak", estimate.device, estimate.host)
+    uses = [
+        (use.name, f"{use.device / GIB:.3f}", f"{use.host / GIB:.3f}")
+        for use in (*estimate.rows, peak, estimate.loading)
+    ]
+    sent = [(name, f"{size / GIB:.3f}") for name, size in estimate.sent.items()]
+    return [text_table((title, "device", "host"), uses), "", text_table(("sent per rank and step", "GiB"), sent)]
+
+
+def _verdict(estimate: Estimate, device: int | None, host: int | None, suggestions: list[Suggestion]) -> list[str]:
+    if device is None and host is None:
+        return []
+    needs = ", ".join(_need(*limit) for limit in _limits(estimate, device, host))
+    if estimate.fits(device, host):
+        return ["", f"fits            {needs}"]
+    lines = ["", f"does not fit    {needs}"]
+    if not suggestions:
+        return [*lines, "none of the changes tried would fit: take a smaller base, shorter rows or more ranks"]
+    for suggestion in suggestions:
+        device_gib, host_gib = suggestion.estimate.device / GIB, suggestion.estimate.host / GIB
+        lines.append(f"would fit       {suggestion.settings}  (device {device_gib:.2f}, host {host_gib:.2f} GiB)")
     return lines
 
 
-def _line(name: str, device: int, host: int) -> str:
-    return f"{name:36}{device / GIB:10.3f}{host / GIB:10.3f}"
-
-
-def _verdict(found: Estimate, device: int | None, host: int | None, others: list[tuple[Change, Estimate]]) -> list[str]:
-    if device is None and host is None:
-        return []
-    told = ", ".join(_told(*given) for given in _limits(found, device, host))
-    if found.fits(device, host):
-        return ["", f"fits            {told}"]
-    lines = ["", f"does not fit    {told}"]
-    if not others:
-        return [*lines, "nothing that was tried would fit: take a smaller base, shorter rows or more ranks"]
-    return lines + [
-        f"would fit       {_settings(c)}  ({e.device / GIB:.2f} + {e.host / GIB:.2f} GiB)" for c, e in others
-    ]
-
-
-def _shortage(found: Estimate, device: int | None, host: int | None, others: list[tuple[Change, Estimate]]) -> str:
+def _shortage(estimate: Estimate, device: int | None, host: int | None, suggestions: list[Suggestion]) -> str:
     """One line: what does not fit, and the nearest change that would."""
-    short = ", ".join(_told(*given) for given in _limits(found, device, host) if given[0] > given[1])
-    if not others:
+    short = ", ".join(_need(*limit) for limit in _limits(estimate, device, host) if limit[0] > limit[1])
+    if not suggestions:
         return f"does not fit: {short}; take a smaller base, shorter rows or more ranks"
-    return f"does not fit: {short}; it would with {_settings(others[0][0])}"
+    return f"does not fit: {short}; it would fit with {suggestions[0].settings}"
 
 
-def _limits(found: Estimate, device: int | None, host: int | None) -> list[tuple[int, int, str]]:
-    """(bytes needed, bytes given, of what) for each limit that was given."""
-    limits = [(found.device, device, "device"), (found.host, host, "host")]
+def _limits(estimate: Estimate, device: int | None, host: int | None) -> list[tuple[int, int, str]]:
+    """(bytes needed, bytes available, where) for each limit that was given."""
+    limits = [(estimate.device, device, "device"), (estimate.host, host, "host")]
     return [(size, limit, name) for size, limit, name in limits if limit is not None]
 
 
-def _told(size: int, limit: int, name: str) -> str:
+def _need(size: int, limit: int, name: str) -> str:
     return f"{name} {size / GIB:.2f} of {limit / GIB:.2f} GiB"
 
 
-def _settings(change: Change) -> str:
-    return " ".join(change.settings)
-
-
 def _as_object(
-    found: Estimate,
+    estimate: Estimate,
     kind: DeviceKind,
-    on: dict[DeviceKind, Estimate],
+    by_kind: dict[DeviceKind, Estimate],
     device: int | None,
     host: int | None,
-    others: list[tuple[Change, Estimate]],
+    suggestions: list[Suggestion],
 ) -> dict[str, object]:
-    """Bytes throughout, but for `trained_parameters`. on: the same on each kind of device, for `peak_on`."""
+    """All sizes are bytes; `trained_parameters` counts elements. by_kind: estimates for `peak_on`."""
     return {
-        "world_size": found.world_size,
-        "trained_parameters": found.trained,
+        "world_size": estimate.world_size,
+        "trained_parameters": estimate.trained,
         "device_kind": kind,
-        "zero_stage": found.zero.stage,
-        "resident": {row.name: {"device": row.device, "host": row.host} for row in found.resident},
-        "transient": found.transient.by_name,
-        "peak": {"device": found.device, "host": found.host},
-        "peak_on": {name: {"device": each.device, "host": each.host} for name, each in on.items()},
-        "loading": {"device": found.loading.device, "host": found.loading.host},
-        "sent_a_step": found.sent,
+        "zero_stage": estimate.zero.stage,
+        "resident": {use.name: {"device": use.device, "host": use.host} for use in estimate.resident},
+        "transient": estimate.transient.by_name,
+        "peak": {"device": estimate.device, "host": estimate.host},
+        "peak_on": {name: {"device": each.device, "host": each.host} for name, each in by_kind.items()},
+        "loading": {"device": estimate.loading.device, "host": estimate.loading.host},
+        "sent_a_step": estimate.sent,
         "limits": {"device": device, "host": host},
-        "fits": found.fits(device, host),
+        "fits": estimate.fits(device, host),
         "would_fit": [
-            {"settings": list(change.settings), "device": other.device, "host": other.host} for change, other in others
+            {
+                "settings": list(suggestion.change.settings),
+                "device": suggestion.estimate.device,
+                "host": suggestion.estimate.host,
+            }
+            for suggestion in suggestions
         ],
     }

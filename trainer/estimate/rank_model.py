@@ -1,11 +1,13 @@
-"""The adapted model as a rank will hold it, built by the code that trains, with every parameter on meta."""
+"""The adapted model as each rank holds it, built by the training code with every parameter on the meta device."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.adapters.attach import attach_on_meta, check_adapter
 from trainer.base.loader import pack_linears, tie
@@ -17,9 +19,9 @@ from trainer.recipe import BaseModelConfig, ExpertsConfig, Recipe
 
 @dataclass(frozen=True)
 class RankModel:
-    """model: adapted, its parameters on meta; tied weights are one parameter. placement: None without one.
+    """model: adapted, with parameters on meta; tied weights are one parameter. placement: None without placed experts.
 
-    by_expert: parameters that ZeRO-3 partitions over the replicas of a rank and not over all ranks.
+    dtype: of computation.
     """
 
     model: PeftModel
@@ -29,12 +31,31 @@ class RankModel:
 
     @property
     def by_expert(self) -> set[nn.Parameter]:
+        """Parameters that ZeRO-3 partitions over a rank's replicas instead of over all ranks."""
         return set(self.placement.by_expert) if self.placement is not None else set()
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def embedding(self) -> nn.Parameter:
+        """The input embedding's weight, [vocabulary, hidden]."""
+        return cast(nn.Parameter, base_of(self.model).get_input_embeddings().weight)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The layer that computes logits; its weight may be `embedding`."""
+        return cast(nn.Linear, base_of(self.model).get_output_embeddings())
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        return decoder_layers(self.model)
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """Stands for a process group where only its size and this rank's place are asked for."""
+class _GroupOfSize:
+    """Stands in for a process group where only its size and this rank's place in it are read."""
 
     members: int
 
@@ -46,7 +67,7 @@ class _Stand:
 
 
 def build_rank_model(config: PretrainedConfig, recipe: Recipe, world_size: int) -> RankModel:
-    """What each of `world_size` ranks builds; all ranks hold equally much. Raises UserError as a run would."""
+    """Builds what each of `world_size` ranks builds; all ranks hold equally much. Raises UserError as a run would."""
     model = build_base(config, recipe.base)
     check_adapter(model, recipe.adapter)
     adapted = attach_on_meta(model, recipe.adapter, DTYPES[recipe.base.dtype])
@@ -57,7 +78,7 @@ def build_rank_model(config: PretrainedConfig, recipe: Recipe, world_size: int) 
 
 
 def build_base(config: PretrainedConfig, base: BaseModelConfig) -> nn.Module:
-    """The frozen base; with sdpa for flash_attention_2, which needs a GPU to be built with and has the same weights."""
+    """Builds the frozen base. sdpa replaces flash_attention_2, which needs a GPU and has the same weights."""
     attention = "sdpa" if base.attention == "flash_attention_2" else base.attention
     model = skeleton(config, base.model_copy(update={"attention": attention}))
     if base.quantization == "nf4":
@@ -68,6 +89,22 @@ def build_base(config: PretrainedConfig, base: BaseModelConfig) -> nn.Module:
 
 
 def groups_without_ranks(experts: ExpertsConfig, world_size: int) -> ExpertGroups:
-    """Groups of a placement's sizes, with nobody in them."""
+    """Groups of the sizes that a placement needs, without process groups behind them."""
     size = experts.parallel_size
-    return ExpertGroups(_Stand(size), _Stand(world_size // size), experts.replicate)
+    parallel, replicas = (cast(dist.ProcessGroup, _GroupOfSize(n)) for n in (size, world_size // size))
+    return ExpertGroups(parallel, replicas, experts.replicate)
+
+
+def base_of(model: PeftModel) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model())
+
+
+def decoder_layers(model: PeftModel) -> list[nn.Module]:
+    """The decoder's layers, which ZeRO-3 gathers one after the other: its module list with the most bytes."""
+    lists = [m for m in base_of(model).get_decoder().modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda modules: sum(map(module_bytes, modules))))
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,6 +1,6 @@
-"""Bytes that a rank holds from the first step to the last, by category: exact, from the parameters themselves.
+"""Bytes that each rank holds from the first step to the last, by category: exact, computed from the parameters.
 
-What DeepSpeed 0.19.8 keeps, n being the elements of the adapter whose optimizer state a rank has:
+What DeepSpeed 0.19.8 keeps; n is the number of adapter elements whose optimizer state a rank holds:
 
                master copy (fp32)                     gradients                         AdamW's moments (fp32)
     stage 0    4 n, in bf16 only                      n in the compute dtype            8 n
@@ -8,31 +8,42 @@ What DeepSpeed 0.19.8 keeps, n being the elements of the adapter whose optimizer
     stage 2    4 n                                    n in the compute dtype            8 n
     stage 3    4 n                                    n in the compute dtype            8 n
 
-Offloading the optimizer puts all of these on the host, and 4 n for the gradients in fp32 beside them. Stages 1 and 2
-cut the adapter as one flat tensor, into even numbers of elements; stage 3 cuts each parameter, so that a rank has
+Offloading the optimizer moves all of these to the host and adds 4 n for fp32 gradients. Stages 1 and 2 cut the adapter
+as one flat tensor into parts with an even number of elements; stage 3 cuts each parameter, so that each rank holds
 ceil(numel / ranks) of it.
 
-The copy from which a checkpoint is written (trainer/checkpoint/saver.py) is rank 0's, which has the most: 12 n on the
-host, of what replicas hold whole all of it. Moments in 8 bits add an fp32 copy of both, 8 n, on every rank.
+The copy from which a checkpoint is written (trainer/checkpoint/async_saver.py) is counted as on rank 0, which has the
+most: 12 n on the host, whole for what replicas hold whole. 8-bit moments add an fp32 copy of both, 8 n, on every rank.
+
+Only LIBRARIES, the bytes that libraries allocate once they work, beyond those after import, has no formula. For a CPU
+it was fitted to one configuration of `python -m benchmarks.estimate`, FITTED_ON, and checked there on all others. For a
+GPU nothing was measured: it is an allowance for CUDA's context, the buffers of cuBLAS and NCCL, and the caching
+allocator's losses. Not included is what glibc's malloc keeps of freed blocks below 32 MB, which it often cannot reuse
+for tensors before glibc 2.38: the run does not need it and it varies between runs (README, "Will it fit?").
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear
-from trainer.estimate.measured import LIBRARIES, DeviceKind
 from trainer.estimate.rank_model import RankModel
 from trainer.estimate.zero_settings import ZeroSettings
 
+DeviceKind = Literal["cpu", "cuda"]
+
 FP32 = 4  # bytes
+LIBRARIES: dict[DeviceKind, int] = {"cpu": 41_000_000, "cuda": 1024**3}
+# (ranks, base.quantization, train.activation_checkpointing, experts.parallel_size)
+FITTED_ON = (1, "nf4", False, 1)
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one category that a rank holds on its device and on its host."""
+    """Bytes of one category on a rank's device and on its host."""
 
     name: str
     device: int = 0
@@ -41,23 +52,23 @@ class MemoryUse:
 
 def partition(parameter: nn.Parameter, rank_model: RankModel, world_size: int) -> int:
     """Elements of a parameter that ZeRO-3 leaves on each rank."""
-    ranks = world_size
-    if parameter in rank_model.by_expert:
-        ranks = rank_model.placement.groups.partitions
+    placement = rank_model.placement
+    by_expert = placement is not None and parameter in rank_model.by_expert
+    ranks = placement.groups.partitions if placement is not None and by_expert else world_size
     return -(-parameter.numel() // ranks)
 
 
-def resident(
+def estimate_resident(
     rank_model: RankModel, zero: ZeroSettings, optimizer: str, world_size: int, kind: DeviceKind
 ) -> list[MemoryUse]:
-    """All categories; on a machine without an accelerator "device" and "host" are the same memory."""
+    """One MemoryUse per category. Without an accelerator, device and host are the same memory."""
     named = list(rank_model.model.named_parameters())
     sharded = zero.stage == 3
     frozen = [(name, p) for name, p in named if not p.requires_grad]
     absmax = [p for name, p in frozen if name.endswith(".absmax")]
     packed = [p for name, p in frozen if p.dtype == torch.uint8 and not name.endswith(".absmax")]
     plain = [p for _, p in frozen if p.dtype != torch.uint8]
-    trained = [p for _, p in named if p.requires_grad]
+    trained = rank_model.trained
 
     def elements(parameter: nn.Parameter) -> int:
         return partition(parameter, rank_model, world_size) if sharded else parameter.numel()
@@ -74,13 +85,13 @@ def resident(
         MemoryUse("kept whole (persistence)", device=_persistent(named, zero, elements)),
         MemoryUse("buffers", device=sum(b.nbytes for b in _buffers(rank_model.model))),
         parameters("adapter", trained),
-        *_learning(trained, rank_model, zero, optimizer, world_size, elements),
+        *_gradients_and_state(trained, rank_model, zero, optimizer, world_size, elements),
         MemoryUse("reduce bucket", device=_reduce_bucket(trained, rank_model, zero, kind)),
         MemoryUse("libraries", device=LIBRARIES[kind]),
     ]
 
 
-def _learning(
+def _gradients_and_state(
     trained: list[nn.Parameter],
     rank_model: RankModel,
     zero: ZeroSettings,
@@ -88,33 +99,33 @@ def _learning(
     world_size: int,
     elements: Callable[[nn.Parameter], int],
 ) -> Iterator[MemoryUse]:
-    """Gradients and optimizer state, all on the host where the optimizer is offloaded; and copies for checkpoints."""
+    """Gradients and optimizer state, on the host if the optimizer is offloaded; then the checkpoint copy."""
     whole = sum(map(elements, trained))
-    learned = 2 * -(-whole // (2 * world_size)) if zero.stage in (1, 2) else whole
+    owned = 2 * -(-whole // (2 * world_size)) if zero.stage in (1, 2) else whole
     width = rank_model.dtype.itemsize
-    gradients = width * (whole if zero.stage == 1 else learned)
-    masters = FP32 * learned if zero.stage or width < FP32 else 0
+    gradients = width * (whole if zero.stage == 1 else owned)
+    masters = FP32 * owned if zero.stage or width < FP32 else 0
     tensors = [p.numel() for p in trained] if zero.stage == 0 else sub_groups(trained, rank_model, zero, elements)
     if zero.stage in (1, 2):
-        tensors = [learned]
+        tensors = [owned]
     moments = sum(moment_bytes(numel, optimizer) for numel in tensors)
     offloaded = zero.offload_optimizer and zero.stage > 0
     sizes = {
-        "gradients": gradients + (FP32 * learned if offloaded else 0),
+        "gradients": gradients + (FP32 * owned if offloaded else 0),
         "master copy": masters,
         "optimizer moments": moments,
     }
     for name, size in sizes.items():
         yield MemoryUse(name, host=size) if offloaded else MemoryUse(name, device=size)
     in_eight_bits = sum(numel for numel in tensors if _in_eight_bits(numel, optimizer))
-    copied = 3 * min(learned, whole) + 2 * in_eight_bits  # learned is padded in stages 1 and 2
+    copied = 3 * min(owned, whole) + 2 * in_eight_bits  # owned is padded in stages 1 and 2
     yield MemoryUse("checkpoint copy", host=FP32 * copied)
 
 
 def _reduce_bucket(trained: Iterable[nn.Parameter], rank_model: RankModel, zero: ZeroSettings, kind: DeviceKind) -> int:
-    """ZeRO-3 reserves its bucket for gradients on their way once; the others make theirs in each backward.
+    """ZeRO-3 allocates one bucket for gradients in transit at the start; the other stages allocate in each backward.
 
-    On a CPU memory is there once it is written to: as far as the gradients of all ranks' parameters reach.
+    CPU memory is used only once it is written to, so on a CPU the bucket counts up to the whole adapter's gradients.
     """
     if zero.stage != 3:
         return 0
@@ -128,24 +139,24 @@ def sub_groups(
     zero: ZeroSettings,
     elements: Callable[[nn.Parameter], int],
 ) -> list[int]:
-    """Elements of the flat tensors that ZeRO-3's optimizer steps: one a process group, cut at sub_group_size."""
+    """Elements of each flat tensor that ZeRO-3's optimizer steps: one per process group, split at sub_group_size."""
     flat: list[int] = []
-    for group in (False, True):
-        size = begun = 0
+    for by_expert in (False, True):
+        size = whole = 0
         for parameter in trained:
-            if (parameter in rank_model.by_expert) == group:
-                size, begun = size + elements(parameter), begun + parameter.numel()
-                if begun >= zero.sub_group:
+            if (parameter in rank_model.by_expert) == by_expert:
+                size, whole = size + elements(parameter), whole + parameter.numel()
+                if whole >= zero.sub_group:
                     flat.append(size)
-                    size = begun = 0
+                    size = whole = 0
         flat += [size] if size else []
     return flat
 
 
 def moment_bytes(numel: int, optimizer: str) -> int:
-    """Two moments of a tensor: fp32, or bitsandbytes' 8 bits with an fp32 maximum a block of 256 elements.
+    """Bytes of a tensor's two moments: fp32, or bitsandbytes' 8 bits with one fp32 maximum per 256 elements.
 
-    bitsandbytes keeps tensors below 4096 elements in fp32.
+    bitsandbytes keeps the moments of tensors below 4096 elements in fp32.
     """
     if not _in_eight_bits(numel, optimizer):
         return 2 * FP32 * numel
@@ -157,7 +168,7 @@ def _in_eight_bits(numel: int, optimizer: str) -> bool:
 
 
 def _second_level(model: nn.Module) -> int:
-    """Of each packed linear fp32 maxima of blocks of blocks, their mean and the code's 256 values; on every rank."""
+    """Per packed linear, whole on every rank, in fp32: maxima of blocks of blocks, an offset, the 256-value code."""
     counts = [m.absmax.numel() for m in model.modules() if isinstance(m, NF4Linear)]
     return sum(FP32 * (-(-blocks // BLOCKS_OF_BLOCKS) + 1 + 256) for blocks in counts)
 
@@ -165,7 +176,7 @@ def _second_level(model: nn.Module) -> int:
 def _persistent(
     named: Iterable[tuple[str, nn.Parameter]], zero: ZeroSettings, elements: Callable[[nn.Parameter], int]
 ) -> int:
-    """Small parameters that ZeRO-3, once it has gathered them, keeps whole beside the shards."""
+    """Small parameters that ZeRO-3 keeps whole beside their shards once it has gathered them."""
     if zero.stage != 3:
         return 0
     small = [p for _, p in named if p.numel() <= zero.persistence and elements(p) < p.numel()]

@@ -1,4 +1,4 @@
-"""Nearest settings that fit, each found by estimating it."""
+"""Suggests the nearest settings that fit, each of them estimated."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from trainer.estimate.estimate import Estimate, Estimator
 from trainer.recipe import Recipe
 from trainer.run.resources import find_deepspeed_config
 
-MOST_RANKS = 64  # times those that were asked for
+MOST_RANKS = 64  # times the number that was asked for
 
 
 @dataclass(frozen=True)
 class Change:
-    """A recipe that differs in some values, on a number of ranks. settings: as written on the command line."""
+    """A recipe with some values changed, and a number of ranks. settings: the changes, as on the command line."""
 
     recipe: Recipe
     world_size: int
@@ -23,49 +23,62 @@ class Change:
     def set(self, section: str, key: str, value: object) -> "Change":
         old = getattr(self.recipe, section)
         recipe = self.recipe.model_copy(update={section: old.model_copy(update={key: value})})
-        told = str(value).lower() if isinstance(value, bool) else value
-        return Change(recipe, self.world_size, (*self.settings, f"{section}.{key}={told}"))
+        text = str(value).lower() if isinstance(value, bool) else value
+        return Change(recipe, self.world_size, (*self.settings, f"{section}.{key}={text}"))
 
     def on(self, world_size: int) -> "Change":
         return Change(self.recipe, world_size, (*self.settings, f"--world-size {world_size}"))
 
 
-def suggestions(
-    estimator: Estimator, given: Estimate, device: int | None, host: int | None
-) -> list[tuple[Change, Estimate]]:
-    """Of each kind of change the smallest that fits alone; where none does, the first combination that fits."""
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that fits, and its estimate."""
+
+    change: Change
+    estimate: Estimate
+
+    @property
+    def settings(self) -> str:
+        return " ".join(self.change.settings)
+
+
+def suggest(estimator: Estimator, given: Estimate, device: int | None, host: int | None) -> list[Suggestion]:
+    """Finds, for each kind of change, the smallest that fits alone; if none does, the first combination that fits.
+
+    device, host: bytes per rank; None is no limit.
+    """
     start = Change(given.recipe, given.world_size, ())
 
-    def first_that_fits(changes: Iterator[Change]) -> list[tuple[Change, Estimate]]:
+    def first_that_fits(changes: Iterator[Change]) -> list[Suggestion]:
         for change in changes:
             try:
-                found = estimator.estimate(change.recipe, change.world_size)
-            except UserError:  # a number of ranks, say, that does not divide the global batch
+                estimate = estimator.estimate(change.recipe, change.world_size)
+            except UserError:  # for example, a number of ranks that does not divide the global batch
                 continue
-            if found.fits(device, host):
-                return [(change, found)]
+            if estimate.fits(device, host):
+                return [Suggestion(change, estimate)]
         return []
 
-    kinds = (_checkpointed, _smaller, _offloaded, _more_ranks)
-    alone = [found for kind in kinds for found in first_that_fits(kind(start))]
-    return alone or first_that_fits(_combined(start))
+    kinds = (_checkpointing, _smaller_micro_batches, _other_deepspeed_configs, _more_ranks)
+    alone = [suggestion for kind in kinds for suggestion in first_that_fits(kind(start))]
+    return alone or first_that_fits(_combinations(start))
 
 
-def _checkpointed(start: Change) -> Iterator[Change]:
+def _checkpointing(start: Change) -> Iterator[Change]:
     if not start.recipe.train.activation_checkpointing:
         yield start.set("train", "activation_checkpointing", True)
 
 
-def _smaller(start: Change) -> Iterator[Change]:
-    """Micro-batches that divide the given one, so that any number of ranks that went still goes."""
+def _smaller_micro_batches(start: Change) -> Iterator[Change]:
+    """Only divisors of the given size, so that every number of ranks that was valid remains valid."""
     micro = start.recipe.train.micro_batch_size
     for size in range(micro - 1, 0, -1):
         if micro % size == 0:
             yield start.set("train", "micro_batch_size", size)
 
 
-def _offloaded(start: Change) -> Iterator[Change]:
-    """DeepSpeed configurations beside the given one: sharded, then offloaded."""
+def _other_deepspeed_configs(start: Change) -> Iterator[Change]:
+    """The files beside the given one that shard, then those that also offload."""
     given = start.recipe.deepspeed.config
     ending = ".json" if given.suffix else ""  # else a name in ds_configs
     for name in ("zero3", "zero3_offload"):
@@ -88,13 +101,13 @@ def _more_ranks(start: Change) -> Iterator[Change]:
         yield start.on(world)
 
 
-def _combined(start: Change) -> Iterator[Change]:
-    """From what costs least to what costs most: recompute, cut the micro-batch, offload, take more ranks."""
-    slower = next(_checkpointed(start), start)
-    for change in _smaller(slower):
+def _combinations(start: Change) -> Iterator[Change]:
+    """From the cheapest to the most expensive: recompute, smaller micro-batch, offload, more ranks."""
+    slower = next(_checkpointing(start), start)
+    for change in _smaller_micro_batches(slower):
         yield change
         slower = change
-    places = [slower, *_offloaded(slower)]
-    yield from places[1:]
-    for place in places:
-        yield from _more_ranks(place)
+    variants = [slower, *_other_deepspeed_configs(slower)]
+    yield from variants[1:]
+    for variant in variants:
+        yield from _more_ranks(variant)

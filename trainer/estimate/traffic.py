@@ -1,14 +1,13 @@
-"""Bytes that a rank sends in one optimizer step, by what they are: a model of what is moved, of no transport.
+"""Bytes that each rank sends in one optimizer step, by purpose: a model of what is moved, independent of the transport.
 
-With N ranks, a gather of a parameter of b bytes sends (N - 1) / N of b a rank on average: each rank's shard goes to
-every other one. So does a reduce-scatter of a gradient. ZeRO-3 gathers each parameter in forward and in backward of
-every micro-batch (the frozen embedding in forward only). With activation checkpointing a layer's forward is run once
-more within its backward, on parameters that are there already. Every micro-batch's gradients are reduced, in the
-compute dtype.
+With N ranks, gathering a parameter of b bytes sends (N - 1) / N of b per rank on average: each rank's shard goes to
+every other rank. So does the reduce-scatter of a gradient. ZeRO-3 gathers each parameter in forward and in backward of
+every micro-batch (the frozen embedding in forward only). Activation checkpointing repeats a layer's forward within its
+backward, on parameters that are already there. Gradients of every micro-batch are reduced in the compute dtype.
 
-Gradients are exact. Gathers are an upper bound, by a layer or two: what stands before the first adapter has no
-backward, and what is used last in forward is still there when backward begins. A model of fewer elements than
-stage3_max_live_parameters is gathered about once, from the second step on (trainer.estimate.gathered).
+Gradients are exact. Gathers are an upper bound, by a layer or two: what precedes the first adapter has no backward, and
+what forward uses last is still there when backward begins. A model of fewer elements than stage3_max_live_parameters is
+gathered about once per micro-batch from the second step on (trainer.estimate.gathered).
 """
 
 from collections.abc import Iterable
@@ -16,13 +15,14 @@ from fractions import Fraction
 
 from torch import nn
 
+from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.estimate.rank_model import RankModel
 from trainer.estimate.zero_settings import ZeroSettings
 
 
 def sent_bytes(rank_model: RankModel, zero: ZeroSettings, world_size: int, accumulation: int) -> dict[str, int]:
-    """By purpose; placed experts, whose traffic depends on what travels, as with dispatch weights."""
-    trained = [p for p in rank_model.model.parameters() if p.requires_grad]
+    """{purpose: bytes}. The traffic of placed experts depends on the dispatch; this is that of dispatch `weights`."""
+    trained = rank_model.trained
     if zero.stage != 3:
         return _replicated(trained, zero, world_size, accumulation)
     frozen = [p for p in rank_model.model.parameters() if not p.requires_grad]
@@ -37,33 +37,35 @@ def sent_bytes(rank_model: RankModel, zero: ZeroSettings, world_size: int, accum
         "gradients": accumulation * _share(_bytes(shared), world_size),
     }
     if rank_model.placement is not None:
-        gathers, gradients = _placed(rank_model)
+        gathers, gradients = _placed(rank_model.placement)
         sent["gathers of placed experts"] = passes * gathers
         sent["gradients of placed experts"] = accumulation * gradients
     return {name: int(size) for name, size in sent.items()}
 
 
 def _embedding_gathers(rank_model: RankModel, accumulation: int, zero: ZeroSettings) -> int:
-    """Bytes by which it differs from two gathers: its backward needs none; tied, it is the head's weight as well."""
-    base = rank_model.model.get_base_model()
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    """Bytes by which the embedding differs from two gathers per micro-batch.
+
+    Its backward needs none; a tied embedding is gathered for the head as well.
+    """
+    embedding = rank_model.embedding
     if embedding.numel() <= zero.persistence:
         return 0
-    return accumulation * _bytes([embedding]) * (1 if embedding is head else -1)
+    return accumulation * _bytes([embedding]) * (1 if embedding is rank_model.head.weight else -1)
 
 
 def _replicated(trained: list[nn.Parameter], zero: ZeroSettings, world_size: int, accumulation: int) -> dict[str, int]:
-    """Stage 0 all-reduces at the step; stages 1 and 2 reduce, and gather the stepped parameters."""
+    """Stage 0 all-reduces once per step; stages 1 and 2 reduce, then gather the updated parameters."""
     part = _share(_bytes(trained), world_size)
     times = accumulation if zero.stage == 2 else 1
     reduced = part * times if zero.stage else 2 * part
     return {"gradients": int(reduced), "gathers of the stepped adapter": int(part if zero.stage else 0)}
 
 
-def _placed(rank_model: RankModel) -> tuple[Fraction, Fraction]:
-    """(bytes a rank sends to gather all experts once, bytes to send their gradients home)."""
-    groups = rank_model.placement.groups
-    own = Fraction(_bytes(rank_model.placement.by_expert))
+def _placed(placement: ExpertParallel) -> tuple[Fraction, Fraction]:
+    """(bytes per rank to gather all experts once, bytes per rank to reduce their gradients to the owners)."""
+    groups = placement.groups
+    own = Fraction(_bytes(placement.by_expert))
     among_replicas = _share(own, groups.partitions)
     among_owners = (groups.size - 1) * own
     reduced = 2 * _share(own, groups.replicas.size()) if groups.replicate else among_replicas

@@ -1,34 +1,39 @@
-"""Bytes that come and go within a step: formulas, each an upper bound of one thing.
+"""Bytes that are held for part of a run only: within a step, and while loading. Each formula is an upper bound.
 
-Three moments can be the highest. In the head, all activations are kept while logits and their gradients stand. In a
-decoder layer's backward one weight is dequantised, and with checkpointing the layer keeps again what it would have
-kept. In both, parameters are whole that ZeRO-3 gathered (trainer.estimate.gathered). In the optimizer step there are
-none of these, but gradients in fp32 and AdamW's temporaries.
+Three moments of a step can be the peak. In the head, all activations are held together with logits and their gradients.
+In a decoder layer's backward, one weight is dequantised, and with checkpointing the layer's recomputed activations are
+held again. In both, the parameters that ZeRO-3 gathered are whole (trainer.estimate.gathered). In the optimizer step
+none of these are held, but gradients in fp32 and AdamW's temporaries are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from trainer.base.nf4 import BLOCK, NF4Linear
+from trainer.distributed.autotune import MANY
 from trainer.estimate.activations import Activations
-from trainer.estimate.gathered import arriving_bytes, decoder_layers, gathered_bytes, placed_bytes
+from trainer.estimate.gathered import arriving_bytes, gathered_bytes, placed_bytes
 from trainer.estimate.rank_model import RankModel
-from trainer.estimate.resident import FP32, partition, sub_groups
+from trainer.estimate.resident import FP32, MemoryUse, partition, sub_groups
 from trainer.estimate.zero_settings import ZeroSettings
-from trainer.recipe import Recipe
+from trainer.recipe import ExpertsConfig, Recipe
 
-# fp32 values a logit: themselves, their log-softmax and its gradient; beside them two in the compute dtype (logits
-# and their gradient).
+# Copies of the logits: in fp32 themselves, their log-softmax and its gradient; in the compute dtype the logits and
+# their gradient.
 FP32_LOGITS, LOGITS = 3, 2
-# fp32 values an element that torch's AdamW makes beside its state: the root of the second moment, and that divided.
+# fp32 values per element that torch's AdamW allocates beside its state: the root of the second moment and its quotient.
 ADAMW_TEMPORARIES = 2
+# Categories that are allocated only when the first step begins.
+NOT_WHILE_LOADING = ("gradients", "optimizer moments", "checkpoint copy", "reduce bucket", "kept whole (persistence)")
+ADAPTER = ("adapter", "master copy")
 
 
 @dataclass(frozen=True)
 class Transient:
-    """Device bytes by term; `peak` adds up those that stand at the same time."""
+    """Device bytes by term; `peak` adds up those that are held at the same time."""
 
     activations: int
     gathered: int
@@ -42,7 +47,7 @@ class Transient:
 
     @property
     def by_name(self) -> dict[str, int]:
-        """The terms that stand in the highest moment."""
+        """The terms that are held at the peak."""
         if self.step == self.peak:
             return {"gradients in fp32 and AdamW's work": self.step}
         moment = {"logits and loss": self.logits}
@@ -66,47 +71,69 @@ class Transient:
 
     @property
     def peak(self) -> int:
-        standing = self.activations + self.gathered + self.arriving + self.placed
-        return max(standing + max(self.logits, self._layer), self.step)
+        throughout = self.activations + self.gathered + self.arriving + self.placed
+        return max(throughout + max(self.logits, self._layer), self.step)
 
 
-def transient(
-    rank_model: RankModel, kept: Activations, zero: ZeroSettings, recipe: Recipe, world_size: int
+def estimate_transient(
+    rank_model: RankModel, activations: Activations, zero: ZeroSettings, recipe: Recipe, world_size: int
 ) -> Transient:
-    """Of a rank's micro-batch of rows filled to data.seq_len, every token labelled."""
-    model, width = rank_model.model, rank_model.dtype.itemsize
+    """Estimates a micro-batch whose rows are filled to data.seq_len tokens, all of them labelled."""
+    width = rank_model.dtype.itemsize
     checkpointing = recipe.train.activation_checkpointing
     tokens = recipe.train.micro_batch_size * recipe.data.seq_len
-    head = model.get_base_model().get_output_embeddings()
     sharded = zero.stage == 3 and (world_size > 1 or zero.offload_param)
     return Transient(
-        activations=kept.saved(checkpointing),
+        activations=activations.saved(checkpointing),
         gathered=gathered_bytes(rank_model, zero, checkpointing) if sharded else 0,
         arriving=arriving_bytes(rank_model, zero) if sharded else 0,
         placed=placed_bytes(rank_model),
-        logits=tokens * head.out_features * (FP32_LOGITS * FP32 + LOGITS * width),
-        recomputed=kept.layer if checkpointing else 0,
-        working=dequantised_bytes(model, rank_model.dtype) + backward_bytes(model, tokens, width),
+        logits=tokens * rank_model.head.out_features * (FP32_LOGITS * FP32 + LOGITS * width),
+        recomputed=activations.layer if checkpointing else 0,
+        working=dequantised_bytes(rank_model.model, rank_model.dtype) + backward_bytes(rank_model, tokens),
         gradient_buckets=_buckets(rank_model, zero),
         step=_step(rank_model, zero, recipe.train.optimizer, world_size),
     )
 
 
+def estimate_loading(resident: Sequence[MemoryUse], rank_model: RankModel, experts: ExpertsConfig) -> MemoryUse:
+    """Estimates the peak before the first step, when DeepSpeed takes over the adapted model or dispatch is autotuned.
+
+    Beside the base there is first the whole adapter, as each rank builds it; then its shard, another flattened copy of
+    that and its fp32 copy; then the shard, its fp32 copy and the buffers of autotuning.
+    """
+    base = [use for use in resident if use.name not in (*NOT_WHILE_LOADING, *ADAPTER)]
+    shard, master = (next(use for use in resident if use.name == name) for name in ADAPTER)
+    whole = sum(p.numel() * p.element_size() for p in rank_model.trained)
+    work = max(shard.device, autotune_bytes(rank_model, experts))
+    device = max(whole, shard.device + master.device + work)
+    host = sum(use.host for use in (*base, shard, master))
+    return MemoryUse("while loading", sum(use.device for use in base) + device, host)
+
+
+def autotune_bytes(rank_model: RankModel, experts: ExpertsConfig) -> int:
+    """Dispatch `auto` exchanges outputs of MANY tokens: one rank's, and all ranks' thrice (TokenDispatcher.add)."""
+    if rank_model.placement is None or experts.dispatch != "auto":
+        return 0
+    widest = max(shard.shape[-1] for layer in rank_model.placement.layers for shard in layer.experts)
+    return (1 + 3 * experts.parallel_size) * MANY * widest * rank_model.dtype.itemsize
+
+
 def dequantised_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """The largest packed weight in the compute dtype, in which it is used, and its maxima in fp32."""
+    """The largest packed weight, dequantised to the compute dtype, and its block maxima in fp32."""
     sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear)]
     return max((numel * dtype.itemsize + -(-numel // BLOCK) * FP32 for numel in sizes), default=0)
 
 
-def backward_bytes(model: nn.Module, tokens: int, width: int) -> int:
-    """Gradients that stand at once at the widest linear of a layer: of its output and its input, each with a copy."""
-    linears = [m for m in decoder_layers(model)[0].modules() if isinstance(m, nn.Linear)]
-    return tokens * width * 2 * max(m.in_features + m.out_features for m in linears)
+def backward_bytes(rank_model: RankModel, tokens: int) -> int:
+    """Gradients held at once at a layer's widest linear: of its output and its input, with one copy of each."""
+    linears = [m for m in rank_model.decoder_layers[0].modules() if isinstance(m, nn.Linear)]
+    return tokens * rank_model.dtype.itemsize * 2 * max(m.in_features + m.out_features for m in linears)
 
 
 def _buckets(rank_model: RankModel, zero: ZeroSettings) -> int:
-    """Under ZeRO-1 and 2 the reduce buckets of backward, two with overlap; never more than there are gradients."""
-    trained = sum(p.numel() for p in rank_model.model.parameters() if p.requires_grad)
+    """The reduce buckets of backward under ZeRO-1 and 2, two with overlap; no larger than all gradients."""
+    trained = sum(p.numel() for p in rank_model.trained)
     width = rank_model.dtype.itemsize
     if zero.stage in (1, 2):
         return (2 if zero.overlap else 1) * min(zero.reduce_bucket, trained) * width
@@ -114,13 +141,13 @@ def _buckets(rank_model: RankModel, zero: ZeroSettings) -> int:
 
 
 def _step(rank_model: RankModel, zero: ZeroSettings, optimizer: str, world_size: int) -> int:
-    """What the largest flat tensor that is stepped at once needs; on the device, so nothing with offload.
+    """Device bytes for the largest flat tensor that the optimizer steps at once; none with an offloaded optimizer.
 
-    An fp32 copy of its gradient where gradients are summed in bf16, and AdamW's temporaries.
+    An fp32 copy of its gradient if gradients are summed in bf16, and AdamW's temporaries.
     """
     if zero.offload_optimizer:
         return 0
-    trained = [p for p in rank_model.model.parameters() if p.requires_grad]
+    trained = rank_model.trained
     if zero.stage == 3:
         stepped = max(sub_groups(trained, rank_model, zero, lambda p: partition(p, rank_model, world_size)))
     else:

@@ -1,4 +1,4 @@
-"""What of a DeepSpeed configuration decides where bytes lie."""
+"""The settings of a DeepSpeed configuration that decide where memory is allocated."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """Stage and offload of ZeRO; buckets, live parameters and persistence in elements."""
+    """ZeRO stage and offload. Bucket sizes, max_live, persistence and sub_group are in elements."""
 
     stage: int
     offload_param: bool
@@ -20,7 +20,7 @@ class ZeroSettings:
 
 
 def zero_settings(config: dict[str, Any]) -> ZeroSettings:
-    """From DeepSpeed's configuration as a dict; what it leaves out is as in DeepSpeed 0.19.8."""
+    """Reads a DeepSpeed configuration; missing keys get the defaults of DeepSpeed 0.19.8."""
     zero = config["zero_optimization"]
     return ZeroSettings(
         stage=zero.get("stage", 0),
@@ -40,5 +40,5 @@ def _offloaded(zero: dict[str, Any], section: str) -> bool:
 
 
 def _elements(zero: dict[str, Any], key: str, default: float) -> int:
-    given = zero.get(key, "auto")
-    return int(default if given == "auto" else given)
+    value = zero.get(key, "auto")
+    return int(default if value == "auto" else value)

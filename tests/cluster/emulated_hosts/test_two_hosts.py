@@ -83,7 +83,7 @@ def test_one_host_under_two_names_is_not_two_nodes(cluster, train):
 
 
 def test_other_code_on_one_node_is_refused(cluster, train, tmp_path):
-    changed = REPOSITORY / "trainer" / "faults.py"
+    changed = REPOSITORY / "trainer" / "errors.py"
     with cluster.nodes["node-b"].replaced(changed, changed.read_text() + "\nELSEWHERE = True\n", tmp_path):
         line = refused(train(*NODES, run__name="other_code"), cluster)
     assert line.startswith("error: rank 1 on node-b runs other code of this trainer than rank 0 on node-a; bring")

@@ -1,4 +1,4 @@
-"""Mistakes of a set-up, each made on the emulated hosts as on real ones, and how `teamlora check` tells it."""
+"""Mistakes in a set-up, each made on the emulated hosts as on real ones, and what `teamlora check` reports."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import yaml
@@ -26,9 +26,9 @@ Setup = Callable[[Cluster, Workplace, Path], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class BadSetup:
-    """make: puts the hosts into it for a while; its last argument is an empty folder to use.
+    """make: a context in which the hosts have the mistake; its last argument is an empty folder to use.
 
-    host, what, text: of the finding that is expected, the text a part of it.
+    host, what, text: of the expected finding, which contains `text`.
     """
 
     make: Setup
@@ -77,7 +77,7 @@ def _other_package(cluster: Cluster, _place: Workplace, folder: Path) -> Abstrac
 
 
 def _other_code(cluster: Cluster, _place: Workplace, folder: Path) -> AbstractContextManager[None]:
-    changed = REPOSITORY / "trainer" / "faults.py"
+    changed = REPOSITORY / "trainer" / "errors.py"
     return cluster.nodes["node-b"].replaced(changed, changed.read_text() + "\nELSEWHERE = True\n", folder)
 
 
@@ -154,15 +154,21 @@ BAD_SETUPS = {
         "is the same machine as node-a: both are node-a",
         hostfile=f"node-a slots=1\n{ALIAS} slots=1\n",
     ),
-    "other package version": BadSetup(_other_package, "node-b", "packages", "bitsandbytes is 0.1.0, on node-a "),
-    "other code": BadSetup(_other_code, "node-b", "code", "has other code of this trainer than "),
-    "other recipe": BadSetup(_other_recipe, "node-a", "recipe", "has train.learning_rate=0.002, launcher has 0.001"),
-    "other base": BadSetup(_other_base, "node-b", "base", "base.model=base is another than on node-a (configuration, "),
+    "other package version": BadSetup(
+        _other_package, "node-b", "packages", f"bitsandbytes is 0.1.0, but {version('bitsandbytes')} on node-a"
+    ),
+    "other code": BadSetup(_other_code, "node-b", "code", "has other trainer code than "),
+    "other recipe": BadSetup(
+        _other_recipe, "node-a", "recipe", "has train.learning_rate=0.002, but launcher has 0.001"
+    ),
+    "other base": BadSetup(
+        _other_base, "node-b", "base", "base.model=base differs from that on node-a (compared: configuration, "
+    ),
     "missing base": BadSetup(
         lambda cluster, place, _folder: _emptied(cluster.nodes["node-b"], place.folder / "base"),
         "node-b",
         "base",
-        "base.model=base: not there, as it is on node-a",
+        "base.model=base is missing, but node-a has it",
     ),
     "empty checkout": BadSetup(
         lambda cluster, _place, _folder: _emptied(cluster.nodes["node-b"], REPOSITORY),
@@ -180,7 +186,7 @@ BAD_SETUPS = {
         _nothing,
         "node-b",
         "slots",
-        f"slots={MANY} on ",
+        f"slots={MANY}, but it has ",
         level="warning",
         hostfile=f"node-a slots=1\nnode-b slots={MANY}\n",
         options=(f"train.global_batch_size={MANY + 1}",),
@@ -194,14 +200,14 @@ BAD_SETUPS = {
     "master port taken": BadSetup(
         _port_taken, "node-a", "port", f"port {PORT} is taken by python", options=("--master-port", str(PORT))
     ),
-    "no connection back": BadSetup(_no_way_back, "node-b", "connection", "does not reach node-a at "),
+    "no connection back": BadSetup(_no_way_back, "node-b", "connection", "cannot reach node-a at "),
     "missing prepared set": BadSetup(
         lambda cluster, place, _folder: _emptied(cluster.nodes["node-b"], place.folder / "prepared"),
         "node-b",
         "prepared",
         "data.prepared_dir: no prepared set in prepared",
     ),
-    "other prepared set": BadSetup(_other_prepared, "node-b", "prepared", "is another set than on node-a"),
+    "other prepared set": BadSetup(_other_prepared, "node-b", "prepared", "differs from the set on node-a"),
     "full disk": BadSetup(
         lambda cluster, place, _folder: _runs_mounted(cluster, place, "size=8m"),
         "node-a",

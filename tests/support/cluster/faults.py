@@ -1,4 +1,4 @@
-"""What can go wrong in the midst of a run on two emulated hosts, and what the launch is to say of it."""
+"""Faults in the middle of a run on two emulated hosts, and the cause that the launch must report for each."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ import psutil
 
 from tests.support.cluster.emulated import Cluster
 
-# For every Python of a launch whose PYTHONPATH names its folder: SIGUSR2 is an exception in the midst of what it does,
-# of a kind that nobody catches there.
+# For every Python process whose PYTHONPATH names its folder: SIGUSR2 raises an exception wherever the process is, of a
+# kind that nothing there catches.
 RAISES = """
 import signal
 class DiskOnFire(Exception): pass
@@ -23,33 +23,33 @@ signal.signal(signal.SIGUSR2, _raise)
 
 @dataclass(frozen=True)
 class Fault:
-    """harm: done to the hosts on entering, undone where that is needed on leaving. cause: how the line begins."""
+    """harm: done to the hosts on entering, and undone on leaving if needed. cause: how the reported line begins."""
 
     harm: Callable[[Cluster], AbstractContextManager]
     cause: str
 
 
 def write_raises(folder: Path) -> None:
-    """What `raised` needs, in a folder for PYTHONPATH."""
+    """Writes what "exception on one rank" needs to a folder for PYTHONPATH."""
     (folder / "sitecustomize.py").write_text(RAISES)
 
 
-def _to_rank(number: int, deed: Callable[[psutil.Process], None]) -> Callable[[Cluster], AbstractContextManager]:
+def _to_rank(number: int, action: Callable[[psutil.Process], None]) -> Callable[[Cluster], AbstractContextManager]:
     @contextmanager
     def harm(cluster: Cluster) -> Iterator[None]:
-        deed(list(cluster.nodes.values())[number].ranks()[number])
+        action(list(cluster.nodes.values())[number].ranks()[number])
         yield
 
     return harm
 
 
-KILLED = "killed from outside, as by SIGKILL or for want of memory"
-HALTED = "was halted, as by SIGSTOP or a debugger, and was killed"
+KILLED = "killed from outside (SIGKILL, or out of memory)"
+SUSPENDED = "was suspended (SIGSTOP or a debugger), and was killed"
 FAULTS = {
     "first rank killed": Fault(_to_rank(0, psutil.Process.kill), f"node-a, rank 0: {KILLED}"),
     "second rank killed": Fault(_to_rank(1, psutil.Process.kill), f"node-b, rank 1: {KILLED}"),
-    "first rank halted": Fault(_to_rank(0, psutil.Process.suspend), f"node-a, rank 0: {HALTED}"),
-    "second rank halted": Fault(_to_rank(1, psutil.Process.suspend), f"node-b, rank 1: {HALTED}"),
+    "first rank suspended": Fault(_to_rank(0, psutil.Process.suspend), f"node-a, rank 0: {SUSPENDED}"),
+    "second rank suspended": Fault(_to_rank(1, psutil.Process.suspend), f"node-b, rank 1: {SUSPENDED}"),
     "exception on one rank": Fault(
         _to_rank(1, lambda rank: rank.send_signal(signal.SIGUSR2)), "node-b, rank 1: DiskOnFire: write failed"
     ),

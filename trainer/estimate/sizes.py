@@ -1,3 +1,0 @@
-"""Units of memory."""
-
-GIB = 1024**3  # bytes
