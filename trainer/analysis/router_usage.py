@@ -25,6 +25,7 @@ class RouterUsageCollector:
         # by adapted linear and task: phi, omega, whether an expert leads, entropy of phi
         self.sums = torch.zeros(len(adapters), tasks, outputs + 2 * k + 1, device=device)
         self.sizes = [outputs, k, k, 1]
+        self.omega_is_phi = first.interaction is None
         self._of_task = torch.zeros(tasks, 0, device=device)  # of the current batch: 0 or 1, [tasks, tokens]
 
     def begin_batch(self, batch: Batch) -> None:
@@ -41,6 +42,8 @@ class RouterUsageCollector:
 
     def usage(self) -> "RouterUsage":
         phi, omega, leads, entropy = self.sums.double().cpu().split(self.sizes, -1)
+        if self.omega_is_phi:
+            omega = phi  # a matrix product may round equal columns differently
         tokens = self.tokens.double().cpu().numpy()
         return RouterUsage(tokens, phi.numpy(), omega.numpy(), leads.numpy(), entropy.squeeze(-1).numpy())
 
