@@ -22,20 +22,20 @@ class Document:
     messages: list[Message]  # none where `text` is given
     origin: str  # where a person finds it: "file:line" or "generator[index]"
     form: str = "chat"  # of the record it was: Alpaca, ShareGPT, ...
-    text: str | None = None  # learnt as a whole, without chat template
+    text: str | None = None  # learned as a whole, without chat template
     tools: list[dict[str, Any]] | None = None  # JSON schemas, for the chat template
-    given: frozenset[int] = frozenset()  # assistant turns that are part of the question, and not learnt
+    given: frozenset[int] = frozenset()  # assistant turns that are part of the question, and not learned
     choices: tuple[str, ...] = ()  # answers of which a model is to find the last answer the likeliest
 
-    def learnt_turns(self, last_only: bool) -> list[int]:
+    def learned_turns(self, last_only: bool) -> list[int]:
         """Indices of the assistant turns to learn; of the last one only, where asked for."""
         turns = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant" and i not in self.given]
         return turns[-1:] if last_only else turns
 
-    def learnt_mark(self, last_only: bool) -> int:
-        """A number under 2**32 that differs where, of the same turns, others are learnt."""
-        learnt = self.learnt_turns(last_only)
-        return zlib.crc32(bytes(i in learnt for i, turn in enumerate(self.messages) if turn["role"] == "assistant"))
+    def learned_mark(self, last_only: bool) -> int:
+        """A number under 2**32 that differs where, of the same turns, others are learned."""
+        learned = self.learned_turns(last_only)
+        return zlib.crc32(bytes(i in learned for i, turn in enumerate(self.messages) if turn["role"] == "assistant"))
 
     def digest(self, seed: int, system_prompt: str | None) -> bytes:
         """16 bytes that depend on nothing but the seed and the text, normalised; task and source are left out.
@@ -50,7 +50,7 @@ class Document:
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def reasoning_of(turn: Message) -> list[str]:
+def reasoning_parts(turn: Message) -> list[str]:
     """What an assistant turn thinks before it answers: in a field of its own, and in its content."""
     before = (turn.get("content") or "").rpartition(END_OF_REASONING)[0].strip().removeprefix("<think>")
     return [part for part in ((turn.get("reasoning_content") or "").strip(), before.strip()) if part]

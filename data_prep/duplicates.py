@@ -16,7 +16,7 @@ DUPLICATE_OF_HELD_OUT = "duplicate_of_held_out"
 NEAR_DUPLICATE = "near_duplicate"
 
 SAME_TEXT = ("task", "high", "low")  # fields of DOCUMENT that copies share
-SAME_LESSON = (*SAME_TEXT, "learnt")  # and those from which the same is learnt
+SAME_LESSON = (*SAME_TEXT, "learned")  # and those from which the same is learned
 
 _PERMUTATIONS = 128
 _SHINGLE = 5  # words that follow one another

@@ -105,7 +105,7 @@ class Encoder:
     def _unusable(self, document: Document) -> str | None:
         if document.text is not None:
             return None if document.text.strip() else EMPTY_ANSWER
-        turns = document.learnt_turns(self._config.mask_history)
+        turns = document.learned_turns(self._config.mask_history)
         if not turns:
             return NO_ASSISTANT_TURN
         answers = (document.messages[index] for index in turns)
@@ -119,8 +119,8 @@ class Encoder:
         messages = with_system_prompt(document.messages, self._config.system_prompt)
         added = len(messages) - len(document.messages)
         text, spans = self.template.render(messages, document.origin, document.tools)
-        learnt = document.learnt_turns(self._config.mask_history)
-        return _Rendered(text, [spans[index + added] for index in learnt])
+        learned = document.learned_turns(self._config.mask_history)
+        return _Rendered(text, [spans[index + added] for index in learned])
 
     def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
         ids = np.array(encoding.ids, dtype=np.int32)
@@ -136,10 +136,10 @@ class Encoder:
             starts = [0 if self._config.over_long == "cut_right" else len(ids) - seq_len]
         pieces: list[Encoded | Removed] = []
         for piece, start in enumerate(starts):
-            learnt = scored[start : start + seq_len].copy()
-            learnt[:1] = False  # in a packed row the first token would be predicted from another document's last
-            if learnt.any():
-                pieces.append(Encoded(document, ids[start : start + seq_len], learnt, piece, over_long))
+            learned = scored[start : start + seq_len].copy()
+            learned[:1] = False  # in a packed row the first token would be predicted from another document's last
+            if learned.any():
+                pieces.append(Encoded(document, ids[start : start + seq_len], learned, piece, over_long))
             else:
                 pieces.append(Removed(document.origin, NO_LABELS_AFTER_CUT if over_long else EMPTY_ANSWER))
         return pieces

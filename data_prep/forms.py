@@ -84,15 +84,15 @@ def _from_alpaca(record: Mapping[str, Any], task: str, origin: str) -> Document:
 
 
 def _from_prompt(record: Mapping[str, Any], task: str, origin: str) -> Document:
-    """TRL's form: texts, or lists of turns, of which those of the prompt are not learnt."""
+    """TRL's form: texts, or lists of turns, of which those of the prompt are not learned."""
     form, prompt = "prompt and completion", record["prompt"]
     if not _is_conversation(prompt):
         messages = _exchange(_text(record, "prompt", origin), _text(record, "completion", origin))
         return _document(record, task, origin, form, messages)
     before, _ = _turns(prompt, f"{origin}: prompt")
     after, given = _turns(record.get("completion"), f"{origin}: completion")
-    unlearnt = {*range(len(before)), *(len(before) + index for index in given)}
-    return _document(record, task, origin, form, [*before, *after], frozenset(unlearnt))
+    unlearned = {*range(len(before)), *(len(before) + index for index in given)}
+    return _document(record, task, origin, form, [*before, *after], frozenset(unlearned))
 
 
 def _from_text(record: Mapping[str, Any], task: str, origin: str) -> Document:
@@ -168,7 +168,7 @@ def _history(record: Mapping[str, Any], origin: str) -> list[Message]:
 
 
 def _turns(value: Any, where: str) -> tuple[list[Message], frozenset[int]]:
-    """Turns in OpenAI's or ShareGPT's spelling, and the indices of those that say not to be learnt (weight 0)."""
+    """Turns in OpenAI's or ShareGPT's spelling, and the indices of those that say not to be learned (weight 0)."""
     value = _parsed(value)
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is {_kind(value)}; expected a list of one or more turns, correct the record")
@@ -176,7 +176,9 @@ def _turns(value: Any, where: str) -> tuple[list[Message], frozenset[int]]:
     weights = [turn.get("weight") for turn in value]
     for index, weight in enumerate(weights):
         if weight not in (None, 0, 1):
-            raise UserError(f"{where}[{index}]: field `weight` is {weight!r}; expected 0 (not learnt) or 1, correct it")
+            raise UserError(
+                f"{where}[{index}]: field `weight` is {weight!r}; expected 0 (not learned) or 1, correct it"
+            )
     return turns, frozenset(index for index, weight in enumerate(weights) if weight == 0)
 
 

@@ -26,8 +26,8 @@ def item_of(document: Document, config: DataConfig) -> bytes:
 
     Raises UserError where the recipe wants choices and the document has none.
     """
-    turns = document.learnt_turns(last_only=True)
-    if not turns or turns[-1] == 0:  # nothing is learnt, or nothing is asked
+    turns = document.learned_turns(last_only=True)
+    if not turns or turns[-1] == 0:  # nothing is learned, or nothing is asked
         return b""
     answer = document.messages[turns[-1]]
     if not (answer.get("content") or "").strip():

@@ -25,7 +25,7 @@ def split_documents(documents: np.ndarray, config: DataConfig) -> Split:
     """Keeps a fraction, or a count per task, of the different documents (DOCUMENT [n]) from training.
 
     No held-out document is in the training split, under any task, nor twice in the held-out one under the same task.
-    Copies within a task's training documents, of which the same is learnt, go as well, unless the recipe keeps them;
+    Copies within a task's training documents, of which the same is learned, go as well, unless the recipe keeps them;
     copies in different tasks stay.
     Raises UserError where a task has too few different documents for the count.
     """

@@ -37,7 +37,7 @@ DOCUMENT = np.dtype(
         ("cut", "?"),
         ("high", "u8"),  # the digest, in two halves
         ("low", "u8"),
-        ("learnt", "u4"),  # its mark
+        ("learned", "u4"),  # its mark
         ("tokens", "i4"),
         ("labelled", "i4"),
         ("start", "i8"),  # first token among all tokens
@@ -62,7 +62,7 @@ class _Row:
 
     number: int
     digest: bytes
-    learnt: int
+    learned: int
     item: bytes  # empty where it is none, or cannot be held out
 
 
@@ -129,7 +129,7 @@ class BlockEncoder:
         digest = document.digest(config.seed, config.system_prompt)
         (may,) = may_be_held_out(np.frombuffer(digest[:8], ">u8"), config.held_out)
         item = item_of(document, config) if may else b""
-        return _Row(number, digest, document.learnt_mark(config.mask_history), item)
+        return _Row(number, digest, document.learned_mark(config.mask_history), item)
 
 
 def _describe(encoded: list[Encoded], rows: list[_Row], task: int, items: list[bytes]) -> np.ndarray:
@@ -138,7 +138,7 @@ def _describe(encoded: list[Encoded], rows: list[_Row], task: int, items: list[b
     described["task"] = task
     described["high"], described["low"] = digests[:, 0], digests[:, 1]
     described["number"] = [row.number for row in rows]
-    described["learnt"] = [row.learnt for row in rows]
+    described["learned"] = [row.learned for row in rows]
     described["piece"] = [e.piece for e in encoded]
     described["cut"] = [e.cut for e in encoded]
     described["tokens"] = [len(e) for e in encoded]

@@ -102,7 +102,7 @@ def test_a_system_turn_that_is_the_recipes_makes_no_other_document():
     assert spelt_out.digest(0, "Be brief.") != plain.digest(0, "Be brief.")
 
 
-def test_copies_of_which_other_answers_are_learnt_stay(config_of, tokenizer):
+def test_copies_of_which_other_answers_are_learned_stay(config_of, tokenizer):
     def weighted(first: int, second: int) -> dict:
         answers = ({"role": "assistant", "content": c, "weight": w} for c, w in (("one", first), ("two", second)))
         question = {"role": "user", "content": "Count."}
@@ -299,7 +299,7 @@ def conversation(*turns: tuple[str, str], origin: str = "file:1", **keys: object
 
 
 def long_answer(words: int) -> tuple[Document, str]:
-    """A conversation, and its text with what is learnt marked."""
+    """A conversation, and its text with what is learned marked."""
     answer = " ".join(f"{i}a" for i in range(words))
     return conversation(("system", "Sort."), ("user", "b a"), ("assistant", answer)), CHAT.format(answer)
 
@@ -334,11 +334,11 @@ def test_a_split_document_is_all_its_tokens_in_order_and_no_piece_scores_its_fir
     expected = [slice(start, start + SEQ_LEN) for start in range(0, len(ids), SEQ_LEN)]
     assert len(pieces) == len(expected)
     for number, (piece, part) in enumerate(zip(pieces, expected, strict=True)):
-        learnt = [i > 0 and bool(flag) for i, flag in enumerate(scored[part])]
-        if not any(learnt):
+        learned = [i > 0 and bool(flag) for i, flag in enumerate(scored[part])]
+        if not any(learned):
             assert piece == Removed(document.origin, "no_labels_after_cut")
             continue
-        assert (piece.input_ids.tolist(), piece.scored.tolist()) == (ids[part].tolist(), learnt)
+        assert (piece.input_ids.tolist(), piece.scored.tolist()) == (ids[part].tolist(), learned)
         assert (piece.piece, piece.cut, piece.document) == (number, True, document)
 
 
@@ -355,9 +355,9 @@ def test_pieces_without_labels_are_counted_and_a_held_out_document_is_one_item(c
     for answer in answers:
         marked = f"{SYSTEM_TURN}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n"
         _, scored = tokens_of(tokenizer, marked)
-        learnt = [scored[start + 1 : start + 64].any() for start in range(0, len(scored), 64)]
-        pieces[answer] = learnt.count(True)
-        without += learnt.count(False)
+        learned = [scored[start + 1 : start + 64].any() for start in range(0, len(scored), 64)]
+        pieces[answer] = learned.count(True)
+        without += learned.count(False)
     assert without >= 20 and min(pieces.values()) >= 2
     assert removed(manifest, "sums") == {"no_labels_after_cut": without}
     items = [item["answer"] for item in open_prepared(config, tokenizer).items]
@@ -384,7 +384,7 @@ def test_a_cut_that_leaves_no_label_removes_the_document_or_the_piece(config_of,
     assert lost == ([True] if rule == "cut_right" else [True] * (len(results) - 1) + [False])
 
 
-# What is learnt, and what teaches nothing
+# What is learned, and what teaches nothing
 
 
 @pytest.mark.parametrize("mask_history", [False, True])
@@ -418,7 +418,7 @@ def test_a_conversation_without_an_answer_is_removed(config_of, tokenizer, turns
     assert getattr(result, "reason", None) == reason
 
 
-def test_an_answer_that_is_given_is_not_learnt(config_of, tokenizer):
+def test_an_answer_that_is_given_is_not_learned(config_of, tokenizer):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     (result,) = encode(config_of, tokenizer, [conversation(*turns, given=frozenset({1}))])
     assert tokenizer.decode(result.input_ids[result.scored]) == "d<|im_end|>"

@@ -184,7 +184,7 @@ def test_rows_do_not_depend_on_the_order_of_sources(config_of, tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("system_prompt", [None, "Be brief."])
-def test_an_answer_to_nothing_is_learnt_and_makes_no_item(config_of, tokenizer, system_prompt):
+def test_an_answer_to_nothing_is_learned_and_makes_no_item(config_of, tokenizer, system_prompt):
     alone = [{"messages": [{"role": "assistant", "content": f"hello {i}"}]} for i in range(6)]
     config = config_of({"sums": SUMS, "words": alone}, system_prompt=system_prompt)
     assert prepare(config, tokenizer).manifest["splits"]["train"]["tasks"]["words"]["documents"] == 4

@@ -175,7 +175,7 @@ def test_empty_files_and_files_of_other_endings_are_noted(tmp_path, tokenizer):
 
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("records", [SUMS, [{"text": f"Some words {i}."} for i in range(12)]], ids=["chat", "text"])
-def test_a_template_without_an_end_token_is_noted_where_conversations_are_learnt(config_of, records):
+def test_a_template_without_an_end_token_is_noted_where_conversations_are_learned(config_of, records):
     report = prepare(config_of({"sums": records}), tiny_tokenizer(OPEN_ENDED))
     expected = [
         "the chat template ends assistant turns with no special token: a model trained on this set does not learn to "

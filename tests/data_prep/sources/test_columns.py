@@ -66,7 +66,7 @@ def test_a_record_keeps_values_that_are_merely_empty():
 
 
 @each_format
-def test_whole_numbers_that_a_table_holds_as_floats_are_learnt_as_whole_numbers(tmp_path, name, write):
+def test_whole_numbers_that_a_table_holds_as_floats_are_learned_as_whole_numbers(tmp_path, name, write):
     numbers = [4.0, -0.0, 2.5, 1e300, None]
     choices = [[4.0, 5.0]] * len(numbers)
     columns = {"instruction": list("abcde"), "output": numbers, "choices": choices}
