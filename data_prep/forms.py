@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_prep.documents import Document, Message
-from data_prep.sources.text import DEEPEST, without_repeats
+from data_prep.sources.json_array import DEEPEST
+from data_prep.sources.text import without_repeats
 from data_prep.user_error import UserError
 
 _ROLES = {  # ShareGPT's names, and other spellings in use

@@ -12,7 +12,8 @@ from data_prep.sources.blocks import Block, Row, Unreadable, in_blocks
 from data_prep.sources.columns import arrow, hub, parquet
 from data_prep.sources.finding import DAMAGE, files_of, format_of, is_compressed, open_file, unreadable
 from data_prep.sources.gym import Generators
-from data_prep.sources.text import json_array, json_lines, parse_object, plain_text, refuse_other_encodings, table
+from data_prep.sources.json_array import json_array
+from data_prep.sources.text import json_lines, parse_object, plain_text, refuse_other_encodings, table
 from data_prep.suite.tasks import records
 from data_prep.user_error import UserError
 

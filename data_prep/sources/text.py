@@ -1,11 +1,10 @@
-"""Rows of text files: JSON lines, a JSON array, CSV, TSV, plain text."""
+"""Rows of text files: JSON lines, CSV, TSV, plain text."""
 
 import codecs
 import csv
 import io
 import itertools
 import json
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -13,13 +12,7 @@ from typing import Any, BinaryIO
 from data_prep.sources.blocks import Row, Unreadable
 from data_prep.user_error import UserError
 
-DEEPEST = 100  # lists and objects within one another
-
-_LARGEST = 2**26  # bytes of one plain text, or of one string in an array
-_CHUNK = 2**20  # bytes read at once
-_BLANK = b" \t\r\n"  # to JSON
-# Or up to a string without end. Possessive within strings only: Python before 3.11.5 gets it wrong around them.
-_UP_TO_BRACKET = re.compile(rb'[^"\[\]{}]*(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*)*', re.DOTALL)
+_LARGEST = 2**26  # bytes of one plain text
 _ZERO_BYTE = "holds a zero byte, so it is no text; remove the byte"
 
 
@@ -64,14 +57,6 @@ def repeated(names: list[str]) -> str | None:
     return next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
 
 
-def json_array(file: BinaryIO, path: str) -> Iterator[Row]:
-    """Elements of one array as bytes, numbered from 0, few in memory at a time; parse_object reads them.
-
-    Raises UserError for text between elements that is no comma, since nothing tells where the next one begins.
-    """
-    return enumerate(_elements(file, path))
-
-
 def table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
     """Records of a CSV or TSV file with a header, by the line they begin at. Raises UserError where it is damaged."""
     csv.field_size_limit(sys.maxsize)  # the csv module keeps this for all readers; its default is 128 KiB
@@ -113,56 +98,6 @@ def plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
             yield number, Unreadable(_ZERO_BYTE)
         elif text.strip():
             yield number, {"text": text}
-
-
-def _elements(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """The lists and objects of an array, as they stand. Raises UserError where anything else is in or after it."""
-    pieces = _pieces(file, path)
-    next(pieces)  # ends with the bracket that opens the array
-    parts: list[bytes] = []
-    depth = count = 0
-    for before, bracket in pieces:
-        if not bracket:
-            raise UserError(f"{path}[{count}]: the array has no end; the file is cut off or a quote is missing")
-        if depth:
-            parts += before, bracket
-        else:
-            before = before.strip(_BLANK)
-            if bracket == b"]" and not before:
-                break
-            if bracket in b"]}" or before != (b"," if count else b""):
-                raise UserError(
-                    f"{path}[{count}]: found {_shown(before + bracket)} in place of {'a comma and ' if count else ''}"
-                    "an object; expected one array of JSON objects, correct it"
-                )
-            parts = [bracket]
-        depth += 1 if bracket in b"[{" else -1
-        if depth > DEEPEST:
-            raise UserError(f"{path}[{count}]: over {DEEPEST} lists and objects within one another; simplify it")
-        if not depth:
-            yield b"".join(parts)
-            count += 1
-    before, bracket = next(pieces)
-    if rest := before.strip(_BLANK) + bracket:
-        raise UserError(f"{path}: found {_shown(rest)} after the end of the array; remove it")
-
-
-def _pieces(file: BinaryIO, path: str) -> Iterator[tuple[bytes, bytes]]:
-    """The text up to each bracket outside of strings, and the bracket; at the end what is left, and nothing."""
-    text, start = file.read(_CHUNK), 0
-    while True:
-        end = _UP_TO_BRACKET.match(text, start).end()
-        if text[end : end + 1] not in (b"", b'"'):
-            yield text[start:end], text[end : end + 1]
-            start = end + 1
-            continue
-        if len(text) - start > _LARGEST:
-            raise UserError(f"{path}: over {_LARGEST >> 20} MiB between brackets of an array; look for a missing quote")
-        more = file.read(max(_CHUNK, len(text) - start))  # twice as much, so that a long string is seldom begun anew
-        if not more:
-            yield text[start:], b""
-            return
-        text, start = text[start:] + more, 0
 
 
 def _checked_header(names: list[str], origin: str) -> list[str]:
@@ -209,8 +144,3 @@ def _json_cause(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "too many lists and objects within one another"
     return str(error).partition(";")[0]  # a key twice, or an integer of over 4300 digits
-
-
-def _shown(text: bytes) -> str:
-    start = text[:40].decode(errors="replace")
-    return repr(start + "..." if len(text) > 40 else start)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.documents import Document
-from data_prep.sources.text import json_array
+from data_prep.sources.json_array import json_array
 from data_prep.user_error import UserError
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
@@ -127,7 +127,7 @@ TRICKY = [
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
 def test_an_array_reads_as_its_lines_would(tmp_path, monkeypatch, indent, chunk):
-    monkeypatch.setattr("data_prep.sources.text._CHUNK", chunk)
+    monkeypatch.setattr("data_prep.sources.json_array._CHUNK", chunk)
     lines = write(tmp_path, "\n".join(map(json.dumps, TRICKY)).encode())
     array = write(tmp_path, b"\xef\xbb\xbf\n " + json.dumps(TRICKY, indent=indent).encode() + b"\r\n", "data.json")
     documents = read(array)
@@ -165,12 +165,34 @@ def test_an_empty_array_has_no_documents(tmp_path):
         (b'[%s, {"a": NUL}]', f"[1]: not JSON (Expecting value at character 6); {ARRAY}"),
         (b'[%s, {"a": 1]]', f"[1]: not JSON (Expecting ',' delimiter at character 7); {ARRAY}"),
         (b'[%s, {"a": "caf\xe9"}]', "[1]: byte e9 is not UTF-8; save the file as UTF-8"),
-        (b'[%s, {"a": ' + b"[" * 100_000, "[1]: over 100 lists and objects within one another; simplify it"),
+        (b'[%s, {"a": ' + b"[" * 100_000, "[1]: over 100 nested lists and objects; simplify it"),
     ],
 )
 def test_a_damaged_array_is_refused_at_its_first_bad_element(tmp_path, array, expected):
     path = write(tmp_path, array.replace(b"%s", GOOD), "data.json")
     assert refusal(path) == f"{path}{expected}"
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"a": NUL}',
+        b'{"a": "\\d ]"}',
+        b"{'a': 1}",
+        b'{"a": 1]',
+        b'{"a": "\xe9"}',
+        b'{"n": ' + b"1" * 5000 + b"}",
+        b"[{}]",
+    ],
+    ids=["no value", "unknown escape", "other quotes", "other bracket", "Latin-1", "huge number", "list"],
+)
+def test_elements_after_one_that_is_not_json_are_still_found(tmp_path, monkeypatch, bad, chunk):
+    monkeypatch.setattr("data_prep.sources.json_array._CHUNK", chunk)
+    path = write(tmp_path, b"[" + b",\n".join([GOOD, bad, GOOD]) + b"]", "data.json")
+    first, second, third = rows_of(path)
+    assert places([first, third]) == ["[0]", "[2]"]
+    assert str(second).startswith(f"{path}[1]: ")
 
 
 def test_an_array_holds_half_surrogates_as_lines_do(tmp_path):
