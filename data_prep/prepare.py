@@ -26,7 +26,7 @@ from data_prep.manifest import FORMAT_VERSION, SPLITS, describe_split, read_mani
 from data_prep.mixing import draw
 from data_prep.plots import write_plots
 from data_prep.prepare_report import PrepareReport, write_report
-from data_prep.prepared_folder import alone, refuse_foreign_folder, write_items, write_rows
+from data_prep.prepared_folder import exclusive_preparation, refuse_foreign_folder, write_items, write_rows
 from data_prep.publish import blame_option, publish_atomically
 from data_prep.sources.finding import files_of
 from data_prep.sources.read import blocks_of, source_key
@@ -55,7 +55,7 @@ def prepare(
     refuse_missing_library(config.cleaning)
     refuse_unknown_tasks(config)
     refuse_foreign_folder(config.prepared_dir)
-    with alone(config.prepared_dir, say):
+    with exclusive_preparation(config.prepared_dir, say):
         previous = _previous_manifest(config)
         sources = source_states(config, previous.get("sources", ()))
         hashes = tokenizer_hashes(tokenizer)

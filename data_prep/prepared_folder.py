@@ -1,11 +1,11 @@
 """What a prepared set's folder holds: rows and items; and who may write one."""
 
 import contextlib
-import fcntl
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from data_prep.config import DataConfig
 from data_prep.encode import labels_of
@@ -31,23 +31,25 @@ def refuse_foreign_folder(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other processes from preparing `directory` while the block runs; waits, and says so, where one does.
+def exclusive_preparation(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other processes from preparing `directory` while the block runs; waits, and says so, if one already does.
 
-    What a killed preparation has left beside the folder is removed. Raises UserError where none can write there.
+    Removes what killed preparations have left beside the folder. Raises UserError if the lock cannot be written.
     """
     directory = directory.resolve()
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))  # the system releases it when a process is killed
     with blame_option("data.prepared_dir", directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = directory.with_name(f".{directory.name}.lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say(f"waiting: another process prepares {directory}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(Timeout):
+            lock.acquire(blocking=False)
+    if not lock.is_locked:
+        say(f"waiting: another process prepares {directory}")
+        lock.acquire()
+    try:
         sweep(directory, locked=True)
         yield
+    finally:
+        lock.release()
 
 
 def write_rows(spool: Spool, order: np.ndarray, config: DataConfig, directory: Path) -> Written:
