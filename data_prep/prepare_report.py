@@ -1,4 +1,4 @@
-"""What `prepare` did: a table by task for the terminal, and report.md beside the set."""
+"""The report of a preparation: a table per task for the terminal, and report.md in the prepared set."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ _LEFT = (0, len(_COLUMNS) - 1)  # left-aligned columns
 class PrepareReport:
     """The outcome of one preparation; `str()` gives the text that the command prints.
 
-    `manifest` is manifest.json as a dictionary, `seconds` the wall time, `reused` whether the set was there already.
+    `manifest` is the content of manifest.json, `seconds` the wall time, `reused` whether the set was already there.
     """
 
     directory: Path
@@ -30,16 +30,9 @@ class PrepareReport:
             headline = f"{self.directory} is unchanged and was kept ({self.seconds:.1f} s)"
         else:
             headline = f"{self.directory} was prepared in {self.seconds:.1f} s"
+        table = text_table(_COLUMNS, _counts(self.manifest), _LEFT)
         more = f"more: {self.directory / REPORT}"
-        return "\n".join(
-            [
-                headline,
-                text_table(_COLUMNS, _counts(self.manifest), _LEFT),
-                *_totals(self.manifest),
-                *_notes(self.manifest),
-                more,
-            ]
-        )
+        return "\n".join([headline, table, *_totals(self.manifest), *_notes(self.manifest), more])
 
 
 def write_report(manifest: dict[str, Any], directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a prepared set as a person reads them: what is learned in colour, or in brackets where there is none."""
+"""Prints rows of a prepared set as text, with learned tokens in color, or in brackets if not on a terminal."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,14 @@ from data_prep.manifest import read_manifest
 
 
 def show(directory: Path, tokenizer: Any, count: int) -> None:
-    """Prints the first `count` rows of the training split, document by document, and how many tokens are learned."""
+    """Prints the first `count` rows of the training split by document, and how many tokens are learned."""
     from datasets import load_from_disk
     from rich.console import Console
 
     console = Console(highlight=False, emoji=False, soft_wrap=True)
-    tasks = read_manifest(directory)["tasks"]
+    manifest = read_manifest(directory)
+    assert manifest is not None, f"no prepared set in {directory}"  # callers have just prepared or found one
+    tasks = manifest["tasks"]
     for index, row in enumerate(load_from_disk(directory / "train").with_format("numpy").take(count)):
         console.print(f"row {index}: {len(row['input_ids'])} tokens", style="bold")
         starts = np.flatnonzero(row["position_ids"] == 0)
@@ -33,7 +35,7 @@ def show(directory: Path, tokenizer: Any, count: int) -> None:
 
 
 def _stretches(tokenizer: Any, ids: np.ndarray, learned: np.ndarray) -> Iterator[tuple[str, bool]]:
-    """Text of tokens that follow one another and are all learned, or all not."""
+    """Text of each run of tokens that are all learned or all not."""
     edges = np.flatnonzero(learned[1:] != learned[:-1]) + 1
     for part, flags in zip(np.split(ids, edges), np.split(learned, edges), strict=True):
         yield tokenizer.decode(part, clean_up_tokenization_spaces=False), bool(flags[0])

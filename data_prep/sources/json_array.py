@@ -20,7 +20,7 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOT
 _decode = json.JSONDecoder(strict=False).raw_decode
 
 
-def json_array(file: BinaryIO, path: str) -> Iterator[Row]:
+def read_json_array(file: BinaryIO, path: str) -> Iterator[Row]:
     """Lists and objects of one array as bytes, numbered from 0, few in memory at a time; parse_object reads them.
 
     An element that is not JSON ends where its brackets balance. Raises UserError for anything else in or after the

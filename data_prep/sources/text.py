@@ -13,26 +13,26 @@ from data_prep.sources.blocks import Row, Unreadable
 from data_prep.user_error import UserError
 
 _LARGEST = 2**26  # bytes of one plain text
-_ZERO_BYTE = "holds a zero byte, so it is no text; remove the byte"
+_ZERO_BYTE = "holds a zero byte, so it is not text; remove the byte"
 
 
 def refuse_other_encodings(start: bytes, path: str) -> None:
-    """Raises UserError where a file that begins with `start` is no UTF-8 text."""
+    """Raises UserError if a file that begins with `start` is not UTF-8 text."""
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path}:1: the file is UTF-16; save it as UTF-8")
     if b"\0" in start[:64]:
-        raise UserError(f"{path}:1: the file holds zero bytes, so it is no text; save it as UTF-8 text")
+        raise UserError(f"{path}:1: the file holds zero bytes, so it is not text; save it as UTF-8 text")
 
 
-def json_lines(file: BinaryIO) -> Iterator[Row]:
-    """Lines as bytes, numbered from 1; parse_object reads them. Blank ones are passed over."""
+def read_json_lines(file: BinaryIO) -> Iterator[Row]:
+    """Lines as bytes, numbered from 1, without blank ones; parse_object reads them."""
     for number, line in enumerate(file, start=1):
         if line.strip() not in (b"", codecs.BOM_UTF8):
             yield number, line
 
 
 def parse_object(text: bytes, origin: str, expected: str) -> dict[str, Any]:
-    """The JSON object that `text` is. Raises UserError where it is no single one, or one with a key twice."""
+    """Parses one JSON object. Raises UserError for anything else, and for repeated keys."""
     try:
         record = json.loads(text.decode("utf-8-sig"), object_pairs_hook=without_repeats)
     except UnicodeDecodeError as error:
@@ -45,22 +45,22 @@ def parse_object(text: bytes, origin: str, expected: str) -> dict[str, Any]:
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of those keys and values. Raises ValueError where a key is there twice."""
+    """The dictionary of these keys and values. Raises ValueError for repeated keys."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"key {repeated([name for name, _ in pairs])!r} is there twice")
+        raise ValueError(f"key {first_repeated([name for name, _ in pairs])!r} is repeated")
     return record
 
 
-def repeated(names: list[str]) -> str | None:
-    """The first name that is there twice, if one is."""
+def first_repeated(names: list[str]) -> str | None:
+    """The first name that occurs twice, if any."""
     return next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
 
 
-def table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
-    """Records of a CSV or TSV file with a header, by the line they begin at. Raises UserError where it is damaged."""
-    csv.field_size_limit(sys.maxsize)  # the csv module keeps this for all readers; its default is 128 KiB
-    # Bytes that are not UTF-8 become lone surrogates, so that only the rows that hold them are bad.
+def read_table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
+    """Records of a CSV or TSV file with a header, numbered by their first line. Raises UserError if it is damaged."""
+    csv.field_size_limit(sys.maxsize)  # applies to all readers of the process; the default is 128 KiB
+    # Bytes that are not UTF-8 become lone surrogates, so that only their rows are bad.
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     lines = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -77,8 +77,8 @@ def table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
         raise UserError(f"{path}:{start}: not a table ({error}); correct the row or its quotes") from error
 
 
-def plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
-    """Documents of plain text as {"text": ...}, by the line they begin at; blank ones are passed over."""
+def read_plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
+    """Documents of plain text as {"text": ...}, numbered by their first line, without blank ones."""
     if sample_by == "document":
         content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
@@ -101,8 +101,8 @@ def plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
 
 
 def _checked_header(names: list[str], origin: str) -> list[str]:
-    if (name := repeated(names)) is not None:
-        raise UserError(f"{origin}: column {name!r} is there twice; rename one")
+    if (name := first_repeated(names)) is not None:
+        raise UserError(f"{origin}: column {name!r} is repeated; rename one")
     if byte := _escaped_byte(names):
         raise UserError(f"{origin}: {_no_utf8(byte)}")
     return names
@@ -117,7 +117,7 @@ def _not_a_row(values: list[str], header: list[str]) -> str | None:
 
 
 def _escaped_byte(values: list[str]) -> int | None:
-    """The first byte that is not UTF-8, where decoding escaped one."""
+    """The first byte that was not UTF-8 and was escaped when decoding, if any."""
     text = "".join(values)
     try:
         text.encode()
@@ -142,5 +142,5 @@ def _json_cause(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at character {error.pos}"
     if isinstance(error, RecursionError):
-        return "too many lists and objects within one another"
-    return str(error).partition(";")[0]  # a key twice, or an integer of over 4300 digits
+        return "too many nested lists and objects"
+    return str(error).partition(";")[0]  # a repeated key, or an integer of over 4300 digits

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.config import DataConfig
 from data_prep.documents import Document
-from data_prep.sources.read import DocumentMaker, blocks_of
+from data_prep.sources.read import DocumentMaker, read_blocks
 from data_prep.user_error import UserError
 
 
@@ -22,7 +22,7 @@ def rows_of(path: Path | str, **keys: Any) -> list[Document | UserError]:
     """What becomes of each row: its document, or why it holds none."""
     config = data_of(path, **keys)
     maker = DocumentMaker(config)
-    return [row for block in blocks_of(config) for _, row in maker.documents(block)]
+    return [row for block in read_blocks(config) for _, row in maker.documents(block)]
 
 
 def read(path: Path | str, **keys: Any) -> list[Document]:

@@ -121,7 +121,7 @@ def deep(levels: int) -> Any:
             [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
             "messages[0]: `content` has a part of type 'image_url'; expected parts of text only, remove the record",
         ),
-        ([{"role": "user", "content": ["a"]}], "messages[0]: `content` has a part that is text, no object; expected"),
+        ([{"role": "user", "content": ["a"]}], "messages[0]: `content` has a part that is text; expected parts"),
         ([{"role": "user", "content": [{"type": "a\nb"}]}], "messages[0]: `content` has a part of type 'a\\nb';"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0]: lacks field `text`; it has ['type'], add"),
         ([USER, {**ASSISTANT, "weight": 0.5}], "messages[1]: field `weight` is 0.5; expected 0 (not learned) or"),
@@ -148,12 +148,12 @@ def test_bad_turns_are_refused(messages, expected):
         ('{"x": 1, "x": 2}', "`arguments` is text; expected an object, or one as JSON text"),
         ('{"x": "\\ud83d"}', "field `arguments` holds half a surrogate pair at character 7; remove it"),
         ({"x": "\ud83d"}, "field `arguments` holds half a surrogate pair at character 7; remove"),
-        ('{"x": NaN}', "field `arguments` is no JSON (Out of range float values are not JSON compliant"),
+        ('{"x": NaN}', "field `arguments` is not JSON (Out of range float values are not JSON compliant"),
         (
             {"x": datetime.date(2026, 1, 1)},
-            "field `arguments` is no JSON (Object of type date is not JSON serializable",
+            "field `arguments` is not JSON (Object of type date is not JSON serializable",
         ),
-        (json.dumps(deep(60)), "field `arguments` is over 100 lists and objects deep; simplify it"),
+        (json.dumps(deep(60)), "field `arguments` has over 100 nested lists and objects; simplify it"),
     ],
 )
 def test_arguments_that_no_template_can_write_are_refused(arguments, expected):
@@ -169,7 +169,7 @@ def test_arguments_that_no_template_can_write_are_refused(arguments, expected):
         ({"a": 1}, "field `tools` is object; expected a list of JSON schemas"),
         (["add"], "field `tools` is list; expected a list of JSON schemas"),
         ('[{"a": "\\ud83d"}]', "field `tools` holds half a surrogate pair at character 8; remove it"),
-        ([deep(60)], "field `tools` is over 100 lists and objects deep; simplify it"),
+        ([deep(60)], "field `tools` has over 100 nested lists and objects; simplify it"),
     ],
 )
 def test_tools_that_no_template_can_write_are_refused(tools, expected):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data_prep import duplicates
-from data_prep.documents import Document, normalised
-from data_prep.duplicates import NearDuplicates, Signer
+from data_prep.documents import Document, normalize_text
+from data_prep.duplicates import MinHasher, NearDuplicateFilter
 from data_prep.encode import Encoded, Encoder, Removed
-from data_prep.prepare import kept, prepare
+from data_prep.prepare import find_unchanged_set, prepare
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
 from tests.data_prep.documents import described
@@ -53,7 +53,7 @@ def lines_of(manifest: dict, task: str, reason: str) -> list[int]:
     ],
 )
 def test_what_no_reader_sees_makes_no_other_document(text, copy):
-    assert normalised(text) == normalised(copy)
+    assert normalize_text(text) == normalize_text(copy)
     assert described([text])["high"] == described([copy])["high"]
 
 
@@ -72,7 +72,7 @@ def test_what_no_reader_sees_makes_no_other_document(text, copy):
     ],
 )
 def test_case_indentation_and_inner_blanks_make_another_document(text, other):
-    assert normalised(text) != normalised(other)
+    assert normalize_text(text) != normalize_text(other)
     assert described([text])["high"] != described([other])["high"]
 
 
@@ -121,13 +121,13 @@ def test_near_copies_are_told_by_what_is_called_as_well():
         {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "on", "arguments": {"x": x}}}]}
         for x in ("the lamp on the desk", "the radio in the kitchen", "the lamp on the desk")
     ]
-    signatures = Signer().sign([Document("task", [question, call], "file:1") for call in calls])
+    signatures = MinHasher().sign([Document("task", [question, call], "file:1") for call in calls])
     same, other = (np.mean(signatures[0] == signatures[i]) for i in (2, 1))
     assert same == 1 and other < 0.8
 
 
 def likeness(first: Document, second: Document) -> float:
-    signatures = Signer().sign([first, second])
+    signatures = MinHasher().sign([first, second])
     return np.mean(signatures[0] == signatures[1])
 
 
@@ -178,7 +178,7 @@ def words_of(count: int, seed: int) -> list[str]:
 
 
 def signed(texts: list[str]) -> np.ndarray:
-    return Signer().sign([Document("task", [], f"file:{i}", "text", text=text) for i, text in enumerate(texts)])
+    return MinHasher().sign([Document("task", [], f"file:{i}", "text", text=text) for i, text in enumerate(texts)])
 
 
 def jaccard(a: str, b: str) -> float:
@@ -212,7 +212,7 @@ def test_documents_over_the_threshold_go_and_those_below_it_stay():
     assert jaccard(texts[0], texts[100]) == pytest.approx(191 / 201)
     assert jaccard(texts[0], texts[200]) == pytest.approx(180 / 212)
     assert jaccard(texts[0], texts[300]) == pytest.approx(154 / 238)
-    finder = NearDuplicates(0.8, tasks=1)
+    finder = NearDuplicateFilter(0.8, tasks=1)
     finder.add(described(texts), signed(texts))
     # Estimates deviate by sqrt(s (1 - s) / 128): at 0.65 one of 5,000 is over 0.8, at 0.85 one of 17 is below it.
     assert finder.kept[:100].all() and finder.kept[300:].all()
@@ -224,7 +224,7 @@ def test_near_copies_in_other_tasks_stay_and_pieces_of_a_document_go_together():
     texts = [" ".join(words_of(50, 0)), " ".join([*words_of(50, 0), "more"])]
     pieces = np.concatenate([described(texts[:1]), described(texts[:1], task=1), described(texts[1:], pieces=3)])
     pieces["number"] = [0, 1, 2, 2, 2]
-    finder = NearDuplicates(0.8, tasks=2)
+    finder = NearDuplicateFilter(0.8, tasks=2)
     finder.add(pieces, signed([texts[0], texts[0], *[texts[1]] * 3]))
     assert finder.kept.tolist() == [True, True, False, False, False]
 
@@ -248,7 +248,7 @@ def test_near_copies_are_counted_apart_from_copies_and_named(config_of, tokenize
 @pytest.mark.parametrize(
     ("cleaning", "message"),
     [
-        ("{near_duplicates: 0.8, duplicates: keep}", r"data\.cleaning: keeps duplicates and drops near .*; set one of"),
+        ("{near_duplicates: 0.8, duplicates: keep}", r"data\.cleaning: keeps duplicates but drops near .*; set one of"),
         ("{near_duplicates: 1}", r"data\.cleaning\.near_duplicates=1: input should be less than 1; change it$"),
         ("{near_duplicates: 0}", r"data\.cleaning\.near_duplicates=0: input should be greater than 0; change it$"),
         ("{duplicates: skip}", r"data\.cleaning\.duplicates='skip': input should be 'drop' or 'keep'; change it$"),
@@ -267,7 +267,7 @@ def test_what_the_recipe_cannot_mean_is_told_in_one_line(tmp_path, cleaning, mes
 def test_a_missing_library_is_told_before_any_work(config_of, tokenizer, monkeypatch):
     config = config_of(cleaning={"near_duplicates": 0.8})
     monkeypatch.setattr(duplicates.importlib.util, "find_spec", lambda name: None)
-    for run in (lambda: prepare(config, tokenizer), lambda: kept(config, [])):
+    for run in (lambda: prepare(config, tokenizer), lambda: find_unchanged_set(config, [])):
         with pytest.raises(
             UserError,
             match=r"^data\.cleaning\.near_duplicates: needs the package datasketch, .*install\.sh near-duplicates`",

@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
-from data_prep.sources.read import blocks_of
+from data_prep.sources.read import read_blocks
 from data_prep.user_error import UserError
 from tests.data_prep.reading import refusal
 from tests.tiny import tiny_tokenizer
@@ -97,7 +97,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
     ),
     "array among lines": (".jsonl", lines(b"[" + GOOD + b"]"), [":2"], "not a JSON object; expected one JSON object a"),
     "number": (".jsonl", lines(b"7"), [":2"], "not a JSON object; expected one JSON object a line, correct it"),
-    "too deep": (".jsonl", lines(b"[" * 100_000), [":2"], "not JSON (too many lists and objects within one another)"),
+    "too deep": (".jsonl", lines(b"[" * 100_000), [":2"], "not JSON (too many nested lists and objects)"),
     "huge number": (".jsonl", lines(b'{"id": ' + b"1" * 5000 + b"}"), [":2"], "not JSON (Exceeds the limit"),
     "NaN": (".jsonl", lines(b'{"instruction": "a", "output": NaN}'), [":2"], "field `output` is nan; expected text"),
     "infinity": (".jsonl", lines(b'{"instruction": "a", "output": 1e999}'), [":2"], "field `output` is inf; expected"),
@@ -106,7 +106,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ".jsonl",
         lines(b'{"instruction": "a", "output": "b", "output": "c"}'),
         [":2"],
-        "not JSON (key 'output' is there twice)",
+        "not JSON (key 'output' is repeated)",
     ),
     "half a surrogate pair": (
         ".jsonl",
@@ -128,7 +128,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ".jsonl",
         lines(b'{"prompt": "a", "chosen": "b", "rejected": "c"}'),
         [":2"],
-        "a preference row (chosen, rejected), and this trainer learns from answers",
+        "a preference row (chosen, rejected), but this trainer learns from answers",
     ),
     "no messages": (".jsonl", turns("[]"), [":2"], "messages is an empty list; expected a list of one or more turns"),
     "messages a text": (".jsonl", turns('"Hi"'), [":2"], "messages is text; expected a list of one or more turns"),
@@ -188,7 +188,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ".json",
         b'[%s, {"text": "a", "text": "b"}, %s]' % (GOOD, CHAT),
         ["[1]"],
-        "not JSON (key 'text' is there twice); expected one array of JSON objects, correct it",
+        "not JSON (key 'text' is repeated); expected one array of JSON objects, correct it",
     ),
     "half a surrogate pair in an array": (
         ".json",
@@ -294,14 +294,14 @@ def test_what_a_person_may_not_expect_is_noted(dropped):
         f"data.sources.{number} holds records of several forms: 1 Alpaca, 1 chat, 1 text, 1 prompt and compl" in notes
     )
     number = list(dropped["files"]).index("loop of folders")
-    assert f"data.sources.{number}: 1 files or linked folders passed over, the first is " in notes
+    assert f"data.sources.{number}: 1 files or linked folders skipped, the first is " in notes
 
 
 # Files that are refused whole, whatever the recipe says of bad rows: name, content, and what is said, after the path.
 
-TRUNCATED = r"cannot read {}/\S+ \(.+\); it is truncated or damaged, get it anew"
-NO_PARQUET = r"no readable Parquet file \(.*Parquet.*\); get it anew, or correct its format"
-NO_ARROW = r"no readable Arrow file \(.+\); get it anew, or correct its format"
+TRUNCATED = r"cannot read {}/\S+ \(.+\); it is truncated or damaged, download it again"
+NO_PARQUET = r"not a readable Parquet file \(.*Parquet.*\); download it again, or correct its format"
+NO_ARROW = r"not a readable Arrow file \(.+\); download it again, or correct its format"
 FILES: dict[str, tuple[str, bytes, str]] = {
     "UTF-16": ("a.jsonl", LINES.decode().encode("utf-16"), ":1: the file is UTF-16; save it as UTF-8"),
     "UTF-16 without BOM": ("a.jsonl", LINES.decode().encode("utf-16-le"), ":1: the file holds zero bytes, so it is no"),
@@ -319,14 +319,14 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "array without end": ("a.json", b"[" + GOOD + b",", r"\[1\]: the array has no end; the file is cut off or a quote"),
     "array of numbers": ("a.json", b"[1, 2, 3]", r"\[0\]: found '1, 2, 3\]' in place of an object; expected one array"),
     "no comma": ("a.json", b"[" + GOOD + GOOD + b"]", r"\[1\]: found '{' in place of a comma and an object; expected"),
-    "too deep in an array": ("a.json", b'[{"a": ' + b"[" * 10_000, r"\[0\]: over 100 lists and objects within one an"),
+    "too deep in an array": ("a.json", b'[{"a": ' + b"[" * 10_000, r"\[0\]: over 100 nested lists and objects; simplify"),
     "after an array": ("a.json", b"[" + GOOD + b"]\n" + GOOD, ": found '{' after the end of the array; remove it"),
     "quote without end": (
         "a.csv",
         b'instruction,output\n"a,1\nb,2\n',
         r":2: not a table \(unexpected end of data\); cor",
     ),
-    "column twice": ("a.csv", b"text,text\na,b\n", ":1: column 'text' is there twice; rename one"),
+    "column twice": ("a.csv", b"text,text\na,b\n", ":1: column 'text' is repeated; rename one"),
     "Latin-1 header": ("a.csv", b"caf\xe9,text\na,b\n", ":1: byte e9 is not UTF-8; save the file as UTF-8"),
     "truncated Parquet": ("a.parquet", parquet_of([{"text": "a"}] * 100)[:-50], ": " + NO_PARQUET),
     "text called Parquet": ("a.parquet", LINES, ": " + NO_PARQUET),
@@ -337,7 +337,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "blank lines only": ("a.jsonl", b"\n \r\n\t\n", r"task 'sums' is empty: no record in {}/a.jsonl; add some or rem"),
     "empty array": ("a.json", b"[]", r"task 'sums' is empty: no record in {}/a.json; add some or remove the source"),
     "header only": ("a.csv", b"instruction,output\n", r"task 'sums' is empty: no record in {}/a.csv; add some or rem"),
-    "unknown ending": ("a.docx", b"PK", r"{}/a.docx does not end in .jsonl, .*; name its format under data.sources.0"),
+    "unknown ending": ("a.docx", b"PK", r"{}/a.docx does not end in .jsonl, .*; set data.sources.0"),
 }
 
 
@@ -354,7 +354,7 @@ def test_a_damaged_file_ends_prepare_whatever_is_said_of_bad_rows(tmp_path, toke
 def test_a_file_that_breaks_off_after_good_rows_is_refused_too(tmp_path, tokenizer):
     path = write(tmp_path, "a.jsonl.gz", gzip.compress(b"".join(LINES for _ in range(100)))[:-20])
     message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": "drop"}), tokenizer)
-    assert message.endswith("; it is truncated or damaged, get it anew")
+    assert message.endswith("; it is truncated or damaged, download it again")
 
 
 def test_where_every_row_is_bad_the_first_is_told(tmp_path, tokenizer):
@@ -368,10 +368,10 @@ def test_where_every_row_is_bad_the_first_is_told(tmp_path, tokenizer):
     ("path", "expected"),
     [
         ("none.jsonl", "{}/none.jsonl does not exist; expected a file, a pattern or a folder"),
-        ("*.jsonl.gz", "no file is called {}/*.jsonl.gz; correct the pattern"),
+        ("*.jsonl.gz", "no file matches {}/*.jsonl.gz; correct the pattern"),
         ("folder.jsonl", "folder {}/folder.jsonl has no file that ends in .jsonl, "),
         ("loop.jsonl", "{}/loop.jsonl does not exist; expected a file, a pattern or a folder"),
-        ("pipe.jsonl", "{}/pipe.jsonl is no regular file, or a link to none; remove or correct it"),
+        ("pipe.jsonl", "{}/pipe.jsonl is not a regular file or a link to one; remove or correct it"),
         ("x" * 300 + ".jsonl", "{}/xxx"),
     ],
     ids=["no file", "no match", "folder without files", "link to itself", "pipe", "name too long"],
@@ -390,13 +390,13 @@ def test_a_file_that_vanishes_while_others_are_read_is_refused(tmp_path, tokeniz
     gone = write(folder, "b.jsonl", LINES)
 
     def vanishing(config: DataConfig) -> Iterator[Any]:
-        for block in blocks_of(config):
+        for block in read_blocks(config):
             gone.unlink()
             yield block
 
-    monkeypatch.setattr("data_prep.prepare.blocks_of", vanishing)
+    monkeypatch.setattr("data_prep.prepare.read_blocks", vanishing)
     assert ends_with(config_of(tmp_path, {"sums": folder}), tokenizer) == (
-        f"data.sources.0.path: cannot read {gone} (No such file or directory); give a file that can be read"
+        f"data.sources.0.path: cannot read {gone} (No such file or directory); give a readable file"
     )
 
 

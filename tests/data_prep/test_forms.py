@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from data_prep.documents import Document
-from data_prep.forms import renamed
+from data_prep.forms import rename_fields
 from data_prep.user_error import UserError
 from tests.data_prep.records import ASSISTANT, TOOLS, USER, document, learned, refusal, turns
 
@@ -165,7 +165,7 @@ def test_a_record_of_no_form_is_refused_with_its_fields(record, expected):
 )
 def test_preference_rows_are_refused(record):
     names = "chosen, rejected" if "chosen" in record else "prompt, completion, label"
-    assert refusal(record).startswith(f"a preference row ({names}), and this trainer learns from answers; ")
+    assert refusal(record).startswith(f"a preference row ({names}), but this trainer learns from answers; ")
 
 
 @pytest.mark.parametrize("label", ["positive", "2", 2, 0.5, [True], None])
@@ -229,7 +229,7 @@ def test_a_row_of_tatsu_lab_alpaca_is_alpaca_though_it_holds_the_rendered_text_a
 
 
 def named(record: dict[str, Any], **fields: str) -> Document:
-    return document(dict(renamed(record, fields, "a.jsonl:3")))
+    return document(dict(rename_fields(record, fields, "a.jsonl:3")))
 
 
 def test_the_recipes_names_for_fields_are_followed():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.config import MixingConfig
-from data_prep.mixing import draw, shares
+from data_prep.mixing import draw, task_shares
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
@@ -139,9 +139,9 @@ def test_the_order_is_of_the_texts_and_not_of_the_sources():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"epochs": 1e-9}, r"^data\.mixing: 0 draws in all leave none for task 'sums'; raise epochs or token_budget"),
+        ({"epochs": 1e-9}, r"^data\.mixing: 0 draws in total leave none for task 'sums'; raise epochs or token_budget"),
         ({"weights": {"sums": 1, "words": 1, "maps": 1e-9}}, r"^data\.mixing: 10000 draws .* none for task 'maps'"),
-        ({"token_budget": 9}, r"^data\.mixing: 0 draws in all leave none for task 'sums'"),
+        ({"token_budget": 9}, r"^data\.mixing: 0 draws in total leave none for task 'sums'"),
     ],
     ids=["epochs", "weight", "budget"],
 )
@@ -184,7 +184,7 @@ def test_a_recipe_with_mixing_reads_back_as_it_was_written(tmp_path, mixing):
 
 
 def test_a_low_temperature_gives_the_largest_task_nearly_all():
-    assert shares(np.array([1000, 20]), ["a", "b"], MixingConfig(temperature=0.005)).tolist() == [1.0, 0.0]
+    assert task_shares(np.array([1000, 20]), ["a", "b"], MixingConfig(temperature=0.005)).tolist() == [1.0, 0.0]
 
 
 def test_a_mixed_set_is_the_same_to_the_byte_and_another_seed_gives_another_order(config_of, tokenizer, tmp_path):

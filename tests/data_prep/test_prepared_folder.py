@@ -19,7 +19,7 @@ from data_prep.config import DataConfig
 from data_prep.fingerprint import tokenizer_files, tokenizer_hashes
 from data_prep.manifest import read_manifest
 from data_prep.plots import write_plots
-from data_prep.prepare import kept, prepare
+from data_prep.prepare import find_unchanged_set, prepare
 from data_prep.prepare_report import PrepareReport
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
@@ -93,7 +93,7 @@ def test_a_damaged_manifest_or_another_tokenizer_has_the_set_made_anew(config_of
         ({"tasks": {"sums": SUMS, "words": []}}, r"^data\.sources: task 'words' is empty: no record in .*words\.jsonl"),
         ({"seq_len": 8}, r"task 'sums' has no document left, all 12 were dropped at data\.seq_len=8 \(12 no_labels"),
         ({"held_out": 1 - 1e-12}, r"^data\.held_out: .* leaves no document of task 'sums' to train on"),
-        ({"held_out": 8}, r"^data\.held_out: 8 documents per task, but task 'words' has 8 different ones"),
+        ({"held_out": 8}, r"^data\.held_out: 8 documents per task, but task 'words' has 8 distinct ones"),
         ({"tasks": {"sums": [*SUMS, {"instruction": "a"}]}}, r"sums\.jsonl:13: lacks field `output`"),
     ],
     ids=["empty task", "all cut", "all held out", "too few", "bad line"],
@@ -151,7 +151,7 @@ def folder_config(tmp_path) -> DataConfig:
 def prepare_as_the_command(config: DataConfig, base: Path) -> tuple[PrepareReport, bool]:
     """What `teamlora prepare` does, and whether it needed a tokenizer."""
     files = tokenizer_files(base, config)
-    report = kept(config, files)
+    report = find_unchanged_set(config, files)
     if report is not None:
         return report, False
     model = SimpleNamespace(model=str(base), trust_remote_code=False)
@@ -190,7 +190,7 @@ def test_an_unchanged_set_is_kept_without_reading_a_tokenizer(folder_config, bas
 def test_what_can_change_the_rows_has_them_made_anew(folder_config, base, tmp_path, change):
     prepare_as_the_command(folder_config, base)
     change(tmp_path)
-    assert kept(folder_config, tokenizer_files(base, folder_config)) is None
+    assert find_unchanged_set(folder_config, tokenizer_files(base, folder_config)) is None
     if "im_begin" in (base / "tokenizer.json").read_text():
         return  # no longer a tokenizer for this template
     report, loaded = prepare_as_the_command(folder_config, base)
@@ -231,7 +231,7 @@ def test_a_file_that_gets_another_ending_is_read_anew(tokenizer, tmp_path):
 
 def test_a_source_that_takes_in_the_prepared_set_is_refused(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", SUMS)
-    with pytest.raises(UserError, match=r"^data\.sources\.0\.path: .* takes in data\.prepared_dir=.*; prepare into"):
+    with pytest.raises(UserError, match=r"^data\.sources\.0\.path: .* includes data\.prepared_dir=.*; give data"):
         prepare(config_of_folder(tmp_path, tmp_path / "prepared"), tokenizer)
 
 
@@ -244,12 +244,12 @@ def test_another_template_for_tools_makes_another_set():
 
 def test_a_set_is_not_kept_for_another_configuration_or_where_there_is_none(folder_config, base):
     files = tokenizer_files(base, folder_config)
-    assert kept(folder_config, files) is None
+    assert find_unchanged_set(folder_config, files) is None
     prepare_as_the_command(folder_config, base)
-    assert kept(folder_config.model_copy(update={"seq_len": 96}), files) is None
-    assert kept(folder_config.model_copy(update={"chat_template": None}), files) is None
+    assert find_unchanged_set(folder_config.model_copy(update={"seq_len": 96}), files) is None
+    assert find_unchanged_set(folder_config.model_copy(update={"chat_template": None}), files) is None
     (folder_config.prepared_dir / "manifest.json").write_text("{")
-    assert kept(folder_config, files) is None
+    assert find_unchanged_set(folder_config, files) is None
 
 
 def test_the_recipes_chat_template_is_that_of_the_rows_and_of_the_tokenizer(folder_config, base):

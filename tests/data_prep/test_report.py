@@ -170,7 +170,7 @@ def test_empty_files_and_files_of_other_endings_are_noted(tmp_path, tokenizer):
     config = DataConfig(prepared_dir=tmp_path / "prepared", seq_len=128, held_out=2, sources=[source])
     assert notes_of(prepare(config, tokenizer)) == [
         f"data.sources.0: 2 empty files, the first is {folder / 'b.jsonl'}",
-        f"data.sources.0: 1 files or linked folders passed over, the first is {folder / 'readme.pdf'}",
+        f"data.sources.0: 1 files or linked folders skipped, the first is {folder / 'readme.pdf'}",
     ]
 
 

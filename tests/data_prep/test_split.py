@@ -148,5 +148,5 @@ def test_a_copy_in_more_pieces_goes_with_all_of_them():
 
 
 def test_more_held_out_documents_than_there_are_is_refused():
-    with pytest.raises(UserError, match=r"^data\.held_out: 3 documents per task, but task 'sums' has 3 different ones"):
+    with pytest.raises(UserError, match=r"^data\.held_out: 3 documents per task, but task 'sums' has 3 distinct ones"):
         Scene(numbers(3) * 2, numbers(9), 3)

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.config import HubSource
-from data_prep.sources.columns import as_a_record, hub
+from data_prep.sources.columns import read_hub, without_table_padding
 from data_prep.user_error import UserError
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
@@ -62,7 +62,7 @@ def test_nulls_with_which_a_table_fills_up_records_are_not_there(tmp_path, name,
 
 def test_a_record_keeps_values_that_are_merely_empty():
     value = {"a": None, "b": [{"c": None, "d": 0}, None, []], "e": "", "f": {"g": None}}
-    assert as_a_record(value) == {"b": [{"d": 0}, None, []], "e": "", "f": {}}
+    assert without_table_padding(value) == {"b": [{"d": 0}, None, []], "e": "", "f": {}}
 
 
 @each_format
@@ -112,8 +112,8 @@ def test_a_stream_cut_between_two_batches_is_refused(tmp_path):
     write_stream(path, pyarrow.table({"instruction": list("abcdefghijkl"), "output": list("123456789012")}))
     path.write_bytes(path.read_bytes()[:-8])  # all but the end mark
     assert refusal(path) == (
-        f"{path}, from record 12 on: no readable Arrow file (the stream is cut off, or does not end with its end "
-        "mark); get it anew, or correct its format"
+        f"{path}, from record 12 on: not a readable Arrow file (the stream is cut off, or does not end with its end "
+        "mark); download it again, or correct its format"
     )
 
 
@@ -129,7 +129,7 @@ def test_two_streams_in_one_file_are_refused_not_half_read(tmp_path):
 def test_what_is_no_table_at_all_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     kind = "Parquet" if name == "a.parquet" else "Arrow"
-    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: no readable {kind} file (")
+    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: not a readable {kind} file (")
 
 
 def test_damaged_offsets_in_an_arrow_file_are_refused_and_do_not_end_the_process(tmp_path):
@@ -139,21 +139,25 @@ def test_damaged_offsets_in_an_arrow_file_are_refused_and_do_not_end_the_process
     content = path.read_bytes()
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f" + offsets[12:]))
-    assert refusal(path).startswith(f"{path}: no readable Arrow file (In column 0: Invalid: Offset invariant failure")
+    assert refusal(path).startswith(
+        f"{path}: not a readable Arrow file (In column 0: Invalid: Offset invariant failure"
+    )
 
 
 @each_format
 def test_text_that_is_no_utf8_is_refused(tmp_path, name, write):
     offsets, content = pyarrow.array([0, 3, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"abccf\xe9")
     write(tmp_path / name, pyarrow.table({"text": pyarrow.StringArray.from_buffers(2, offsets, content)}))
-    expected = "(In column 0: Invalid: Invalid UTF8 sequence at string index 1); get it anew, or correct its format"
+    expected = (
+        "(In column 0: Invalid: Invalid UTF8 sequence at string index 1); download it again, or correct its format"
+    )
     assert refusal(tmp_path / name).endswith(expected)
 
 
 @each_format
 def test_a_column_twice_is_refused(tmp_path, name, write):
     write(tmp_path / name, pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]))
-    assert "(column 'text' is there twice)" in refusal(tmp_path / name)
+    assert "(column 'text' is repeated)" in refusal(tmp_path / name)
 
 
 def test_a_parquet_file_compressed_as_a_whole_is_refused(tmp_path):
@@ -181,7 +185,7 @@ def test_a_dataset_of_the_hub_is_streamed_without_its_nulls(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     source = HubSource(type="hub", task="sums", name="some/set", subset="en", split="test", revision="abc")
-    assert list(hub(source, "data.sources.0")) == [(0, {"text": "a"}), (1, {"text": "b", "id": 1})]
+    assert list(read_hub(source, "data.sources.0")) == [(0, {"text": "a"}), (1, {"text": "b", "id": 1})]
     assert asked == [(("some/set", "en"), {"split": "test", "revision": "abc", "streaming": True})]
 
 
@@ -191,7 +195,7 @@ def test_a_dataset_that_cannot_be_had_is_told_in_one_line(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(UserError) as caught:
-        list(hub(HubSource(type="hub", task="sums", name="some/set"), "data.sources.0"))
+        list(read_hub(HubSource(type="hub", task="sums", name="some/set"), "data.sources.0"))
     assert str(caught.value) == (
         "data.sources.0.name: cannot load some/set from the Hub (no network); check name, subset, split and network, "
         "or download it and use a source of type files"

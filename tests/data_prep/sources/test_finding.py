@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import FilesSource
-from data_prep.sources.finding import files_of, format_of
+from data_prep.sources.finding import find_files, format_of
 from data_prep.user_error import UserError
 
 
@@ -16,7 +16,7 @@ def source_of(path: Path | str, **keys: str) -> FilesSource:
 
 def found(path: Path | str, **keys: str) -> tuple[list[str], list[str]]:
     """Names of the files and of what is passed over."""
-    files, passed_over = files_of(source_of(path, **keys), "data.sources.0")
+    files, passed_over = find_files(source_of(path, **keys), "data.sources.0")
     return [file.name for file in files], [file.name for file in passed_over]
 
 
@@ -86,7 +86,7 @@ def test_what_datasets_keeps_beside_its_files_is_not_data(tmp_path):
 
 def test_a_folder_of_several_splits_is_refused(tmp_path):
     fill(tmp_path, "dataset_dict.json", "train/data-0.arrow", "test/data-0.arrow")
-    with pytest.raises(UserError, match=r"holds several splits; name one of them, as .*/train$"):
+    with pytest.raises(UserError, match=r"holds several splits; give one of them, such as .*/train$"):
         found(tmp_path)
 
 
@@ -126,22 +126,24 @@ def test_a_path_that_is_a_link_to_a_folder_is_that_folder(tmp_path):
 def test_a_link_that_leads_nowhere_is_refused_not_passed_over(tmp_path, target):
     fill(tmp_path, "a.jsonl")
     (tmp_path / "loop.jsonl").symlink_to(target)
-    expected = f"data.sources.0.path: {tmp_path}/loop.jsonl is no regular file, or a link to none; remove or correct it"
+    expected = (
+        f"data.sources.0.path: {tmp_path}/loop.jsonl is not a regular file or a link to one; remove or correct it"
+    )
     assert refusal(tmp_path) == expected
     assert refusal(tmp_path / "*.jsonl") == expected
 
 
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
-    assert "is no regular file" in refusal(tmp_path / "a.jsonl")
-    assert "is no regular file" in refusal(tmp_path)
+    assert "is not a regular file" in refusal(tmp_path / "a.jsonl")
+    assert "is not a regular file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
         ("none.jsonl", "none.jsonl does not exist; expected a file, a pattern or a folder"),
-        ("no*.jsonl", "no file is called {}/no*.jsonl; correct the pattern"),
+        ("no*.jsonl", "no file matches {}/no*.jsonl; correct the pattern"),
         ("x" * 300, "does not exist; expected a file"),
         ("a.jsonl/b.jsonl", "does not exist; expected a file"),
         ("empty", "folder {}/empty has no file that ends in .jsonl, "),
@@ -178,5 +180,5 @@ def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(tmp_path, mon
 
     monkeypatch.setattr(os, "scandir", without_leave)
     assert refusal(tmp_path) == (
-        f"data.sources.0.path: cannot read {tmp_path}/secret (Permission denied); give a file that can be read"
+        f"data.sources.0.path: cannot read {tmp_path}/secret (Permission denied); give a readable file"
     )

