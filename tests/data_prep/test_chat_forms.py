@@ -12,7 +12,7 @@ from tests.data_prep.records import ASSISTANT, CALL, TOOLS, USER, document, lear
 # chat, OpenAI's spelling
 
 
-def test_turns_stay_as_they_stand_and_fields_that_no_template_knows_go():
+def test_turns_stay_unchanged_except_for_fields_unknown_to_templates():
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": " é\u2028 "},
@@ -30,12 +30,12 @@ def test_an_answers_reasoning_is_kept_under_any_of_its_names(name):
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
-def test_an_answer_without_reasoning_may_say_so(name):
+def test_reasoning_may_be_null(name):
     assert to_document({"messages": [USER, {**ASSISTANT, name: None}]}, "task", "here").messages == [USER, ASSISTANT]
 
 
 @pytest.mark.parametrize("system", ["Be brief.", None])
-def test_a_turn_of_weight_nought_is_not_learned(system):
+def test_a_turn_of_weight_zero_is_not_learned(system):
     messages = [USER, {**ASSISTANT, "weight": 0}, USER, {"role": "assistant", "content": "c", "weight": 1}]
     assert learned({"messages": messages, "system": system}) == ["c"]
 

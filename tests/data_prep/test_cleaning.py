@@ -1,4 +1,4 @@
-"""What preparation takes out, and why: copies, near copies, what is too long and what teaches nothing."""
+"""What preparation removes, and why: copies, near copies, documents that are too long, and those without labels."""
 
 import random
 import re
@@ -52,7 +52,7 @@ def lines_of(manifest: dict, task: str, reason: str) -> list[int]:
         ("a\u00a0\nb", "a\u00a0 \nb"),
     ],
 )
-def test_what_no_reader_sees_makes_no_other_document(text, copy):
+def test_invisible_differences_do_not_make_another_document(text, copy):
     assert normalize_text(text) == normalize_text(copy)
     assert described([text])["high"] == described([copy])["high"]
 
@@ -115,7 +115,7 @@ def test_copies_of_which_other_answers_are_learned_stay(config_of, tokenizer):
     assert removed(prepare(config, tokenizer).manifest, "words") == {"duplicate_of_held_out": 3}
 
 
-def test_near_copies_are_told_by_what_is_called_as_well():
+def test_tool_calls_count_when_finding_near_copies():
     question = {"role": "user", "content": "Turn it on"}
     calls = [
         {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "on", "arguments": {"x": x}}}]}
@@ -256,7 +256,7 @@ def test_near_copies_are_counted_apart_from_copies_and_named(config_of, tokenize
         ("{near_duplicate: 0.8}", r"unknown key data\.cleaning\.near_duplicate; did you mean .*\.near_duplicates\?$"),
     ],
 )
-def test_what_the_recipe_cannot_mean_is_told_in_one_line(tmp_path, cleaning, message):
+def test_contradictory_cleaning_options_give_a_one_line_error(tmp_path, cleaning, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(MINIMAL)
     with pytest.raises(UserError, match=message) as caught:
@@ -264,7 +264,7 @@ def test_what_the_recipe_cannot_mean_is_told_in_one_line(tmp_path, cleaning, mes
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_library_is_told_before_any_work(config_of, tokenizer, monkeypatch):
+def test_a_missing_library_is_reported_before_any_work(config_of, tokenizer, monkeypatch):
     config = config_of(cleaning={"near_duplicates": 0.8})
     monkeypatch.setattr(duplicates.importlib.util, "find_spec", lambda name: None)
     for run in (lambda: prepare(config, tokenizer), lambda: find_unchanged_set(config, [])):
@@ -281,7 +281,7 @@ def test_a_missing_library_is_told_before_any_work(config_of, tokenizer, monkeyp
 
 
 def tokens_of(tokenizer, marked: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a text, and which of them stand between ⟦ and ⟧."""
+    """Ids of a text, and which of them are between ⟦ and ⟧."""
     ids, scored = [], []
     for i, piece in enumerate(re.split("[⟦⟧]", marked)):
         tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]

@@ -33,7 +33,7 @@ LINES = b"".join(b'{"instruction": "Add %d and 2.", "output": "4"}\n' % number f
 
 
 def config_of(folder: Path, files: dict[str, Path], **keys: Any) -> DataConfig:
-    """The data section with one source a task, and without held-out documents."""
+    """The data section with one source per task, and without held-out documents."""
     sources = [{"type": "files", "task": task, "path": path} for task, path in files.items()]
     return DataConfig(prepared_dir=folder / "prepared", seq_len=64, held_out=1e-9, sources=sources, **keys)
 
@@ -287,7 +287,7 @@ def test_what_is_merely_odd_is_read_whole(dropped, kind):
     assert dropped["documents"][kind] == (READ[kind][2] if kind in READ else 1)
 
 
-def test_what_a_person_may_not_expect_is_noted(dropped):
+def test_unexpected_properties_of_the_data_are_noted(dropped):
     notes = "\n".join(dropped["manifest"]["notes"])
     number = list(dropped["files"]).index("mixed forms")
     assert (
@@ -319,7 +319,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "array without end": ("a.json", b"[" + GOOD + b",", r"\[1\]: the array has no end; the file is cut off or a quote"),
     "array of numbers": ("a.json", b"[1, 2, 3]", r"\[0\]: found '1, 2, 3\]' in place of an object; expected one array"),
     "no comma": ("a.json", b"[" + GOOD + GOOD + b"]", r"\[1\]: found '{' in place of a comma and an object; expected"),
-    "too deep in an array": ("a.json", b'[{"a": ' + b"[" * 10_000, r"\[0\]: over 100 nested lists and objects; simplify"),
+    "too deep in an array": (
+        "a.json",
+        b'[{"a": ' + b"[" * 10_000,
+        r"\[0\]: over 100 nested lists and objects; simplify",
+    ),
     "after an array": ("a.json", b"[" + GOOD + b"]\n" + GOOD, ": found '{' after the end of the array; remove it"),
     "quote without end": (
         "a.csv",
@@ -343,7 +347,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 
 @pytest.mark.parametrize("bad_rows", ["refuse", "drop"])
 @pytest.mark.parametrize("kind", FILES)
-def test_a_damaged_file_ends_prepare_whatever_is_said_of_bad_rows(tmp_path, tokenizer, kind, bad_rows):
+def test_a_damaged_file_ends_prepare_whatever_bad_rows_is(tmp_path, tokenizer, kind, bad_rows):
     name, content, expected = FILES[kind]
     path = write(tmp_path, name, content)
     message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": bad_rows}), tokenizer)
@@ -357,7 +361,7 @@ def test_a_file_that_breaks_off_after_good_rows_is_refused_too(tmp_path, tokeniz
     assert message.endswith("; it is truncated or damaged, download it again")
 
 
-def test_where_every_row_is_bad_the_first_is_told(tmp_path, tokenizer):
+def test_if_every_row_is_bad_the_first_is_reported(tmp_path, tokenizer):
     path = write(tmp_path, "a.jsonl", b"{\n7\n")
     message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": "drop"}), tokenizer)
     assert message.startswith("data.sources: task 'sums' has no document left, all 2 were dropped")
@@ -402,7 +406,7 @@ def test_a_file_that_vanishes_while_others_are_read_is_refused(tmp_path, tokeniz
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Without root's leave to read everything."""
+    """Without root's permission to read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -414,7 +418,7 @@ def as_nobody() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("locked", ["folder/a.jsonl", "folder/a.jsonl.gz", "folder/a.parquet", "folder"])
-def test_a_file_or_folder_without_leave_to_read_is_refused(locked):
+def test_a_file_or_folder_without_read_permission_is_refused(locked):
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder = Path(name)
         write(folder / "folder", "a.jsonl" if locked == "folder" else Path(locked).name, LINES)

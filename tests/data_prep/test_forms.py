@@ -96,7 +96,7 @@ def test_numbers_are_answers(number, text):
 
 
 @pytest.mark.parametrize("prompt", ["Sort 3, 1, 2.", "[3, 1, 2]", '["a"]', "[]", '{"a": 1}', "[{", '[{"a": 1}]'])
-def test_texts_are_a_question_and_an_answer_also_where_they_look_like_json(prompt):
+def test_texts_are_a_question_and_an_answer_even_if_they_look_like_json(prompt):
     record = {"prompt": prompt, "completion": "[1, 2, 3]"}
     assert turns(record) == [("user", prompt), ("assistant", "[1, 2, 3]")]
     assert (learned(record), document(record).form) == (["[1, 2, 3]"], "prompt and completion")
@@ -169,13 +169,13 @@ def test_preference_rows_are_refused(record):
 
 
 @pytest.mark.parametrize("label", ["positive", "2", 2, 0.5, [True], None])
-def test_a_label_that_is_no_verdict_makes_no_preference(label):
+def test_a_label_that_is_not_a_verdict_makes_no_preference(label):
     assert turns({"prompt": "a", "completion": "b", "label": label}) == [("user", "a"), ("assistant", "b")]
 
 
 @pytest.mark.parametrize("field", ["image", "images", "video", "videos", "audio", "audios"])
 @pytest.mark.parametrize("record", [{"messages": [USER, ASSISTANT]}, {"text": "a"}], ids=["chat", "text"])
-def test_what_is_no_text_beside_it_is_refused_where_there_is_any(record, field):
+def test_images_and_other_media_beside_text_are_refused(record, field):
     for value in ("a.png", ["a.png"], {"path": "a.png", "bytes": b""}):
         assert refusal({**record, field: value}) == (
             f"has `{field}` beside its text; expected text only, remove the field or the record"
@@ -213,7 +213,7 @@ ALL = {
     ],
 )
 @pytest.mark.parametrize("as_null", [True, False], ids=["null", "absent"])
-def test_the_form_that_says_most_goes_first(absent, form, as_null):
+def test_the_most_specific_form_wins(absent, form, as_null):
     record = {name: None if name in absent else value for name, value in ALL.items() if as_null or name not in absent}
     assert document(record).form == form
 
@@ -293,6 +293,6 @@ def test_choices_may_be_numbers_as_answers_may(choices):
     [["a", "b"], ["4"], ["4", 4], ["4", float("inf")], ["4", True], ["4", " "], {"text": ["4", "5"]}, "4", None],
     ids=["without the answer", "one", "twice", "infinity", "true", "blank", "an object", "a text", "null"],
 )
-def test_a_field_choices_of_another_meaning_is_left_alone(choices):
+def test_a_choices_field_with_another_meaning_is_ignored(choices):
     assert document({"instruction": "2 + 2?", "output": "4", "choices": choices}).choices == ()
     assert document({"messages": [USER, ASSISTANT, {**USER, "content": "4"}], "choices": ["4", "5"]}).choices == ()

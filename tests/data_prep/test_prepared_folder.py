@@ -1,4 +1,4 @@
-"""The prepared folder: kept where it is up to date, made anew where it is not, and never left half written."""
+"""The prepared folder: kept if it is up to date, made again if not, and never half written."""
 
 import multiprocessing
 import os
@@ -71,14 +71,14 @@ def test_what_cannot_change_the_rows_keeps_the_folder(config_of, change):
     open_prepared(config, tokenizer)
 
 
-def test_changed_source_is_prepared_anew_even_with_its_size_unchanged(config_of, tokenizer):
+def test_a_changed_source_is_prepared_again_even_if_its_size_is_unchanged(config_of, tokenizer):
     config = config_of()
     prepare(config, tokenizer)
     write_jsonl(config.sources[0].path, SUMS[::-1])
     assert not prepare(config, tokenizer).reused
 
 
-def test_a_damaged_manifest_or_another_tokenizer_has_the_set_made_anew(config_of, tokenizer):
+def test_a_damaged_manifest_or_another_tokenizer_makes_the_set_again(config_of, tokenizer):
     config = config_of()
     prepare(config, tokenizer)
     (config.prepared_dir / "manifest.json").write_text("{")
@@ -136,7 +136,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def folder_config(tmp_path) -> DataConfig:
-    """The data section for a folder of two files, with a chat template of its own."""
+    """The data section for a folder of two files, with the recipe's own chat template."""
     (tmp_path / "sums").mkdir()
     write_jsonl(tmp_path / "sums" / "a.jsonl", SUMS[:6])
     write_jsonl(tmp_path / "sums" / "b.jsonl", SUMS[6:])
@@ -187,7 +187,7 @@ def test_an_unchanged_set_is_kept_without_reading_a_tokenizer(folder_config, bas
     ],
     ids=["vocabulary", "end token", "template", "source", "source added", "source removed", "source renamed"],
 )
-def test_what_can_change_the_rows_has_them_made_anew(folder_config, base, tmp_path, change):
+def test_what_can_change_the_rows_makes_them_again(folder_config, base, tmp_path, change):
     prepare_as_the_command(folder_config, base)
     change(tmp_path)
     assert find_unchanged_set(folder_config, tokenizer_files(base, folder_config)) is None
@@ -220,7 +220,7 @@ def config_of_folder(folder: Path, prepared_dir: Path) -> DataConfig:
     return DataConfig(prepared_dir=prepared_dir, sources=[source], seq_len=128, held_out=2)
 
 
-def test_a_file_that_gets_another_ending_is_read_anew(tokenizer, tmp_path):
+def test_a_file_with_a_new_ending_is_read_again(tokenizer, tmp_path):
     (tmp_path / "docs").mkdir()
     path = write_jsonl(tmp_path / "docs" / "a.txt", SUMS)
     config = config_of_folder(tmp_path / "docs", tmp_path / "prepared")
@@ -229,7 +229,7 @@ def test_a_file_that_gets_another_ending_is_read_anew(tokenizer, tmp_path):
     assert prepare(config, tokenizer).manifest["forms"]["data.sources.0"] == {"Alpaca": 12}
 
 
-def test_a_source_that_takes_in_the_prepared_set_is_refused(tokenizer, tmp_path):
+def test_a_source_that_includes_the_prepared_set_is_refused(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", SUMS)
     with pytest.raises(UserError, match=r"^data\.sources\.0\.path: .* includes data\.prepared_dir=.*; give data"):
         prepare(config_of_folder(tmp_path, tmp_path / "prepared"), tokenizer)
@@ -265,7 +265,7 @@ def test_the_recipes_chat_template_is_that_of_the_rows_and_of_the_tokenizer(fold
 
 
 @pytest.mark.parametrize("prepared_before", [False, True], ids=["first time", "over a set"])
-def test_a_chat_template_that_cannot_be_read_is_told_by_its_key(folder_config, base, prepared_before):
+def test_an_unreadable_chat_template_is_refused_with_its_key(folder_config, base, prepared_before):
     if prepared_before:
         prepare_as_the_command(folder_config, base)
     folder_config.chat_template.unlink()
@@ -280,7 +280,7 @@ fork = multiprocessing.get_context("fork")
 
 
 def in_a_process(target: Callable[[], None]) -> Any:
-    """A process that runs `target`, in a group of its own as a shell's commands are."""
+    """A process that runs `target` in its own process group, like a shell's command."""
 
     def run() -> None:
         os.setpgid(0, 0)
@@ -420,7 +420,7 @@ def test_a_second_preparation_waits_says_so_and_keeps_the_firsts_set(config_of, 
     assert not leftovers(config)
 
 
-def test_a_second_preparation_takes_over_where_the_first_is_killed(config_of, tokenizer):
+def test_a_second_preparation_takes_over_when_the_first_is_killed(config_of, tokenizer):
     config, inside, said = config_of(), fork.Event(), []
 
     def target() -> None:
@@ -442,7 +442,7 @@ MANY = [{"instruction": f"What is {i}? " * 20, "output": str(i)} for i in range(
 
 
 @pytest.mark.parametrize("moment", ["reading", "taking in", "writing"])
-def test_ctrl_c_ends_it_at_once_and_without_a_word_from_the_workers(config_of, tokenizer, tmp_path, moment):
+def test_ctrl_c_ends_it_at_once_without_output_of_the_workers(config_of, tokenizer, tmp_path, moment):
     config = config_of({"sums": MANY}, seq_len=512)
     errors, inside = tmp_path / "errors", fork.Event()
     place = {"reading": "encode_blocks", "taking in": "Spool.add", "writing": "write_rows"}[moment]
@@ -481,6 +481,6 @@ def _killed(block: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_told_in_one_line(config_of, tokenizer, monkeypatch):
+def test_a_killed_worker_gives_a_one_line_error(config_of, tokenizer, monkeypatch):
     monkeypatch.setattr("data_prep.workers._encode", _killed)
     refused(r"^data\.sources: a worker process was killed, most likely for want of mem.*; free", config_of(), tokenizer)

@@ -1,4 +1,4 @@
-"""What preparation says of a set: the printed table, report.md, the pictures, and notes on the unexpected."""
+"""The report on a set: the printed table, report.md, plots, and notes on unexpected data."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ def without_pictures_or_time(text: str) -> str:
     return re.sub(r"in \d+\.\d s", "in a moment", text)
 
 
-def test_the_printed_table_is_a_line_a_task_with_aligned_counts(made, counted):
+def test_the_printed_table_has_one_line_per_task_with_aligned_counts(made, counted):
     report, config = made
     headline, head, sums, words, train, held_out, more = str(report).splitlines()
     assert without_pictures_or_time(headline) == f"{config.prepared_dir} was prepared in a moment"
@@ -76,7 +76,7 @@ def test_the_printed_table_is_a_line_a_task_with_aligned_counts(made, counted):
     assert more == f"more: {config.prepared_dir / 'report.md'}"
 
 
-def test_report_md_holds_shares_forms_and_where_the_removed_stood(made, counted):
+def test_report_md_holds_shares_forms_and_the_places_of_removed_documents(made, counted):
     config = made[1]
     text = (config.prepared_dir / "report.md").read_text()
     headings = re.findall("^#+ (.*)$", text, re.MULTILINE)
@@ -124,7 +124,7 @@ def test_a_set_that_is_kept_has_the_same_table(made, tokenizer):
     assert rest == str(report).splitlines()[1:]
 
 
-def test_any_task_name_can_be_drawn_and_none_is_warned_of(tmp_path, tokenizer, recwarn):
+def test_any_task_name_can_be_plotted_without_warnings(tmp_path, tokenizer, recwarn):
     tasks = {r"$\frac$": SUMS, "数学": WORDS, "a" * 300: SUMS}
     sources = [
         {"type": "files", "task": task, "path": write_jsonl(tmp_path / f"{index}.jsonl", records)}

@@ -1,4 +1,4 @@
-"""`show`: the rows as a person reads them, and exactly what is learned marked."""
+"""`show`: rows as readable text, with exactly the learned parts marked."""
 
 import re
 from collections import Counter
@@ -41,7 +41,7 @@ def shown_documents(output: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("records", [SUMS, AWKWARD], ids=["plain", "awkward"])
-def test_learned_tokens_stand_in_brackets_where_there_is_no_terminal(config_of, tokenizer, capsys, records):
+def test_learned_tokens_are_in_brackets_if_there_is_no_terminal(config_of, tokenizer, capsys, records):
     config = config_of({"sums": records, "words": WORDS}, seq_len=2048, held_out=1e-9)
     prepare(config, tokenizer)
     capsys.readouterr()
@@ -56,7 +56,7 @@ def test_learned_tokens_stand_in_brackets_where_there_is_no_terminal(config_of, 
         assert head == f"[{task}] {sum(learned)} of {every} tokens learned"
 
 
-def test_learned_tokens_are_coloured_on_a_terminal(config_of, tokenizer, capsys, monkeypatch):
+def test_learned_tokens_are_colored_on_a_terminal(config_of, tokenizer, capsys, monkeypatch):
     config = config_of({"sums": SUMS}, seq_len=2048, held_out=1e-9)
     prepare(config, tokenizer)
     capsys.readouterr()
@@ -72,7 +72,7 @@ def test_learned_tokens_are_coloured_on_a_terminal(config_of, tokenizer, capsys,
     assert all(SYSTEM + TURNS.format(record["instruction"], record["output"]) in plain for record in SUMS)
 
 
-def test_no_more_rows_are_shown_than_asked_for_and_fewer_where_there_are_fewer(config_of, tokenizer, capsys):
+def test_at_most_the_requested_rows_are_shown(config_of, tokenizer, capsys):
     config = config_of(seq_len=64, held_out=1e-9)
     rows = prepare(config, tokenizer).manifest["splits"]["train"]["rows"]
     assert rows > 3
@@ -129,7 +129,7 @@ def test_the_command_prepares_and_shows_and_then_shows_what_is_kept(tmp_path, to
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "many"])
-def test_a_count_that_is_none_is_refused(tmp_path, capsys, count):
+def test_an_invalid_count_is_refused(tmp_path, capsys, count):
     with pytest.raises(SystemExit) as ended:
         main(["prepare", str(tmp_path / "recipe.yaml"), "--show", count])
     assert ended.value.code == 2

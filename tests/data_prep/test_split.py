@@ -1,4 +1,4 @@
-"""The held-out split: the size that is asked for, no leak into training, and stable when data is added."""
+"""The held-out split: the requested size, no leak into training, and stable when data is added."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def config(held_out: float | int, **cleaning: str) -> DataConfig:
 
 
 class Scene:
-    """Texts of both tasks, split; `side` tells each text's places as "task text" lists."""
+    """Texts of both tasks, split; `side` lists each side's documents as "task text"."""
 
     def __init__(self, sums: list[str], words: list[str], held_out: float | int, seed: int = 0, **cleaning: str):
         self.texts = [f"sums {text}" for text in sums] + [f"words {text}" for text in words]

@@ -1,4 +1,4 @@
-"""Parquet and Arrow: records as they were written, without the nulls of tables, and damage told in one line."""
+"""Parquet and Arrow: records as written, without nulls of the table, and one-line errors for damaged files."""
 
 import pickle
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_records_come_in_order_with_their_numbers(tmp_path, monkeypatch, name, w
 
 
 @each_format
-def test_nulls_with_which_a_table_fills_up_records_are_not_there(tmp_path, name, write):
+def test_nulls_that_only_fill_up_table_rows_are_removed(tmp_path, name, write):
     records = [
         {"messages": TURNS, "instruction": None, "output": None},
         {"messages": None, "instruction": "a", "output": "b"},
@@ -66,7 +66,7 @@ def test_a_record_keeps_values_that_are_merely_empty():
 
 
 @each_format
-def test_whole_numbers_that_a_table_holds_as_floats_are_learned_as_whole_numbers(tmp_path, name, write):
+def test_whole_numbers_stored_as_floats_become_whole_numbers_again(tmp_path, name, write):
     numbers = [4.0, -0.0, 2.5, 1e300, None]
     choices = [[4.0, 5.0]] * len(numbers)
     columns = {"instruction": list("abcde"), "output": numbers, "choices": choices}
@@ -126,13 +126,13 @@ def test_two_streams_in_one_file_are_refused_not_half_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"text": "a"}\n' * 1000, bytes(range(256)) * 20])
-def test_what_is_no_table_at_all_is_refused(tmp_path, name, content):
+def test_a_file_that_is_not_a_table_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     kind = "Parquet" if name == "a.parquet" else "Arrow"
     assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: not a readable {kind} file (")
 
 
-def test_damaged_offsets_in_an_arrow_file_are_refused_and_do_not_end_the_process(tmp_path):
+def test_damaged_offsets_in_an_arrow_file_are_refused_without_a_crash(tmp_path):
     path = tmp_path / "a.arrow"
     write_file(path, pyarrow.table({"text": ["abcd"] * 5}))
     offsets = b"".join(number.to_bytes(4, "little") for number in (0, 4, 8, 12, 16, 20))
@@ -145,7 +145,7 @@ def test_damaged_offsets_in_an_arrow_file_are_refused_and_do_not_end_the_process
 
 
 @each_format
-def test_text_that_is_no_utf8_is_refused(tmp_path, name, write):
+def test_text_that_is_not_utf8_is_refused(tmp_path, name, write):
     offsets, content = pyarrow.array([0, 3, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"abccf\xe9")
     write(tmp_path / name, pyarrow.table({"text": pyarrow.StringArray.from_buffers(2, offsets, content)}))
     expected = (
@@ -155,7 +155,7 @@ def test_text_that_is_no_utf8_is_refused(tmp_path, name, write):
 
 
 @each_format
-def test_a_column_twice_is_refused(tmp_path, name, write):
+def test_a_repeated_column_is_refused(tmp_path, name, write):
     write(tmp_path / name, pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]))
     assert "(column 'text' is repeated)" in refusal(tmp_path / name)
 
@@ -167,7 +167,7 @@ def test_a_parquet_file_compressed_as_a_whole_is_refused(tmp_path):
     )
 
 
-def test_values_that_are_no_text_are_bad_rows(tmp_path):
+def test_rows_with_values_that_are_not_text_are_bad(tmp_path):
     import datetime
 
     table = {"instruction": ["a"], "output": [datetime.date(2026, 1, 1)]}
@@ -189,7 +189,7 @@ def test_a_dataset_of_the_hub_is_streamed_without_its_nulls(monkeypatch):
     assert asked == [(("some/set", "en"), {"split": "test", "revision": "abc", "streaming": True})]
 
 
-def test_a_dataset_that_cannot_be_had_is_told_in_one_line(monkeypatch):
+def test_a_dataset_that_cannot_be_loaded_gives_a_one_line_error(monkeypatch):
     def load_dataset(*arguments, **keys):
         raise ConnectionError("no\nnetwork")
 

@@ -1,4 +1,4 @@
-"""Compressed files read as the plain ones do, and none that is cut off is taken for whole."""
+"""Compressed files read like plain ones, and truncated files are always refused."""
 
 import bz2
 import gzip

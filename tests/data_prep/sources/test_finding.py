@@ -1,4 +1,4 @@
-"""Which files a path means, in which order, and what is not read with them."""
+"""Which files a path stands for, in which order, and which are skipped."""
 
 import os
 from pathlib import Path
@@ -52,11 +52,11 @@ def fill(folder: Path, *names: str) -> None:
         ("a.tar.gz", None),
     ],
 )
-def test_the_ending_under_the_compression_tells_the_format(name, kind):
+def test_the_ending_before_the_compression_ending_gives_the_format(name, kind):
     assert format_of(Path(name), source_of("data")) == kind
 
 
-def test_the_recipes_format_goes_before_the_ending():
+def test_the_recipes_format_overrides_the_ending():
     assert format_of(Path("a.txt"), source_of("data", format="json")) == "json"
 
 
@@ -65,7 +65,7 @@ def test_a_folder_is_read_to_its_depth_in_the_order_of_names(tmp_path):
     assert found(tmp_path) == (["a.txt", "b.jsonl", "a.csv.gz", "z.json", "part.jsonl"], [])
 
 
-def test_unknown_endings_readmes_and_linked_folders_are_listed_as_passed_over(tmp_path):
+def test_unknown_endings_readmes_and_linked_folders_are_listed_as_skipped(tmp_path):
     fill(tmp_path / "data", "a.jsonl", "b.pdf", "c.gz", "LICENSE", "README.md", "sub/readme.txt")
     fill(tmp_path / "other", "x.jsonl")
     (tmp_path / "data/linked").symlink_to(tmp_path / "other")
@@ -73,7 +73,7 @@ def test_unknown_endings_readmes_and_linked_folders_are_listed_as_passed_over(tm
     assert found(tmp_path / "data") == (["a.jsonl"], passed_over)
 
 
-def test_hidden_files_and_folders_are_not_seen(tmp_path):
+def test_hidden_files_and_folders_are_ignored(tmp_path):
     fill(tmp_path, "a.jsonl", ".b.jsonl", ".git/c.json", ".cache/d.txt")
     assert found(tmp_path) == (["a.jsonl"], [])
 
@@ -90,7 +90,7 @@ def test_a_folder_of_several_splits_is_refused(tmp_path):
         found(tmp_path)
 
 
-def test_a_file_with_one_of_those_names_is_read_where_it_is_asked_for(tmp_path):
+def test_a_file_with_an_ignored_name_is_read_if_the_path_names_it(tmp_path):
     fill(tmp_path, "README.md", "state.json")
     assert found(tmp_path / "README.md") == (["README.md"], [])
     assert found(tmp_path / "state.json") == (["state.json"], [])
@@ -123,7 +123,7 @@ def test_a_path_that_is_a_link_to_a_folder_is_that_folder(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["nowhere.jsonl", "loop.jsonl"])
-def test_a_link_that_leads_nowhere_is_refused_not_passed_over(tmp_path, target):
+def test_a_broken_link_is_refused_not_skipped(tmp_path, target):
     fill(tmp_path, "a.jsonl")
     (tmp_path / "loop.jsonl").symlink_to(target)
     expected = (
@@ -133,7 +133,7 @@ def test_a_link_that_leads_nowhere_is_refused_not_passed_over(tmp_path, target):
     assert refusal(tmp_path / "*.jsonl") == expected
 
 
-def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+def test_a_pipe_is_refused_without_waiting_for_data(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     assert "is not a regular file" in refusal(tmp_path / "a.jsonl")
     assert "is not a regular file" in refusal(tmp_path)
@@ -158,7 +158,7 @@ def test_a_path_without_files_to_read_is_refused_with_its_key(tmp_path, path, ex
     assert expected.format(tmp_path) in refusal(tmp_path / path)
 
 
-def test_any_ending_is_read_where_the_recipe_names_the_format(tmp_path):
+def test_any_ending_is_read_if_the_recipe_sets_the_format(tmp_path):
     fill(tmp_path, "b.pdf", "c")
     assert found(tmp_path, format="text") == (["b.pdf", "c"], [])
     assert found(tmp_path / "c", format="text") == (["c"], [])
@@ -169,7 +169,7 @@ def test_a_file_name_that_no_report_can_write_is_refused(tmp_path):
     assert refusal(tmp_path).endswith(r"caf\udce9.jsonl' is not UTF-8; rename it")
 
 
-def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_refused_not_skipped(tmp_path, monkeypatch):
     fill(tmp_path, "a.jsonl", "secret/b.jsonl")
     scandir = os.scandir
 

@@ -1,4 +1,4 @@
-"""Generated documents: repeatable by seed, and a bad generator or option is told in one line."""
+"""Generated documents: repeatable by seed, and one-line errors for bad generators and options."""
 
 import sys
 
@@ -45,13 +45,13 @@ def test_same_seed_gives_the_same_documents_and_another_seed_others():
 @pytest.mark.parametrize(
     "generator", ["isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder"]
 )
-def test_what_goes_by_the_order_of_sets_or_the_random_state_is_the_same_in_every_process_and_order(generator):
+def test_generators_that_use_sets_or_global_random_state_repeat_in_any_process_and_order(generator):
     source = ReasoningGymSource(type="reasoning_gym", task="sums", generator=generator, count=20)
     backwards = GymProcess().documents(source, "data.sources.2", dict.fromkeys(reversed(range(20)), ""))
     assert contents(read(generator, count=20)) == contents(backwards[::-1])
 
 
-def test_a_process_that_was_killed_is_told_in_one_line(monkeypatch):
+def test_a_killed_process_gives_a_one_line_error(monkeypatch):
     monkeypatch.setattr(gym, "_PROCESS", [sys.executable, "-c", ""])
     source = ReasoningGymSource(type="reasoning_gym", task="sums", generator="basic_arithmetic", count=5)
     with pytest.raises(UserError, match=r"^data\.sources\.2: the process of basic_arithmetic ended, most") as caught:

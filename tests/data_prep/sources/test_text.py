@@ -1,4 +1,4 @@
-"""JSON lines, a JSON array, CSV, TSV and plain text as rows; every bad one is told with its place."""
+"""JSON lines, a JSON array, CSV, TSV and plain text as rows; every bad row is reported with its place."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ def test_every_line_is_a_document_with_its_number(tmp_path):
     assert texts(documents) == [["a", "1"], ["b", "2"]]
 
 
-def test_blank_lines_bom_and_windows_line_ends_are_passed_over_and_counted(tmp_path):
+def test_blank_lines_bom_and_windows_line_ends_are_skipped_but_counted(tmp_path):
     content = b"\n".join([b"\xef\xbb\xbf" + GOOD + b"\r", b"", b"  \r", GOOD, b""])
     assert places(read(write(tmp_path, content))) == [":1", ":4"]
 
@@ -50,7 +50,7 @@ def test_unicodes_own_line_ends_do_not_end_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\t\n", b"\xef\xbb\xbf"], ids=["empty", "blank lines", "BOM"])
-def test_a_file_of_nothing_has_no_documents(tmp_path, content):
+def test_an_empty_file_has_no_documents(tmp_path, content):
     assert rows_of(write(tmp_path, content)) == []
 
 
@@ -204,7 +204,7 @@ def test_an_array_is_read_in_the_memory_of_few_records():
     record = json.dumps({"instruction": "a" * 1000, "output": "b" * 1000}).encode()
 
     class Array(io.RawIOBase):
-        """Ten megabytes, made while they are read."""
+        """Ten megabytes, generated while they are read."""
 
         left = 5000
 
@@ -247,7 +247,7 @@ def test_a_table_reads_as_it_was_written(tmp_path, name, delimiter):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
-def test_blank_lines_of_a_table_are_passed_over_and_counted(tmp_path, end):
+def test_blank_lines_of_a_table_are_skipped_but_counted(tmp_path, end):
     path = write(tmp_path, end.join(["", "instruction,output", "", "a,1", "", "b,2"]).encode(), "a.csv")
     documents = read(path)
     assert texts(documents) == [["a", "1"], ["b", "2"]]
@@ -262,7 +262,7 @@ def test_columns_can_hold_json(tmp_path):
     assert document.messages == turns
 
 
-def test_bad_rows_of_a_table_are_told_and_the_others_read(tmp_path):
+def test_bad_rows_of_a_table_are_reported_and_the_others_read(tmp_path):
     rows = [b"a" * 64 + b",1", b"b,2,3", b"c", b"caf\xe9,4", b'"d\nd",\0', b"e,5"]
     path = write(tmp_path, b"\n".join([b"instruction,output", *rows]), "a.csv")
     assert [str(row) if isinstance(row, UserError) else texts([row])[0] for row in rows_of(path)] == [

@@ -1,4 +1,4 @@
-"""The suite as a source of a recipe: what is refused, and what becomes of its rows in a prepared set."""
+"""The suite as a source of a recipe: what is refused, and its rows in a prepared set."""
 
 import json
 
@@ -31,7 +31,7 @@ def refusal(config, tokenizer) -> str:
     return str(caught.value)
 
 
-def test_a_task_that_the_suite_has_not_is_told_with_the_nearest(config_of, tokenizer):
+def test_an_unknown_task_is_refused_with_the_nearest_one(config_of, tokenizer):
     nearest = refusal(config_of({"task": "syllogisms"}, {"task": "datings"}), tokenizer)
     assert nearest == "data.sources.1.task: 'datings' is not a task of the suite; nearest: dates"
     assert "it has antonyms, cities," in refusal(config_of({"task": "qqqq"}), tokenizer)
@@ -43,7 +43,7 @@ def test_more_rows_than_a_task_has_are_refused(config_of, tokenizer):
     assert message.startswith("data.sources.0.count: 400 rows, but task 'currencies' has 2")
 
 
-def test_a_missing_package_is_told_before_any_work(config_of, tokenizer, monkeypatch):
+def test_a_missing_package_is_reported_before_any_work(config_of, tokenizer, monkeypatch):
     def version(package):
         raise tasks.PackageNotFoundError(package)
 
