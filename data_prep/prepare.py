@@ -217,9 +217,9 @@ def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], n
             mixture = ", ".join(f"{count:,} {form}" for form, count in forms[index].most_common())
             notes.append(f"{key} holds records of several forms: {mixture}")
         if isinstance(source, FilesSource):
-            found, passed_over = find_files(source, key)
+            found, skipped = find_files(source, key)
             empty = [path for path in found if not path.stat().st_size]
             notes += [f"{key}: {len(paths)} {what}, the first is {paths[0]}" for paths, what in (
-                (empty, "empty files"), (passed_over, "files or linked folders skipped")
+                (empty, "empty files"), (skipped, "files or linked folders skipped")
             ) if paths]  # fmt: skip
     return notes

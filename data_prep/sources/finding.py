@@ -30,9 +30,9 @@ def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
     Does not follow links to folders. `key`: the source's key in the recipe, for errors. Raises UserError if there is no
     file, or one that is no regular file or has an unknown format.
     """
-    passed_over: list[Path] = []
+    skipped: list[Path] = []
     if os.path.isdir(source.path):  # unlike Path.is_dir, false for paths that cannot be looked up
-        found, passed_over = _in_folder(source, key)
+        found, skipped = _in_folder(source, key)
     elif os.path.exists(source.path):
         found = [source.path]
     elif glob.has_magic(str(source.path)):
@@ -41,7 +41,7 @@ def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
             raise UserError(f"{key}.path: no file matches {source.path}; correct the pattern")
     else:
         raise UserError(f"{key}.path: {source.path} does not exist; expected a file, a pattern or a folder")
-    for path in (*found, *passed_over):
+    for path in (*found, *skipped):
         if not _is_utf8(str(path)):  # neither manifest nor report could name it
             raise UserError(f"{key}.path: the name {str(path)!r} is not UTF-8; rename it")
     for path in found:
@@ -52,7 +52,7 @@ def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
                 f"{key}.path: {path} does not end in {', '.join(FORMATS)} (with or without {', '.join(_COMPRESSED)}); "
                 f"set {key}.format"
             )
-    return found, passed_over
+    return found, skipped
 
 
 def format_of(path: Path, source: FilesSource) -> str | None:
@@ -93,13 +93,13 @@ def _in_folder(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
             f"{key}.path: {source.path} holds several splits; give one of them, such as {source.path / 'train'}"
         )
     found = sorted(_walk(source.path, key))
-    passed_over = [path for path in found if _is_passed_over(path, source)]
-    if len(passed_over) == len(found):
+    skipped = [path for path in found if _is_skipped(path, source)]
+    if len(skipped) == len(found):
         raise UserError(
             f"{key}.path: folder {source.path} has no file that ends in {', '.join(FORMATS)}; give another folder, or "
             f"set {key}.format"
         )
-    return [path for path in found if not _is_passed_over(path, source)], passed_over
+    return [path for path in found if not _is_skipped(path, source)], skipped
 
 
 def _walk(folder: Path, key: str) -> Iterator[Path]:
@@ -115,7 +115,7 @@ def _walk(folder: Path, key: str) -> Iterator[Path]:
         yield from (Path(parent) / name for name in [*kept, *links])
 
 
-def _is_passed_over(path: Path, source: FilesSource) -> bool:
+def _is_skipped(path: Path, source: FilesSource) -> bool:
     about = path.stem.lower() in _ABOUT or (path.name.startswith("cache-") and path.suffix == ".arrow")
     return about or format_of(path, source) is None or os.path.isdir(path)
 

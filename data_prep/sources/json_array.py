@@ -83,7 +83,7 @@ class _Window:
         return element
 
     def _read_on(self) -> bool:
-        """Reads a chunk, or as much as is still needed, so that a long element is rarely begun anew; False at the end.
+        """Reads a chunk, or as much as is unread, so that long elements are rarely scanned again; False at the end.
 
         Raises UserError for an element that is too long.
         """

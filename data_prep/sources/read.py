@@ -68,7 +68,7 @@ def _document(
     if isinstance(row, Unreadable):
         raise UserError(f"{origin}: {row.why}")
     if isinstance(row, bytes):
-        row = parse_object(row, origin, "one JSON object a line" if by_line else "one array of JSON objects")
+        row = parse_object(row, origin, "one JSON object per line" if by_line else "one array of JSON objects")
     record = row if isinstance(source, SuiteSource) else rename_fields(row, source.fields, origin)
     return to_document(record, source.task, origin)
 

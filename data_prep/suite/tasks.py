@@ -41,7 +41,7 @@ TASKS = {
 }
 
 
-MOST_REPEATS = 1000  # in a row
+MOST_REPEATS = 1000  # consecutive draws without a new row
 
 
 def rows_of(task: str, seed: int) -> Iterator[Row]:

@@ -15,9 +15,9 @@ def source_of(path: Path | str, **keys: str) -> FilesSource:
 
 
 def found(path: Path | str, **keys: str) -> tuple[list[str], list[str]]:
-    """Names of the files and of what is passed over."""
-    files, passed_over = find_files(source_of(path, **keys), "data.sources.0")
-    return [file.name for file in files], [file.name for file in passed_over]
+    """Names of the files and of those that are skipped."""
+    files, skipped = find_files(source_of(path, **keys), "data.sources.0")
+    return [file.name for file in files], [file.name for file in skipped]
 
 
 def refusal(path: Path | str, **keys: str) -> str:
@@ -69,8 +69,8 @@ def test_unknown_endings_readmes_and_linked_folders_are_listed_as_skipped(tmp_pa
     fill(tmp_path / "data", "a.jsonl", "b.pdf", "c.gz", "LICENSE", "README.md", "sub/readme.txt")
     fill(tmp_path / "other", "x.jsonl")
     (tmp_path / "data/linked").symlink_to(tmp_path / "other")
-    passed_over = ["LICENSE", "README.md", "b.pdf", "c.gz", "linked", "readme.txt"]
-    assert found(tmp_path / "data") == (["a.jsonl"], passed_over)
+    skipped = ["LICENSE", "README.md", "b.pdf", "c.gz", "linked", "readme.txt"]
+    assert found(tmp_path / "data") == (["a.jsonl"], skipped)
 
 
 def test_hidden_files_and_folders_are_ignored(tmp_path):

@@ -14,7 +14,7 @@ from data_prep.user_error import UserError
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
 GOOD = b'{"instruction": "Add 2 and 2.", "output": "4"}'
-LINE = "expected one JSON object a line, correct it"
+LINE = "expected one JSON object per line, correct it"
 ARRAY = "expected one array of JSON objects, correct it"
 
 
