@@ -277,7 +277,7 @@ def test_a_missing_library_is_reported_before_any_work(config_of, tokenizer, mon
     assert {path.name for path in config.prepared_dir.parent.iterdir()} == {"sums.jsonl", "words.jsonl"}
 
 
-# What is too long
+# Documents that are too long
 
 
 def tokens_of(tokenizer, marked: str) -> tuple[np.ndarray, np.ndarray]:
@@ -320,7 +320,7 @@ def test_a_document_that_just_fits_is_left_whole_by_every_rule(config_of, tokeni
 def test_a_cut_keeps_the_tokens_of_one_end(config_of, tokenizer, rule, kept_tokens):
     document, marked = long_answer(30)
     ids, scored = (array[kept_tokens] for array in tokens_of(tokenizer, marked))
-    scored[0] = False  # nothing stands before it that it could be predicted from
+    scored[0] = False  # there is no token to predict it from
     (cut,) = encode(config_of, tokenizer, [document], seq_len=SEQ_LEN, over_long=rule)
     assert (cut.input_ids.tolist(), cut.scored.tolist()) == (ids.tolist(), scored.tolist())
     assert (len(cut), cut.piece, cut.cut) == (SEQ_LEN, 0, True)
@@ -384,7 +384,7 @@ def test_a_cut_that_leaves_no_label_removes_the_document_or_the_piece(config_of,
     assert lost == ([True] if rule == "cut_right" else [True] * (len(results) - 1) + [False])
 
 
-# What is learned, and what teaches nothing
+# Documents with and without something to learn
 
 
 @pytest.mark.parametrize("mask_history", [False, True])
@@ -435,7 +435,7 @@ def test_blank_texts_are_removed_and_results_stay_in_order(config_of, tokenizer)
     assert [getattr(result, "reason", None) for result in results] == [None, "empty_answer", None, "empty_answer", None]
 
 
-# Where the removed stood
+# Places of removed documents
 
 
 def test_the_first_ten_places_of_every_reason_are_named_in_the_order_of_the_source(config_of, tokenizer):

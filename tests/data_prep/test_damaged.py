@@ -67,8 +67,8 @@ def zst(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# Bad rows, by kind: the file's ending, its content, the places of the bad rows, and what is said of the first. Every
-# file has a good row, too.
+# Bad rows, by kind: the file's ending, its content, the places of the bad rows, and the message about the first. Every
+# file also has a good row.
 
 
 def lines(*bad: bytes) -> bytes:
@@ -202,7 +202,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         "field `instruction` holds half a surrogate pair at character 0; remove it",
     ),
 }
-# What is no mistake of the file, but nothing to learn from: dropped and counted whatever bad_rows says.
+# Valid rows with nothing to learn from: dropped and counted, whatever bad_rows is.
 NOTHING_TO_LEARN: dict[str, tuple[str, bytes, list[str], str]] = {
     "empty answer": (".jsonl", lines(b'{"instruction": "a", "output": ""}'), [":2"], "empty_answer"),
     "answer of blanks": (".jsonl", lines(b'{"instruction": "a", "output": " \\n\\t"}'), [":2"], "empty_answer"),
@@ -215,7 +215,7 @@ NOTHING_TO_LEARN: dict[str, tuple[str, bytes, list[str], str]] = {
         "no_assistant_turn",
     ),
 }
-# Odd, and read: the documents are all there.
+# Unusual but valid files: all documents are read.
 READ: dict[str, tuple[str, bytes, int]] = {
     "BOM": (".jsonl", b"\xef\xbb\xbf" + GOOD + b"\n" + CHAT, 2),
     "CRLF": (".jsonl", b"\r\n".join([GOOD, b"", CHAT, b""]), 2),
@@ -302,7 +302,7 @@ def test_unexpected_properties_of_the_data_are_noted(dropped):
     assert f"data.sources.{number}: 1 files or linked folders skipped, the first is " in notes
 
 
-# Files that are refused whole, whatever the recipe says of bad rows: name, content, and what is said, after the path.
+# Files that are refused entirely, whatever bad_rows is: name, content, and the message after the path.
 
 TRUNCATED = r"cannot read {}/\S+ \(.+\); it is truncated or damaged, download it again"
 NO_PARQUET = r"not a readable Parquet file \(.*Parquet.*\); download it again, or correct its format"

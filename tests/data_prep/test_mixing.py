@@ -119,7 +119,7 @@ def test_draws_of_a_document_are_spread_and_tasks_are_mixed_throughout():
     indices, again = draw(every, TASKS, MixingConfig(epochs=3))
     places = np.argsort(indices, kind="stable").reshape(len(every), 3)  # of each document's draws
     assert np.diff(places, axis=1).min() > 0.01 * len(indices)
-    assert np.corrcoef(np.arange(len(again)), again)[0, 1] == pytest.approx(0, abs=0.02)  # no pass after the other
+    assert np.corrcoef(np.arange(len(again)), again)[0, 1] == pytest.approx(0, abs=0.02)  # passes are mixed
     for tenth in np.split(every["task"][indices], 10):
         for task, size in enumerate(SIZES.values()):
             expected = len(tenth) * size / 10_000

@@ -99,7 +99,7 @@ def test_tables_of_report_md_are_markdown(made):
     for block in (made[1].prepared_dir / "report.md").read_text().split("\n\n"):
         lines = block.splitlines()
         if lines[0].startswith("|"):
-            assert re.fullmatch(r"\|-+\|(-+:\|)+(-+\|)?", lines[1])  # numbers go right
+            assert re.fullmatch(r"\|-+\|(-+:\|)+(-+\|)?", lines[1])  # numbers are right-aligned
             assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 2
 
 

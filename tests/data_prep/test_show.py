@@ -13,7 +13,7 @@ from trainer.cli import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
-AWKWARD = [  # what a terminal library could take for its own
+AWKWARD = [  # text that a terminal library could interpret
     {"instruction": "[bold]x[/bold] [/]", "output": "[red]y[/red] [/nothing]"},
     {"instruction": ":smile: \\n", "output": ":warning: 3:4"},
     {"instruction": "é 答 🙂\n\n  indented", "output": "an answer of " + "many words " * 30},

@@ -92,7 +92,7 @@ def test_a_folder_saved_by_datasets_is_read_shard_by_shard(tmp_path):
     disable_progress_bars()
     records = [{"instruction": f"a{i}", "output": f"{i}"} for i in range(10)]
     Dataset.from_list(records).save_to_disk(tmp_path / "saved", num_shards=2)
-    load_from_disk(tmp_path / "saved").map(lambda record: {"more": 1})  # leaves a cache file with the rows once more
+    load_from_disk(tmp_path / "saved").map(lambda record: {"more": 1})  # leaves a cache file with the same rows
     assert len(list((tmp_path / "saved").glob("cache-*.arrow"))) == 1
     assert texts(read(tmp_path / "saved")) == [[f"a{i}", f"{i}"] for i in range(10)]
 

@@ -173,12 +173,12 @@ def test_a_folder_that_cannot_be_listed_is_refused_not_skipped(tmp_path, monkeyp
     fill(tmp_path, "a.jsonl", "secret/b.jsonl")
     scandir = os.scandir
 
-    def without_leave(path: str):  # as for a user other than root
+    def without_permission(path: str):  # as for a user other than root
         if os.path.basename(path) == "secret":
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", without_leave)
+    monkeypatch.setattr(os, "scandir", without_permission)
     assert refusal(tmp_path) == (
         f"data.sources.0.path: cannot read {tmp_path}/secret (Permission denied); give a readable file"
     )

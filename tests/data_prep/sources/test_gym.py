@@ -12,7 +12,7 @@ from data_prep.user_error import UserError
 ARITHMETIC = {"min_terms": 2, "max_terms": 2, "max_digits": 1, "operators": ["+"], "allow_parentheses": False}
 
 
-GENERATORS = GymProcess()  # which take a second to start
+GENERATORS = GymProcess()  # takes a second to start
 
 
 def read(generator="basic_arithmetic", **keys):

