@@ -483,4 +483,4 @@ def _killed(block: Any) -> None:
 
 def test_a_killed_worker_gives_a_one_line_error(config_of, tokenizer, monkeypatch):
     monkeypatch.setattr("data_prep.workers._encode", _killed)
-    refused(r"^data\.sources: a worker process was killed, most likely for want of mem.*; free", config_of(), tokenizer)
+    refused(r"^data\.sources: a worker process was killed, most likely out of memory; free", config_of(), tokenizer)
