@@ -120,4 +120,4 @@ def test_a_limit_without_a_unit_is_refused(path, capsys, size):
     with pytest.raises(SystemExit) as ended:
         main(["estimate", str(path), "--gpu-memory", size])
     assert ended.value.code == 2
-    assert "no amount of memory such as 24GiB" in capsys.readouterr().err
+    assert "expected an amount of memory such as 24GiB" in capsys.readouterr().err
