@@ -1,1 +1,1 @@
-"""Raw data -> prepared set: packed, labelled rows on disk. Knows nothing of the trainer."""
+"""Turns raw data into a prepared set: packed, labelled rows on disk. Independent of the trainer."""

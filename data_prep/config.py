@@ -1,6 +1,6 @@
-"""The recipe's `data` section: where raw data is, how it becomes rows, and where the prepared set lies.
+"""The recipe's `data` section: where raw data is, how it becomes rows, and where the prepared set is written.
 
-Imports pydantic only, so that a recipe can be read and refused before anything heavy is imported.
+Imports only pydantic, so that a recipe can be read and refused before anything heavy is imported.
 """
 
 from pathlib import Path
@@ -12,73 +12,72 @@ QUESTION = "{question}"
 
 
 class Section(BaseModel):
-    """One section of a recipe: unknown keys are errors, numbers finite, and nothing changes once validated."""
+    """A section of a recipe: unknown keys are errors, numbers are finite, and values never change once validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+FieldName = Literal[
+    "instruction", "input", "output", "history", "prompt", "completion", "messages", "conversations", "text", "system",
+    "tools", "choices",
+]  # fmt: skip
+
 Metric = Annotated[
     Literal["exact_match", "choices", "token_f1", "rouge_l"] | None,
-    Field(description="how held-out answers are scored; null: by likelihood where there are choices, else exact match"),
+    Field(description="metric for held-out answers; null: choices for items that have them, else exact_match"),
 ]
-Task = Annotated[str, Field(min_length=1, description="task the documents belong to; sources may share one")]
+Task = Annotated[str, Field(min_length=1, description="name of the task; several sources may share one")]
 Fields = Annotated[
-    dict[
-        Literal[
-            "instruction", "input", "output", "history", "prompt", "completion", "messages", "conversations", "text",
-            "system", "tools", "choices",
-        ],
-        str,
-    ],
-    Field(description="the file's name for a field of ours, such as {instruction: question}"),
-]  # fmt: skip
+    dict[FieldName, str],
+    Field(description="the records' own names for known fields, such as {instruction: question, output: answer}"),
+]
 
 
 class FilesSource(Section):
     """Files of records or text: JSON (lines or an array), CSV, TSV, Parquet, Arrow, plain text; also compressed.
 
-    Each record's form is recognised by its fields: messages or conversations (chat), instruction and output (Alpaca),
+    A record's form is recognized by its fields: messages or conversations (chat), instruction and output (Alpaca),
     prompt and completion, or text.
     """
 
-    type: Literal["files"] = Field(description="kind of source: files of this machine")
+    type: Literal["files"] = Field(description="kind of source: files on this machine")
     task: Task
     path: Path = Field(description="file, pattern (data/*.jsonl.gz) or folder; relative to the working directory")
     format: Literal["json", "csv", "tsv", "parquet", "arrow", "text"] | None = Field(
-        default=None, description="how the files are written; null: by their endings"
+        default=None, description="file format; null: by the file's ending"
     )
     sample_by: Literal["document", "paragraph", "line"] = Field(
-        default="document", description="what is one document in plain text: a file, a paragraph or a line"
+        default="document", description="what one document is in plain text: the file, a paragraph or a line"
     )
     fields: Fields = Field(default_factory=dict)
     metric: Metric = None
 
 
 class HubSource(Section):
-    """A dataset of the Hugging Face Hub, streamed; needs a network while preparing."""
+    """A dataset on the Hugging Face Hub, streamed; preparing needs a network."""
 
-    type: Literal["hub"] = Field(description="kind of source: a dataset of the Hugging Face Hub")
+    type: Literal["hub"] = Field(description="kind of source: a dataset on the Hugging Face Hub")
     task: Task
-    name: str = Field(min_length=1, description="id of the dataset, such as tatsu-lab/alpaca")
-    subset: str | None = Field(default=None, description="configuration of the dataset; null: its only or default one")
-    split: str = Field(default="train", min_length=1, description="split of the dataset")
-    revision: str | None = Field(default=None, description="commit, tag or branch; null: the newest")
+    name: str = Field(min_length=1, description="dataset id, such as tatsu-lab/alpaca")
+    subset: str | None = Field(default=None, description="dataset configuration; null: the only or default one")
+    split: str = Field(default="train", min_length=1, description="dataset split")
+    revision: str | None = Field(default=None, description="commit, tag or branch; null: the latest commit")
     fields: Fields = Field(default_factory=dict)
     metric: Metric = None
 
 
 class ReasoningGymSource(Section):
-    """Questions with checkable answers from one of reasoning-gym's seeded generators."""
+    """Questions with verifiable answers from one of reasoning-gym's seeded generators."""
 
     type: Literal["reasoning_gym"] = Field(description="kind of source: a reasoning-gym generator")
     task: Task
-    generator: str = Field(min_length=1, description="name of the generator, e.g. basic_arithmetic")
-    count: int = Field(gt=0, description="documents to generate, held-out ones included")
+    generator: str = Field(min_length=1, description="generator name, such as basic_arithmetic")
+    count: int = Field(gt=0, description="number of documents to generate, including held-out ones")
     seed: int = Field(default=0, description="seed of the generator")
-    options: dict[str, Any] = Field(default_factory=dict, description="the generator's own settings")
+    options: dict[str, Any] = Field(default_factory=dict, description="the generator's own options")
     prompt: str = Field(
         default=QUESTION,
-        description="text of the user's turn; {question} stands for the generator's question",
+        description="text of the user turn; {question} is replaced by the generator's question",
     )
     metric: Metric = None
 
@@ -99,11 +98,11 @@ class ReasoningGymSource(Section):
 
 
 class SuiteSource(Section):
-    """Rows of one of the suite's tasks, made on the spot from packages with free licences; see suite/SUITE.md."""
+    """Rows of one of the suite's tasks, generated from packages with free licenses; see suite/SUITE.md."""
 
     type: Literal["suite"] = Field(description="kind of source: a task of the suite")
-    task: str = Field(min_length=1, description="name of the suite's task, e.g. hypernyms")
-    count: int = Field(gt=0, description="documents to make, held-out ones included")
+    task: str = Field(min_length=1, description="name of the suite's task, such as hypernyms")
+    count: int = Field(gt=0, description="number of documents to generate, including held-out ones")
     seed: int = Field(default=0, description="seed of the task's rows")
     metric: Metric = None
 
@@ -112,43 +111,50 @@ Source = Annotated[FilesSource | HubSource | ReasoningGymSource | SuiteSource, F
 
 
 class CleaningConfig(Section):
-    """What is taken out; every removal is counted by reason and task."""
+    """Which documents are removed; removals are counted by reason and task."""
 
     duplicates: Literal["drop", "keep"] = Field(
         default="drop",
-        description="repeated documents of a task's training split; copies of held-out documents always go",
+        description="copies within a task's training split: drop or keep; copies of held-out documents are always "
+        "dropped",
     )
     near_duplicates: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="drop a document this similar to an earlier one of its task (Jaccard); 6 KB of memory each",
+        description="drop documents with at least this Jaccard similarity to an earlier one of their task (takes 6 KB "
+        "of memory per document); null: off",
     )
     bad_rows: Literal["refuse", "drop"] = Field(
-        default="refuse", description="rows that cannot be read: end with an error, or drop and count them"
+        default="refuse", description="rows that cannot be read: refuse (stop with an error), or drop and count them"
     )
 
     @model_validator(mode="after")
-    def _near_duplicates_hold_the_exact(self) -> "CleaningConfig":
+    def _near_duplicates_include_exact_ones(self) -> "CleaningConfig":
         if self.near_duplicates is not None and self.duplicates == "keep":
-            raise ValueError("keeps duplicates and drops near duplicates; set one of the two otherwise")
+            raise ValueError("keeps duplicates but drops near duplicates; set one of the two otherwise")
         return self
 
 
 class MixingConfig(Section):
-    """How often each task's training documents are drawn. By default each is drawn once."""
+    """How often each task's training documents are drawn; by default each document is drawn once."""
 
     weights: dict[str, PositiveFloat] = Field(
-        default_factory=dict, description="share of the draws by task, relative to one another; names every task"
+        default_factory=dict, description="relative share of the draws per task; must name every task"
     )
     temperature: PositiveFloat | None = Field(
-        default=None, description="T in p_i ~ n_i^(1/T) for n_i documents: 1 as they are, large: tasks alike"
+        default=None,
+        description="T in shares p_i ~ n_i^(1/T) for n_i documents of task i: 1 keeps proportions, large values make "
+        "tasks equal",
     )
-    caps: dict[str, PositiveInt] = Field(default_factory=dict, description="most documents of a task that are used")
+    caps: dict[str, PositiveInt] = Field(default_factory=dict, description="maximum number of documents used per task")
     epochs: PositiveFloat | None = Field(
-        default=None, description="draws, as a multiple of the training documents; null: 1, or as token_budget says"
+        default=None,
+        description="number of draws as a multiple of the training documents; null: 1, or set by token_budget",
     )
-    token_budget: PositiveInt | None = Field(default=None, description="draws in tokens, in place of epochs")
+    token_budget: PositiveInt | None = Field(
+        default=None, description="number of draws as their total tokens, instead of epochs"
+    )
 
     @model_validator(mode="after")
     def _one_rule_each(self) -> "MixingConfig":
@@ -162,36 +168,37 @@ class MixingConfig(Section):
 class DataConfig(Section):
     """Everything that decides the content of a prepared set, apart from the tokenizer."""
 
-    prepared_dir: Path = Field(description="folder of the prepared set; `teamlora prepare` writes it")
-    sources: list[Source] = Field(min_length=1, description="raw data; sources of one task are merged")
-    seq_len: int = Field(ge=2, description="most tokens a row")
+    prepared_dir: Path = Field(description="folder of the prepared set, written by `teamlora prepare`")
+    sources: list[Source] = Field(min_length=1, description="raw data; sources with the same task are merged")
+    seq_len: int = Field(ge=2, description="maximum tokens per row")
     over_long: Literal["cut_right", "cut_left", "split", "drop"] = Field(
-        default="cut_right", description="what becomes of a document of more than seq_len tokens"
+        default="cut_right",
+        description="documents over seq_len tokens: keep the start (cut_right) or the end (cut_left), split, or drop",
     )
     held_out: float | int = Field(
         default=0.05,
-        description="documents kept from training: a fraction in (0, 1), or a count per task (1 or more)",
+        description="documents not used for training: a fraction in (0, 1), or a count per task (1 or more)",
     )
     seed: int = Field(default=0, description="seed of the held-out split and of the order of documents")
     system_prompt: str | None = Field(
         default=None,
-        description="system message where a conversation has none; null leaves the chat template's default",
+        description="system message for conversations without one; null: the chat template's default",
     )
     chat_template: Path | None = Field(
-        default=None, description="a Jinja file in place of the tokenizer's own chat template"
+        default=None, description="Jinja file to use instead of the tokenizer's chat template"
     )
-    mask_history: bool = Field(default=False, description="learn the last answer of a conversation only")
-    cleaning: CleaningConfig = Field(default_factory=CleaningConfig)
-    mixing: MixingConfig = Field(default_factory=MixingConfig)
+    mask_history: bool = Field(default=False, description="learn only the last answer of each conversation")
+    cleaning: CleaningConfig = Field(default_factory=CleaningConfig, description="which documents are removed")
+    mixing: MixingConfig = Field(default_factory=MixingConfig, description="how often documents are drawn")
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks in the order of the sources; a task id is the index into them."""
+        """Task names in source order; a task id is an index into them."""
         return list(dict.fromkeys(source.task for source in self.sources))
 
     @property
     def metrics(self) -> dict[str, str | None]:
-        """How each task's held-out answers are scored."""
+        """The metric of each task."""
         return {source.task: source.metric for source in self.sources}
 
     @field_validator("held_out", mode="before")
@@ -201,13 +208,13 @@ class DataConfig(Section):
         is_fraction = type(value) is float and 0 < value < 1
         if not (is_count or is_fraction):
             raise ValueError(
-                f"{value!r} is neither a fraction between 0 and 1 (such as 0.05) "
-                "nor a whole number of documents per task (such as 100)"
+                f"{value!r} is neither a fraction between 0 and 1 (such as 0.05) nor a whole number of documents per "
+                "task (such as 100)"
             )
         return value
 
     @model_validator(mode="after")
-    def _one_metric_a_task(self) -> "DataConfig":
+    def _one_metric_per_task(self) -> "DataConfig":
         for source in self.sources:
             if source.metric != self.metrics[source.task]:
                 raise ValueError(

@@ -16,50 +16,50 @@ END_OF_REASONING = "</think>"  # within the content of an assistant turn
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One conversation, or one text, of one task, as it stands in the source (no system message added yet)."""
+    """One conversation or one text of one task, as in the source (no system message added yet)."""
 
     task: str
-    messages: list[Message]  # none where `text` is given
-    origin: str  # where a person finds it: "file:line" or "generator[index]"
-    form: str = "chat"  # of the record it was: Alpaca, ShareGPT, ...
-    text: str | None = None  # learnt as a whole, without chat template
+    messages: list[Message]  # empty if `text` is given
+    origin: str  # its place in the source: "file:line" or "generator[index]"
+    form: str = "chat"  # form of its record: Alpaca, ShareGPT, ...
+    text: str | None = None  # learned entirely, without chat template
     tools: list[dict[str, Any]] | None = None  # JSON schemas, for the chat template
-    given: frozenset[int] = frozenset()  # assistant turns that are part of the question, and not learnt
-    choices: tuple[str, ...] = ()  # answers of which a model is to find the last answer the likeliest
+    given: frozenset[int] = frozenset()  # indices of assistant turns that belong to the question and are not learned
+    choices: tuple[str, ...] = ()  # possible answers; a model should rate the last turn's the likeliest
 
-    def learnt_turns(self, last_only: bool) -> list[int]:
-        """Indices of the assistant turns to learn; of the last one only, where asked for."""
+    def learned_turns(self, last_only: bool) -> list[int]:
+        """Indices of the assistant turns to learn; with `last_only`, of the last of them."""
         turns = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant" and i not in self.given]
         return turns[-1:] if last_only else turns
 
-    def learnt_mark(self, last_only: bool) -> int:
-        """A number under 2**32 that differs where, of the same turns, others are learnt."""
-        learnt = self.learnt_turns(last_only)
-        return zlib.crc32(bytes(i in learnt for i, turn in enumerate(self.messages) if turn["role"] == "assistant"))
+    def learned_mark(self, last_only: bool) -> int:
+        """A number below 2**32 that tells apart equal conversations with different turns to learn."""
+        learned = self.learned_turns(last_only)
+        return zlib.crc32(bytes(i in learned for i, turn in enumerate(self.messages) if turn["role"] == "assistant"))
 
     def digest(self, seed: int, system_prompt: str | None) -> bytes:
-        """16 bytes that depend on nothing but the seed and the text, normalised; task and source are left out.
+        """16 bytes that depend on the seed and the normalized text only, not on task or source.
 
-        They tell copies, decide the held-out split and set the order, so that none of these moves when data is added.
-        A first turn that is the recipe's system prompt does not count: it is in front of all that have none.
+        They identify copies, decide the held-out split and set the order, so all of these stay when data is added. A
+        first turn equal to the recipe's system prompt is ignored, since conversations without one get it anyway.
         """
-        turns = [_normalised(turn) for turn in self.messages]
-        if system_prompt is not None and turns[:1] == [{"role": "system", "content": normalised(system_prompt)}]:
+        turns = [_normalize(turn) for turn in self.messages]
+        if system_prompt is not None and turns[:1] == [{"role": "system", "content": normalize_text(system_prompt)}]:
             turns = turns[1:]
-        content = [seed, turns, _normalised(self.text), _normalised(self.tools)]
+        content = [seed, turns, _normalize(self.text), _normalize(self.tools)]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def reasoning_of(turn: Message) -> list[str]:
-    """What an assistant turn thinks before it answers: in a field of its own, and in its content."""
+def reasoning_parts(turn: Message) -> list[str]:
+    """The reasoning of an assistant turn: in its separate field, and before `</think>` in its content."""
     before = (turn.get("content") or "").rpartition(END_OF_REASONING)[0].strip().removeprefix("<think>")
     return [part for part in ((turn.get("reasoning_content") or "").strip(), before.strip()) if part]
 
 
-def normalised(text: str) -> str:
-    """The text in Unicode's composed form, without outer white space, trailing blanks and tabs, and carriage returns.
+def normalize_text(text: str) -> str:
+    """The text in NFC, without outer whitespace, blanks and tabs at line ends, and carriage returns.
 
-    No more than that: indentation, case and inner blanks can be what a task is about.
+    Nothing else: indentation, case and inner blanks can be what a task is about.
     """
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
@@ -70,18 +70,18 @@ def normalised(text: str) -> str:
     return text.strip()
 
 
-def _normalised(value: Any) -> Any:
+def _normalize(value: Any) -> Any:
     if isinstance(value, str):
-        return normalised(value)
+        return normalize_text(value)
     if isinstance(value, Mapping):
-        return {key: _normalised(part) for key, part in value.items()}
+        return {key: _normalize(part) for key, part in value.items()}
     if isinstance(value, Sequence):
-        return [_normalised(part) for part in value]
+        return [_normalize(part) for part in value]
     return value
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """The conversation with `system_prompt` in front, where one is given and the conversation has none."""
+    """The conversation with `system_prompt` prepended, if one is given and the conversation has no system message."""
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]

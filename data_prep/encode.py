@@ -1,4 +1,4 @@
-"""Documents to token ids and labels."""
+"""Turns documents into token ids and labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from data_prep.config import DataConfig
 from data_prep.documents import Document, with_system_prompt
 from data_prep.user_error import UserError
 
-IGNORED = -100  # label of a token that is not scored; torch's and transformers' convention
+IGNORED = -100  # label of tokens that are not scored, as in torch and transformers
 
 NO_ASSISTANT_TURN = "no_assistant_turn"
 EMPTY_ANSWER = "empty_answer"
@@ -22,13 +22,13 @@ NO_LABELS_AFTER_CUT = "no_labels_after_cut"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A document, or a piece of one, ready to be packed: two arrays of shape [tokens], at most seq_len of them."""
+    """A document, or a piece of one, ready for packing: two arrays of shape [tokens], at most seq_len tokens."""
 
     document: Document
     input_ids: np.ndarray  # int32
-    scored: np.ndarray  # bool: whether the token is a label; assistant turns and their end tokens
-    piece: int  # 0, 1, ... where the document was split
-    cut: bool  # whether the document was too long
+    scored: np.ndarray  # bool: whether the token is a label, as in assistant turns and their end tokens
+    piece: int  # 0, 1, ... if the document was split
+    cut: bool  # whether the document was longer than seq_len
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -38,22 +38,22 @@ class Encoded:
 class Removed:
     """A document, or a piece of one, from which nothing can be learned, and why."""
 
-    place: str  # where it stands, and what is wrong with it where the reason does not say it all
+    place: str  # where it is in the source, and for BAD_ROW what is wrong with it
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A document as the tokenizer gets it, and the spans of its characters to learn."""
+    """The text of a document for the tokenizer, and the spans of characters to learn."""
 
     text: str
     spans: list[Span]
 
 
 class Encoder:
-    """Tokenises documents and labels what they teach by position, never by token id.
+    """Tokenizes documents and labels what is to be learned, by character position, never by token id.
 
-    Raises UserError where the tokenizer gives no character offsets or, for conversations, has no chat template.
+    Raises UserError if the tokenizer gives no character offsets or, for conversations, has no chat template.
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig):
@@ -64,22 +64,22 @@ class Encoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        # what the tokenizer puts around a text of its own accord, such as a first token; chat templates write their own
+        # Whether the tokenizer itself adds bos before a text; chat templates write their own.
         with_specials, without = (self._backend.encode("a", add_special_tokens=s).ids for s in (True, False))
         starts = with_specials[: len(with_specials) - len(without)]
         self._opening = (tokenizer.bos_token or "") if tokenizer.bos_token_id in starts else ""
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template. Raises UserError where the tokenizer has none."""
+        """The chat template. Raises UserError if the tokenizer has none."""
         self._template = self._template or ChatTemplate(self._tokenizer)
         return self._template
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded | Removed]:
-        """Every document in order, encoded, in pieces where it was split, or removed."""
+        """The documents in order, each encoded, encoded in several pieces, or removed."""
         rendered = [self._rendered(document) for document in documents]
         texts = [result.text for result in rendered if not isinstance(result, Removed)]
-        # the template has written the special tokens
+        # The template has already written the special tokens.
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         results: list[Encoded | Removed] = []
         for document, result in zip(documents, rendered, strict=True):
@@ -90,8 +90,9 @@ class Encoder:
         return results
 
     def _rendered(self, document: Document) -> "_Rendered | Removed":
-        """The document's text and what to learn of it. Raises UserError where the template refuses the conversation,
-        unless the recipe has such rows dropped.
+        """The document's text and what to learn of it.
+
+        Raises UserError if the template refuses the conversation, unless the recipe drops bad rows.
         """
         if reason := self._unusable(document):
             return Removed(document.origin, reason)
@@ -105,7 +106,7 @@ class Encoder:
     def _unusable(self, document: Document) -> str | None:
         if document.text is not None:
             return None if document.text.strip() else EMPTY_ANSWER
-        turns = document.learnt_turns(self._config.mask_history)
+        turns = document.learned_turns(self._config.mask_history)
         if not turns:
             return NO_ASSISTANT_TURN
         answers = (document.messages[index] for index in turns)
@@ -119,8 +120,8 @@ class Encoder:
         messages = with_system_prompt(document.messages, self._config.system_prompt)
         added = len(messages) - len(document.messages)
         text, spans = self.template.render(messages, document.origin, document.tools)
-        learnt = document.learnt_turns(self._config.mask_history)
-        return _Rendered(text, [spans[index + added] for index in learnt])
+        learned = document.learned_turns(self._config.mask_history)
+        return _Rendered(text, [spans[index + added] for index in learned])
 
     def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
         ids = np.array(encoding.ids, dtype=np.int32)
@@ -136,25 +137,25 @@ class Encoder:
             starts = [0 if self._config.over_long == "cut_right" else len(ids) - seq_len]
         pieces: list[Encoded | Removed] = []
         for piece, start in enumerate(starts):
-            learnt = scored[start : start + seq_len].copy()
-            learnt[:1] = False  # in a packed row the first token would be predicted from another document's last
-            if learnt.any():
-                pieces.append(Encoded(document, ids[start : start + seq_len], learnt, piece, over_long))
+            learned = scored[start : start + seq_len].copy()
+            learned[:1] = False  # in a packed row it would be predicted from another document's last token
+            if learned.any():
+                pieces.append(Encoded(document, ids[start : start + seq_len], learned, piece, over_long))
             else:
                 pieces.append(Removed(document.origin, NO_LABELS_AFTER_CUT if over_long else EMPTY_ANSWER))
         return pieces
 
 
 def labels_of(input_ids: np.ndarray, scored: np.ndarray) -> np.ndarray:
-    """int32 [tokens]: the ids that are scored, and IGNORED elsewhere; not shifted."""
+    """int32 [tokens]: the ids of scored tokens, and IGNORED elsewhere; not shifted."""
     return np.where(scored, input_ids, np.int32(IGNORED))
 
 
 def _scored(encoding: Any, text_length: int, spans: list[Span]) -> np.ndarray:
     """Which tokens of a tokenizers.Encoding share a character with a span; bool [tokens].
 
-    A token that also covers template text, such as the space before the answer, is the model's to write. Asks for the
-    tokens at the ends of spans only: the offsets of all tokens are slow to fetch.
+    Includes tokens that also cover template text, such as the space before the answer, since the model has to write
+    them. Looks up tokens at the ends of spans only: fetching the offsets of all tokens is slow.
     """
     scored = np.zeros(len(encoding), dtype=bool)
     for start, end in spans:
@@ -171,13 +172,13 @@ def _scored(encoding: Any, text_length: int, spans: list[Span]) -> np.ndarray:
 
 
 def _token_from(encoding: Any, character: int, text_length: int) -> int:
-    """The first token that covers the character or, where none does, the next one that is covered."""
+    """The first token that covers the character or, if none does, the next character that is covered."""
     found = (encoding.char_to_token(at) for at in range(character, text_length))
     return next((token for token in found if token is not None), len(encoding))
 
 
 def _reach(encoding: Any, token: int) -> int:
-    """One past the last character of a token; one that was given no width reaches to the next, as white space may."""
+    """One past the last character of a token; a token of no width, such as some whitespace, reaches to the next one."""
     start, end = encoding.token_to_chars(token)
     if start == end and token + 1 < len(encoding):
         end = encoding.token_to_chars(token + 1)[0]

@@ -1,4 +1,4 @@
-"""What a prepared set was made from, as hashes: sources, tokenizer, chat template, code."""
+"""Hashes of what a prepared set was made from: sources, tokenizer, chat template, code."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from typing import Any
 from data_prep.chat import check_offsets
 from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource
 from data_prep.sources.columns import hub_revision
-from data_prep.sources.finding import files_of, unreadable
+from data_prep.sources.finding import find_files, unreadable_file
 from data_prep.sources.read import source_key
 from data_prep.suite.tasks import packages_of
 from data_prep.user_error import UserError
 
-State = dict[str, Any]
+SourceState = dict[str, Any]
 PACKAGE = Path(__file__).parent
 
 _DECISIVE_LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow")
@@ -25,40 +25,40 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def config_as_compared(config: DataConfig) -> dict[str, Any]:
-    """The section as JSON values, without the folder: a prepared set may be moved."""
+def comparable_config(config: DataConfig) -> dict[str, Any]:
+    """The data section as JSON values, without the folder, since a prepared set may be moved."""
     return config.model_dump(mode="json", exclude={"prepared_dir"})
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
     """sha256 of the tokenizer and of its chat template.
 
-    Covers vocabulary, merges, normalisation, added and special tokens. Leaves out what cannot change a prepared
-    set and what callers like to change: the pad token, and the padding and truncation last asked for.
-    Raises UserError where the tokenizer is not a fast one.
+    Covers vocabulary, merges, normalization, added and special tokens. Leaves out what callers often change and what
+    cannot change a prepared set: the pad token, and the current padding and truncation settings.
+    Raises UserError if the tokenizer is not a fast one.
     """
     check_offsets(tokenizer)
     backend = tokenizer.backend_tokenizer.to_str()
-    lasting = backend[backend.index('"added_tokens"') :]  # `version`, `truncation` and `padding` stand before it
+    lasting = backend[backend.index('"added_tokens"') :]  # `version`, `truncation` and `padding` come before it
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     return {
         "sha256": _sha256(lasting + json.dumps(special, sort_keys=True)),
-        # several templates by name, where the tokenizer has them: one for tools, for instance
+        # a dictionary if the tokenizer has several templates, such as one for tools
         "chat_template_sha256": _sha256(json.dumps(tokenizer.chat_template or "", sort_keys=True)),
     }
 
 
-def source_states(config: DataConfig, remembered: Sequence[State] = ()) -> list[State]:
-    """What every source is made of: path, size, time and sha256 of files, the commit of datasets of the Hub.
+def source_states(config: DataConfig, remembered: Sequence[SourceState] = ()) -> list[SourceState]:
+    """The state of every source: path, size, modification time and sha256 of files, the commit of Hub datasets.
 
     A file whose size (bytes) and modification time (ns) equal the remembered ones is not read again.
-    Raises UserError where a file cannot be read or the Hub not be asked.
+    Raises UserError if a file cannot be read or the Hub cannot be reached.
     """
-    states: list[State] = []
+    states: list[SourceState] = []
     for index, source in enumerate(config.sources):
         key = source_key(index)
         if isinstance(source, FilesSource):
-            files = files_of(source, key)[0]
+            files = find_files(source, key)[0]
             _refuse_own_output(source, files, config.prepared_dir, key)
             states += file_states(files, f"{key}.path", remembered)
         elif isinstance(source, HubSource):
@@ -71,24 +71,24 @@ def _refuse_own_output(source: FilesSource, files: Iterable[Path], prepared_dir:
     inside = source.path.is_dir() and own.is_relative_to(source.path.resolve())
     if inside or any(path.resolve().is_relative_to(own) for path in files):
         raise UserError(
-            f"{key}.path: {source.path} takes in data.prepared_dir={prepared_dir}; prepare into a folder outside of "
-            "the sources"
+            f"{key}.path: {source.path} includes data.prepared_dir={prepared_dir}; give data.prepared_dir a folder "
+            "outside of the sources"
         )
 
 
-def file_states(paths: Iterable[Path], key: str, remembered: Sequence[State] = ()) -> list[State]:
+def file_states(paths: Iterable[Path], key: str, remembered: Sequence[SourceState] = ()) -> list[SourceState]:
     """Key, path, size, modification time and sha256 of files; see source_states."""
     known = {state["path"]: state for state in remembered}
     return [_file_state(path, key, known.get(str(path), {})) for path in paths]
 
 
-def same_content(states: Sequence[State], others: Sequence[State]) -> bool:
-    """Whether these are the same files, whenever they were written."""
+def same_content(states: Sequence[SourceState], others: Sequence[SourceState]) -> bool:
+    """Whether these are the same files with the same content, whatever their times."""
     contents = ([(state["path"], state["sha256"]) for state in each] for each in (states, others))
     return next(contents) == next(contents)
 
 
-def _file_state(path: Path, key: str, remembered: State) -> State:
+def _file_state(path: Path, key: str, remembered: SourceState) -> SourceState:
     try:
         stat = path.stat()
         state = {"key": key, "path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -97,29 +97,29 @@ def _file_state(path: Path, key: str, remembered: State) -> State:
         with path.open("rb") as file:
             return {**state, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     except OSError as error:
-        raise unreadable(path, error, key.removesuffix(".path")) from error
+        raise unreadable_file(path, error, key.removesuffix(".path")) from error
 
 
 def tokenizer_files(folder: Path, config: DataConfig) -> list[Path]:
-    """The files that a tokenizer is read from, and the recipe's own chat template, if it is there."""
+    """The files that a tokenizer is loaded from, and the recipe's own chat template, if it exists."""
     found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
     own = config.chat_template
     return sorted(found) + ([own] if own and own.is_file() else [])
 
 
-def preparation_key(config: DataConfig, sources: Sequence[State], tokenizer: dict[str, str]) -> str:
-    """sha256 of everything that decides a prepared set's content; equal keys, equal bytes."""
+def preparation_key(config: DataConfig, sources: Sequence[SourceState], tokenizer: dict[str, str]) -> str:
+    """sha256 of everything that decides a prepared set's content: equal keys mean equal bytes."""
     decisive = {
-        "config": config_as_compared(config),
+        "config": comparable_config(config),
         "sources": [(state["key"], state["path"], state["sha256"]) for state in sources],
         "tokenizer": tokenizer,
         "code": code_hash(),
-        "libraries": libraries(config),
+        "libraries": library_versions(config),
     }
     return _sha256(json.dumps(decisive, sort_keys=True))
 
 
-def libraries(config: DataConfig) -> dict[str, str]:
+def library_versions(config: DataConfig) -> dict[str, str]:
     """Versions of the libraries that generate, read, clean, tokenize and render.
 
     Raises UserError if reasoning-gym is needed and not installed.
@@ -136,7 +136,7 @@ def libraries(config: DataConfig) -> dict[str, str]:
 
 
 def code_hash(package: Path = PACKAGE) -> str:
-    """sha256 of a package's own text, so that a change of the code is never forgotten."""
+    """sha256 of a package's source files, so that any change of the code is noticed."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -1,7 +1,7 @@
-"""Records to documents: the forms in which people keep examples, told apart by their fields.
+"""Turns records into documents. The form of a record (chat, Alpaca, ...) is recognized by its fields.
 
-Fields that no form knows are left alone; a record that is of no form, or of a form that cannot be learned from, is
-refused with its place.
+Unknown fields are ignored. A record of no known form, or of a form that cannot be learned from, is refused with its
+place.
 """
 
 import json
@@ -9,19 +9,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from data_prep.config import FieldName
 from data_prep.documents import Document, Message
-from data_prep.sources.text import DEEPEST, without_repeats
+from data_prep.sources.json_array import DEEPEST
+from data_prep.sources.text import without_repeats
 from data_prep.user_error import UserError
 
-_ROLES = {  # ShareGPT's names, and other spellings in use
+_ROLES = {  # ShareGPT's names and other common ones
     "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant",
     "function_call": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
     "tool_response": "tool", "developer": "system",
 }  # fmt: skip
-_PASSED_ON = ("tool_call_id",)  # what templates know of beside role, content and tool_calls
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an answer's reasoning, as transformers has them
-_PREFERENCES = (("chosen", "rejected"), ("prompt", "completion", "label"))  # TRL's, in pairs and one by one
-_VERDICTS = ("true", "false", "1", "0")  # what `label` is in those; any other is no preference
+_PASSED_ON = ("tool_call_id",)  # fields that templates use, apart from role, content and tool_calls
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an answer's reasoning, as in transformers
+_PREFERENCES = (("chosen", "rejected"), ("prompt", "completion", "label"))  # TRL's paired and unpaired preferences
+_VERDICTS = ("true", "false", "1", "0")  # values of `label` in unpaired preferences
 _NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 _ANSWERS = ("output", "completion")
 _EXPECTED = (
@@ -31,12 +33,12 @@ _EXPECTED = (
 
 
 def to_document(record: Mapping[str, Any], task: str, origin: str) -> Document:
-    """The document that a record holds. Raises UserError, beginning with `origin`, where it holds none."""
+    """The document in a record. Raises UserError, with a text that begins with `origin`, if there is none."""
     for names in _PREFERENCES:
         is_verdict = "label" not in names or str(record.get("label")).lower() in _VERDICTS
         if is_verdict and all(record.get(name) is not None for name in names):
             raise UserError(
-                f"{origin}: a preference row ({', '.join(names)}), and this trainer learns from answers; keep the good "
+                f"{origin}: a preference row ({', '.join(names)}), but this trainer learns from answers; keep the good "
                 "answers as `messages`, or use a preference trainer such as TRL's DPOTrainer"
             )
     if field := next((field for field in _NO_TEXT if record.get(field)), None):
@@ -49,10 +51,11 @@ def to_document(record: Mapping[str, Any], task: str, origin: str) -> Document:
     raise UserError(f"{origin}: fields {_names(record)}; {_EXPECTED}")
 
 
-def renamed(record: Mapping[str, Any], fields: Mapping[str, str], origin: str) -> Mapping[str, Any]:
-    """The record with our names for the fields that the recipe maps; optional ones may be absent.
+def rename_fields(record: Mapping[str, Any], fields: Mapping[FieldName, str], origin: str) -> Mapping[str, Any]:
+    """The record with known names for the fields that the recipe maps; optional ones may be absent.
 
-    Where the recipe maps a field that tells a form, that form is meant, and the fields that tell others are left out.
+    If the recipe maps a field that identifies a form, the record is of that form: the identifying fields of other forms
+    are left out.
     """
     if not fields:
         return record
@@ -84,22 +87,23 @@ def _from_alpaca(record: Mapping[str, Any], task: str, origin: str) -> Document:
 
 
 def _from_prompt(record: Mapping[str, Any], task: str, origin: str) -> Document:
-    """TRL's form: texts, or lists of turns, of which those of the prompt are not learnt."""
+    """TRL's form: two texts, or two lists of turns; turns of the prompt are not learned."""
     form, prompt = "prompt and completion", record["prompt"]
     if not _is_conversation(prompt):
         messages = _exchange(_text(record, "prompt", origin), _text(record, "completion", origin))
         return _document(record, task, origin, form, messages)
     before, _ = _turns(prompt, f"{origin}: prompt")
     after, given = _turns(record.get("completion"), f"{origin}: completion")
-    unlearnt = {*range(len(before)), *(len(before) + index for index in given)}
-    return _document(record, task, origin, form, [*before, *after], frozenset(unlearnt))
+    unlearned = {*range(len(before)), *(len(before) + index for index in given)}
+    return _document(record, task, origin, form, [*before, *after], frozenset(unlearned))
 
 
 def _from_text(record: Mapping[str, Any], task: str, origin: str) -> Document:
     return Document(task, [], origin, "text", text=_text(record, "text", origin))
 
 
-_FORMS: dict[str, Callable[[Mapping[str, Any], str, str], Document]] = {  # by the field that tells each, first first
+# By identifying field; the first that is present decides.
+_FORMS: dict[str, Callable[[Mapping[str, Any], str, str], Document]] = {
     "messages": _from_chat,
     "conversations": _from_chat,
     "instruction": _from_alpaca,
@@ -116,7 +120,7 @@ def _document(
     turns: list[Message],
     given: frozenset[int] = frozenset(),
 ) -> Document:
-    """The conversation with the system message and the tools that stand beside it in the record."""
+    """The conversation, with the system message and the tools from other fields of the record."""
     if record.get("system") not in (None, "") and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": _text(record, "system", origin)}, *turns]
         given = frozenset(index + 1 for index in given)
@@ -125,7 +129,7 @@ def _document(
 
 
 def _choices(record: Mapping[str, Any], answer: Message, origin: str) -> tuple[str, ...]:
-    """Two or more different texts or numbers, one of them the answer; what else such a field may hold is left alone."""
+    """Two or more different texts or numbers, one of them the answer; a field with anything else is ignored."""
     choices = _parsed(record.get("choices"))
     if not isinstance(choices, list):
         return ()
@@ -142,7 +146,7 @@ def _choices(record: Mapping[str, Any], answer: Message, origin: str) -> tuple[s
 
 
 def _is_conversation(value: Any) -> bool:
-    turns = _parsed(value)  # a question can be a list as well: "[3, 1, 2] in order?" or just "[3, 1, 2]"
+    turns = _parsed(value)  # a question may also look like a list: "[3, 1, 2] in order?" or just "[3, 1, 2]"
     return (
         isinstance(turns, list) and bool(turns) and all(isinstance(t, dict) and {"role", "from"} & {*t} for t in turns)
     )
@@ -153,7 +157,7 @@ def _exchange(question: str, answer: str) -> list[Message]:
 
 
 def _history(record: Mapping[str, Any], origin: str) -> list[Message]:
-    """Earlier exchanges of the Alpaca form, as LLaMA-Factory writes them: [[question, answer], ...]."""
+    """Earlier exchanges in the Alpaca form, as in LLaMA-Factory: [[question, answer], ...]."""
     history = _parsed(record.get("history") or [])
     if not isinstance(history, list):
         raise UserError(f"{origin}: field `history` is {_kind(history)}; expected a list of questions and answers")
@@ -168,7 +172,7 @@ def _history(record: Mapping[str, Any], origin: str) -> list[Message]:
 
 
 def _turns(value: Any, where: str) -> tuple[list[Message], frozenset[int]]:
-    """Turns in OpenAI's or ShareGPT's spelling, and the indices of those that say not to be learnt (weight 0)."""
+    """Turns in OpenAI's or ShareGPT's spelling, and the indices of those that are not to be learned (weight 0)."""
     value = _parsed(value)
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is {_kind(value)}; expected a list of one or more turns, correct the record")
@@ -176,14 +180,16 @@ def _turns(value: Any, where: str) -> tuple[list[Message], frozenset[int]]:
     weights = [turn.get("weight") for turn in value]
     for index, weight in enumerate(weights):
         if weight not in (None, 0, 1):
-            raise UserError(f"{where}[{index}]: field `weight` is {weight!r}; expected 0 (not learnt) or 1, correct it")
+            raise UserError(
+                f"{where}[{index}]: field `weight` is {weight!r}; expected 0 (not learned) or 1, correct it"
+            )
     return turns, frozenset(index for index, weight in enumerate(weights) if weight == 0)
 
 
 def _turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{where} is {_kind(turn)}; expected an object with `role` and `content`")
-    turn = {name: value for name, value in turn.items() if value is not None}  # tables fill up with nulls
+    turn = {name: value for name, value in turn.items() if value is not None}  # table rows are filled up with nulls
     role_field, content_field = ("from", "value") if "from" in turn else ("role", "content")
     spelt = _text(turn, role_field, where)
     message: Message = {"role": _ROLES.get(spelt, spelt)}
@@ -202,19 +208,19 @@ def _turn(turn: Any, where: str) -> Message:
 
 
 def _content(turn: dict[str, Any], field: str, where: str) -> str:
-    """Text, or OpenAI's list of parts where all of them are text."""
+    """The text of a turn; it may be in OpenAI's list of parts, if all parts are text."""
     parts = turn.get(field)
     if not isinstance(parts, list) or not parts:
         return _text(turn, field, where)
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text":
-            found = f"of type {part.get('type')!r}" if isinstance(part, dict) else f"that is {_kind(part)}, no object"
+            found = f"of type {part.get('type')!r}" if isinstance(part, dict) else f"that is {_kind(part)}"
             raise UserError(f"{where}: `{field}` has a part {found}; expected parts of text only, remove the record")
     return "".join(_text(part, "text", where) for part in parts)
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Calls as templates want them: arguments as an object, also where they are written as JSON text."""
+    """Tool calls as templates expect them: with arguments as an object, parsed if they are JSON text."""
     value = _parsed(value)
     calls = value if isinstance(value, list) else [value]
     return [_tool_call(call, f"{where}: tool call {index}") for index, call in enumerate(calls)]
@@ -244,7 +250,7 @@ def _tools(record: Mapping[str, Any], origin: str) -> list[dict[str, Any]] | Non
 
 
 def _parsed(value: Any) -> Any:
-    """The list or object that a text holds as JSON, as tables keep them; any other value as it is."""
+    """The list or object in a JSON text, as tables store them; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value, object_pairs_hook=without_repeats)
@@ -269,20 +275,20 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def _number_as_text(value: Any) -> Any:
-    """Any other value, infinity included, as it is."""
+    """A finite number as text; any other value unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return value if isinstance(value, float) and not math.isfinite(value) else str(value)
 
 
 def _refuse_no_json(value: Any, field: str, where: str) -> None:
-    """Refuses what a chat template cannot write as JSON: tables hold dates, JSON text can be deep or hold NaN."""
+    """Refuses what a chat template cannot write as JSON, such as dates in tables, NaN, and deep nesting."""
     if not _is_shallow(value, DEEPEST):
-        raise UserError(f"{where}: field `{field}` is over {DEEPEST} lists and objects deep; simplify it")
+        raise UserError(f"{where}: field `{field}` has over {DEEPEST} nested lists and objects; simplify it")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: field `{field}` is no JSON ({error}); correct it") from error
+        raise UserError(f"{where}: field `{field}` is not JSON ({error}); correct it") from error
     _refuse_surrogates(text, field, where)
 
 
@@ -294,26 +300,21 @@ def _is_shallow(value: Any, levels: int) -> bool:
 def _refuse_surrogates(text: str, field: str, where: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair, which tokenizers refuse
         raise UserError(
             f"{where}: field `{field}` holds half a surrogate pair at character {error.start}; remove it"
         ) from error
 
 
 def _names(record: Mapping[str, Any]) -> str:
-    """Field names in order, cut short where there are many."""
+    """Sorted field names, the first twelve if there are more."""
     names = sorted(map(str, record))
-    return str(names[:12]).removesuffix("]") + f", ... {len(names)} in all]" if len(names) > 12 else str(names)
+    return str(names[:12]).removesuffix("]") + f", ... {len(names)} in total]" if len(names) > 12 else str(names)
 
 
 def _kind(value: Any) -> str:
     names = {
-        type(None): "null",
-        bool: "true or false",
-        int: "number",
-        float: "number",
-        list: "list",
-        dict: "object",
+        type(None): "null", bool: "true or false", int: "number", float: "number", list: "list", dict: "object",
         str: "text",
-    }
+    }  # fmt: skip
     return names.get(type(value), type(value).__name__) if value != [] else "an empty list"

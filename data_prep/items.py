@@ -1,16 +1,16 @@
-"""Held-out items: a conversation up to its last answer, and that answer, for generation to be asked and scored.
+"""Held-out items, for generating and scoring answers: a conversation up to its last answer, and that answer.
 
-Keys of a line of items.jsonl, of which the last four are there only where there is something to say:
+Keys of a line of items.jsonl; the last four are optional:
 
     task      name of the task
     messages  the conversation up to the answer, the recipe's system prompt included: [{"role", "content", ...}, ...]
     answer    text that the model should write
     reasoning_content
-              text that the model should write before it, where the record has it in a field of its own
+              text that the model should write before it, if the record has it in a separate field
     tools     JSON schemas, for the chat template
-    choices   two or more different texts, `answer` one of them: which does the model find the likeliest?
-    metric    the recipe's for this task: exact_match, choices, token_f1 or rouge_l; absent: choices where the item has
-              them, else exact_match. With metric choices every item has choices.
+    choices   two or more different texts, one of them `answer`; the model chooses the likeliest
+    metric    the recipe's metric for the task: exact_match, choices, token_f1 or rouge_l; absent: choices if the item
+              has them, else exact_match. With metric choices every item has choices.
 """
 
 import json
@@ -21,13 +21,13 @@ from data_prep.documents import Document, Message, with_system_prompt
 from data_prep.user_error import UserError
 
 
-def item_of(document: Document, config: DataConfig) -> bytes:
-    """One line of items.jsonl; empty where there is no answer in words, as in a plain text or after a tool call.
+def held_out_item(document: Document, config: DataConfig) -> bytes:
+    """One line of items.jsonl; empty if the document has no answer in words, for example a plain text or a tool call.
 
-    Raises UserError where the recipe wants choices and the document has none.
+    Raises UserError if the task's metric is `choices` and the document has none.
     """
-    turns = document.learnt_turns(last_only=True)
-    if not turns or turns[-1] == 0:  # nothing is learnt, or nothing is asked
+    turns = document.learned_turns(last_only=True)
+    if not turns or turns[-1] == 0:  # nothing is learned, or there is no question
         return b""
     answer = document.messages[turns[-1]]
     if not (answer.get("content") or "").strip():

@@ -1,4 +1,4 @@
-"""manifest.json: what a prepared set holds and what it was made from."""
+"""manifest.json: the content of a prepared set and what it was made from."""
 
 import json
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from data_prep.user_error import UserError
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
-_BINS = 32  # of the histograms
+_BINS = 32  # per histogram
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest in `directory`, None where there is none.
+    """The manifest in `directory`; None if there is none.
 
-    Raises UserError where it cannot be read or is of another format.
+    Raises UserError if it cannot be read or has another format version.
     """
     path = directory / MANIFEST
     try:
@@ -46,15 +46,17 @@ def write_manifest(manifest: dict[str, Any], directory: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Written:
-    """The rows of a split as they were written."""
+class WrittenRows:
+    """Counts of the rows written for one split."""
 
     row_tokens: np.ndarray  # int64 [rows]
-    task_rows: np.ndarray  # int64 [tasks]: rows that hold some of the task
+    task_rows: np.ndarray  # int64 [tasks]: rows that hold a document of the task
 
 
-def describe_split(documents: np.ndarray, order: np.ndarray, written: Written, config: DataConfig) -> dict[str, Any]:
-    """One split: its documents (DOCUMENT [n]) by their indices as drawn, and its rows."""
+def describe_split(
+    documents: np.ndarray, order: np.ndarray, written: WrittenRows, config: DataConfig
+) -> dict[str, Any]:
+    """The manifest's entry on one split. documents: DOCUMENT [n]; order: indices of those drawn."""
     tokens, rows = int(written.row_tokens.sum()), len(written.row_tokens)
     tasks = documents["task"][order]
     by_task = (documents[order[tasks == index]] for index in range(len(config.tasks)))
@@ -71,12 +73,12 @@ def describe_split(documents: np.ndarray, order: np.ndarray, written: Written, c
 
 
 def bin_edges(seq_len: int) -> np.ndarray:
-    """Edges of the histograms: equal bins from 0 to seq_len tokens, float64 [bins + 1]."""
+    """Bin edges of the histograms, float64 [bins + 1]: equal bins from 0 to seq_len tokens."""
     return np.linspace(0, seq_len, min(_BINS, seq_len) + 1)
 
 
 def _describe_task(documents: np.ndarray, rows: int, seq_len: int) -> dict[str, Any]:
-    """Counts of one task; `rows` are those that hold some of it, so that a row may count for several tasks."""
+    """Counts of one task; `rows` hold at least one of its documents, so one row may count for several tasks."""
     return {
         "documents": len(documents),
         "truncated": int(documents["cut"].sum()),

@@ -1,18 +1,19 @@
-"""Documents into rows: best-fit decreasing, in windows, no document cut."""
+"""Packs documents into rows by best-fit decreasing, window by window, without cutting any."""
 
 import bisect
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-_WINDOW_ROWS = 256  # at least; one row in some hundreds stays half empty
-_WINDOW_TOKENS = 2**20  # at least
+_WINDOW_ROWS = 256  # minimum; so about one row in hundreds stays half empty
+_WINDOW_TOKENS = 2**20  # minimum
 
 
 def pack_in_windows(lengths: np.ndarray, capacity: int) -> Iterator[list[list[int]]]:
-    """Rows of indices into `lengths` (see pack), for one stretch of documents after the other, rows in their order.
+    """Rows of indices into `lengths` (see pack), window by window, sorted within each.
 
-    A stretch is as many documents as fill some 256 rows, so that memory and time stay the same however many there are.
+    A window is as many documents as fill about 256 rows, which bounds memory, and time per document, for any number of
+    documents.
     """
     window = max(_WINDOW_TOKENS, _WINDOW_ROWS * capacity)
     ends = np.cumsum(lengths, dtype=np.int64)
@@ -26,13 +27,13 @@ def pack_in_windows(lengths: np.ndarray, capacity: int) -> Iterator[list[list[in
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices into `lengths` (tokens, each from 1 to `capacity`), at most `capacity` tokens a row.
+    """Rows of indices into `lengths` (tokens, each from 1 to `capacity`), with at most `capacity` tokens per row.
 
-    Best-fit decreasing: the longest document first, each into the fullest row that still takes it; documents of
-    equal length in the given order. Needs at most 11/9 of the fewest rows, and one (Johnson 1974).
+    Best-fit decreasing: documents from longest to shortest, equal ones in the given order, each into the fullest row
+    that still has space. Needs at most 11/9 of the minimum number of rows, plus one (Johnson 1974).
     """
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # free tokens -> rows with just so many
+    open_rows: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
     free_sizes: list[int] = []  # keys of open_rows, sorted
     for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[document]

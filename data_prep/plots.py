@@ -1,4 +1,4 @@
-"""Pictures of a prepared set, from its manifest: lengths by task, how full rows are, shares by task."""
+"""Plots of a prepared set, from its manifest: document lengths per task, row fill, shares per task."""
 
 import warnings
 from pathlib import Path
@@ -8,27 +8,27 @@ import numpy as np
 
 from data_prep.manifest import bin_edges
 
-PLOTS = {"lengths of documents": "lengths.png", "tokens a row": "fill.png", "shares": "shares.png"}
+PLOTS = {"lengths of documents": "lengths.png", "tokens per row": "fill.png", "shares": "shares.png"}
 _SHARES = {"documents": "documents", "tokens": "tokens", "labelled_tokens": "labelled tokens"}
-_TOLD_APART = 9  # tasks with a line of their own
+_MOST_LINES = 9  # tasks with a separate line
 
 
 def write_plots(manifest: dict[str, Any], directory: Path) -> None:
-    """PNG files of the training split beside the set."""
+    """Writes PNG files about the training split into the prepared set's folder."""
     train, seq_len = manifest["splits"]["train"], manifest["config"]["seq_len"]
     edges = bin_edges(seq_len)
     lengths = _most(train["tasks"])
-    _histogram(directory / PLOTS["lengths of documents"], edges, lengths, "tokens a document", "documents")
+    _histogram(directory / PLOTS["lengths of documents"], edges, lengths, "tokens per document", "documents")
     filled = {f"{train['fill_rate']:.1%} filled": train["row_tokens"]}
-    _histogram(directory / PLOTS["tokens a row"], edges, filled, f"tokens a row of {seq_len}", "rows")
+    _histogram(directory / PLOTS["tokens per row"], edges, filled, f"tokens per row of {seq_len}", "rows")
     _bars(directory / PLOTS["shares"], train["tasks"])
 
 
 def _most(tasks: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """Lengths of the tasks with most documents, and of the others together."""
+    """Histograms of the tasks with the most documents, and of all others together."""
     by_size = sorted(tasks, key=lambda task: -tasks[task]["documents"])
-    shown = {task: tasks[task]["lengths"] for task in by_size[:_TOLD_APART]}
-    if others := by_size[_TOLD_APART:]:
+    shown = {task: tasks[task]["lengths"] for task in by_size[:_MOST_LINES]}
+    if others := by_size[_MOST_LINES:]:
         shown[f"{len(others)} others"] = np.sum([tasks[task]["lengths"] for task in others], axis=0).tolist()
     return shown
 
@@ -63,12 +63,12 @@ def _figure(width: float = 7.0) -> Any:
 
 
 def plain(name: str) -> str:
-    """The name as matplotlib shows it literally."""
-    return name.replace("$", r"\$")  # between two of them matplotlib reads a formula
+    """The name escaped so that matplotlib shows it literally."""
+    return name.replace("$", r"\$")  # matplotlib renders text between two dollar signs as a formula
 
 
 def save(figure: Any, path: Path) -> None:
     """Writes a PNG file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # letters that the font lacks
+        warnings.simplefilter("ignore", UserWarning)  # about letters that the font lacks
         figure.savefig(path, dpi=100)

@@ -1,4 +1,4 @@
-"""Raw data to a prepared set: read, label, clean, split, mix, pack, write."""
+"""Turns raw data into a prepared set: read, label, clean, split, mix, pack, write."""
 
 import tempfile
 import time
@@ -11,12 +11,18 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import DataConfig, FilesSource
-from data_prep.duplicates import DUPLICATE, NEAR_DUPLICATE, NearDuplicates, first_of_copies, refuse_missing_library
+from data_prep.duplicates import (
+    DUPLICATE,
+    NEAR_DUPLICATE,
+    NearDuplicateFilter,
+    mark_first_copies,
+    refuse_missing_library,
+)
 from data_prep.encode import NO_LABELS_AFTER_CUT, OVER_LONG, Encoder
 from data_prep.fingerprint import (
     code_hash,
     file_states,
-    libraries,
+    library_versions,
     preparation_key,
     same_content,
     source_states,
@@ -26,11 +32,11 @@ from data_prep.manifest import FORMAT_VERSION, SPLITS, describe_split, read_mani
 from data_prep.mixing import draw
 from data_prep.plots import write_plots
 from data_prep.prepare_report import PrepareReport, write_report
-from data_prep.prepared_folder import alone, refuse_foreign_folder, write_items, write_rows
+from data_prep.prepared_folder import exclusive_preparation, refuse_foreign_folder, write_items, write_rows
 from data_prep.publish import blame_option, publish_atomically
-from data_prep.sources.finding import files_of
-from data_prep.sources.read import blocks_of, source_key
-from data_prep.split import in_order, split_documents
+from data_prep.sources.finding import find_files
+from data_prep.sources.read import read_blocks, source_key
+from data_prep.split import in_digest_order, split_documents
 from data_prep.spool import Removals, Spool
 from data_prep.suite.tasks import refuse_unknown_tasks
 from data_prep.user_error import UserError
@@ -39,23 +45,23 @@ from data_prep.workers import encode_blocks
 _NO_END_TOKEN = (
     "the chat template ends assistant turns with no special token: a model trained on this set does not learn to stop"
 )
-_TODAY = "the chat template writes the date, so another day's preparation of the same input differs in it"
+_TODAY = "the chat template writes the current date, so preparing the same input on another day gives another set"
 
 
 def prepare(
     config: DataConfig, tokenizer: Any, tokenizer_files: Sequence[Path] = (), say: Callable[[str], None] = print
 ) -> PrepareReport:
-    """Writes the prepared set of `config` to its prepared_dir, or keeps the one there if it is just that set.
+    """Writes the prepared set of `config` to its prepared_dir, or keeps the set there if it is the same one.
 
-    `tokenizer` is a fast transformers tokenizer; one that was read from `tokenizer_files` is remembered by them, see
-    `kept`. The same configuration, sources, tokenizer and code give the same bytes. Raises UserError for every mistake
-    in sources or options; the folder is then as it was.
+    `tokenizer` is a fast transformers tokenizer. `tokenizer_files` are the files it was loaded from; find_unchanged_set
+    recognizes it by them. The same configuration, sources, tokenizer and code give the same bytes. Raises UserError for
+    mistakes in sources or options, and then leaves the folder as it was.
     """
     started = time.perf_counter()
     refuse_missing_library(config.cleaning)
     refuse_unknown_tasks(config)
     refuse_foreign_folder(config.prepared_dir)
-    with alone(config.prepared_dir, say):
+    with exclusive_preparation(config.prepared_dir, say):
         previous = _previous_manifest(config)
         sources = source_states(config, previous.get("sources", ()))
         hashes = tokenizer_hashes(tokenizer)
@@ -68,22 +74,23 @@ def prepare(
             "tokenizer": hashes,
             "tokenizer_files": file_states(tokenizer_files, "base.model"),
             "sources": sources,
-            "libraries": libraries(config),
+            "libraries": library_versions(config),
             "code": code_hash(),
         }
         with blame_option("data.prepared_dir", config.prepared_dir), publish_atomically(config.prepared_dir) as folder:
-            manifest = made_from | _make(config, tokenizer, folder)
+            manifest = made_from | _write_set(config, tokenizer, folder)
             write_manifest(manifest, folder)
             write_report(manifest, folder)
             write_plots(manifest, folder)
     return PrepareReport(config.prepared_dir, manifest, time.perf_counter() - started, reused=False)
 
 
-def kept(config: DataConfig, tokenizer_files: Sequence[Path]) -> PrepareReport | None:
-    """The set in prepared_dir if it is just that of `config` and of a tokenizer in those files; else None.
+def find_unchanged_set(config: DataConfig, tokenizer_files: Sequence[Path]) -> PrepareReport | None:
+    """The report on the set in prepared_dir if `config` and a tokenizer in these files would give the same set; else
+    None.
 
-    Quick, since neither tokenizer nor sources are read where sizes and times are the remembered ones. Raises UserError
-    for sources that cannot be found, and for a library that is missing.
+    Fast: reads neither tokenizer nor sources whose sizes and modification times are unchanged. Raises UserError for
+    sources that cannot be found and for missing libraries.
     """
     started = time.perf_counter()
     refuse_missing_library(config.cleaning)
@@ -100,25 +107,25 @@ def kept(config: DataConfig, tokenizer_files: Sequence[Path]) -> PrepareReport |
     return PrepareReport(config.prepared_dir, previous, time.perf_counter() - started, reused=True)
 
 
-def _make(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Writes rows and items into `folder`; what the manifest says of them."""
+def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Writes rows and items into `folder`; returns what the manifest says about them."""
     removals = Removals()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spool") as spool_folder, Spool(Path(spool_folder)) as spool:
-        forms = _fill(spool, config, tokenizer, removals)
+        forms = _encode_sources(spool, config, tokenizer, removals)
         documents = spool.documents
-        if absent := _absent(config, documents["task"]):
-            raise UserError(_why_nothing_is_left(absent[0], removals, config))
+        if missing := _tasks_without(config, documents["task"]):
+            raise UserError(_why_nothing_is_left(missing[0], removals, config))
         split = split_documents(documents, config)
         for reason, which in split.removed.items():
-            _remove(spool, which, reason, removals)
-        if absent := _absent(config, documents["task"][split.train]):
+            _count_removed(spool, which, reason, removals)
+        if missing := _tasks_without(config, documents["task"][split.train]):
             raise UserError(
-                f"data.held_out: {config.held_out} leaves no document of task {config.tasks[absent[0]]!r} to train on; "
-                "add documents or lower data.held_out"
+                f"data.held_out: {config.held_out} leaves no document of task {config.tasks[missing[0]]!r} to train "
+                "on; add documents or lower data.held_out"
             )
         drawn = split.train[draw(documents[split.train], config.tasks, config.mixing)[0]]
         described = {}
-        for name, order in zip(SPLITS, (drawn, in_order(documents, split.held_out)), strict=True):
+        for name, order in zip(SPLITS, (drawn, in_digest_order(documents, split.held_out)), strict=True):
             written = write_rows(spool, order, config, folder / name)
             described[name] = describe_split(documents, order, written, config)
         write_items(spool.items(split.held_out), folder)
@@ -128,36 +135,36 @@ def _make(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
         "removed": removals.by_task(config.tasks),
         "forms": {source_key(index): dict(counts) for index, counts in forms.items()},
         "different_documents": _by_task(config, documents["task"][split.train]),
-        "notes": _notes(config, tokenizer, forms, _absent(config, documents["task"][split.held_out])),
+        "notes": _notes(config, tokenizer, forms, _tasks_without(config, documents["task"][split.held_out])),
         "config": config.model_dump(mode="json"),
     }
 
 
-def _fill(spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals) -> dict[int, Counter[str]]:
-    """Reads and encodes all sources; the forms of each one's records."""
+def _encode_sources(spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals) -> dict[int, Counter[str]]:
+    """Reads and encodes all sources; returns the forms of each source's records."""
     forms: dict[int, Counter[str]] = {}
     near = None
     if config.cleaning.near_duplicates is not None:
-        near = NearDuplicates(config.cleaning.near_duplicates, len(config.tasks))
-    with closing(encode_blocks(blocks_of(config), config, tokenizer)) as blocks:  # ends the workers, whatever happens
+        near = NearDuplicateFilter(config.cleaning.near_duplicates, len(config.tasks))
+    with closing(encode_blocks(read_blocks(config), config, tokenizer)) as blocks:  # ends the workers in any case
         for encoded in blocks:
             for removal in encoded.removals:
                 removals.add(removal.task, removal.reason, 1, [removal.place])
             forms.setdefault(encoded.block.source, Counter()).update(encoded.forms)
             spool.add(encoded)
-            if near is not None:
+            if near is not None and encoded.signatures is not None:
                 near.add(encoded.documents, encoded.signatures)
     spool.finish()
     if near is not None:
-        first = first_of_copies(spool.documents)
-        _remove(spool, np.flatnonzero(~near.kept & ~first), DUPLICATE, removals)
-        _remove(spool, np.flatnonzero(~near.kept & first), NEAR_DUPLICATE, removals)
+        first = mark_first_copies(spool.documents)
+        _count_removed(spool, np.flatnonzero(~near.kept & ~first), DUPLICATE, removals)
+        _count_removed(spool, np.flatnonzero(~near.kept & first), NEAR_DUPLICATE, removals)
         spool.documents = spool.documents[near.kept]
     return forms
 
 
-def _remove(spool: Spool, which: np.ndarray, reason: str, removals: Removals) -> None:
-    """Counts the documents of those indices as removed."""
+def _count_removed(spool: Spool, which: np.ndarray, reason: str, removals: Removals) -> None:
+    """Counts the documents with these indices as removed."""
     tasks = spool.documents["task"][which]
     for task in np.unique(tasks):
         own = which[tasks == task]
@@ -165,20 +172,20 @@ def _remove(spool: Spool, which: np.ndarray, reason: str, removals: Removals) ->
 
 
 def _previous_manifest(config: DataConfig) -> dict[str, Any]:
-    """The manifest of the set that stands in prepared_dir; empty where none does, or none that can be used."""
+    """The manifest in prepared_dir; empty if there is none or it cannot be used."""
     try:
         return read_manifest(config.prepared_dir) or {}
     except UserError:
-        return {}  # damaged or of another format: it is made anew
+        return {}  # damaged or of another format: the set is made again
 
 
 def _by_task(config: DataConfig, tasks: np.ndarray) -> dict[str, int]:
-    """Documents by task, from the tasks of documents."""
+    """Number of documents per task; tasks: index of each document's task."""
     return dict(zip(config.tasks, np.bincount(tasks, minlength=len(config.tasks)).tolist(), strict=True))
 
 
-def _absent(config: DataConfig, tasks: np.ndarray) -> list[int]:
-    """Tasks without a document, among those of documents."""
+def _tasks_without(config: DataConfig, tasks: np.ndarray) -> list[int]:
+    """Indices of the tasks that no document belongs to; tasks: index of each document's task."""
     return [index for index, count in enumerate(_by_task(config, tasks).values()) if not count]
 
 
@@ -198,7 +205,7 @@ def _why_nothing_is_left(task: int, removals: Removals, config: DataConfig) -> s
 
 
 def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], not_held_out: list[int]) -> list[str]:
-    """What a person should know and is no error. not_held_out: tasks without a held-out document."""
+    """Remarks for users that are not errors. not_held_out: tasks without a held-out document."""
     notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in not_held_out]
     if any(set(counts) - {"text"} for counts in forms.values()):
         template = Encoder(tokenizer, config).template
@@ -210,9 +217,9 @@ def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], n
             mixture = ", ".join(f"{count:,} {form}" for form, count in forms[index].most_common())
             notes.append(f"{key} holds records of several forms: {mixture}")
         if isinstance(source, FilesSource):
-            found, passed_over = files_of(source, key)
+            found, skipped = find_files(source, key)
             empty = [path for path in found if not path.stat().st_size]
             notes += [f"{key}: {len(paths)} {what}, the first is {paths[0]}" for paths, what in (
-                (empty, "empty files"), (passed_over, "files or linked folders passed over")
+                (empty, "empty files"), (skipped, "files or linked folders skipped")
             ) if paths]  # fmt: skip
     return notes

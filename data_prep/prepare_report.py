@@ -1,21 +1,23 @@
-"""What `prepare` did: a table by task for the terminal, and report.md beside the set."""
+"""The report of a preparation: a table per task for the terminal, and report.md in the prepared set."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.plots import PLOTS
+from data_prep.tables import markdown_table, text_table
 
 REPORT = "report.md"
 _COLUMNS = ("task", "documents", "held out", "rows", "tokens", "labelled", "share", "cut", "removed")
+_SHARE_COLUMNS = ("task", "documents", "rows", "tokens", "labelled tokens", "draws per document")
+_LEFT = (0, len(_COLUMNS) - 1)  # left-aligned columns
 
 
 @dataclass(frozen=True)
 class PrepareReport:
     """The outcome of one preparation; `str()` gives the text that the command prints.
 
-    `manifest` is manifest.json as a dictionary, `seconds` the wall time, `reused` whether the set was there already.
+    `manifest` is the content of manifest.json, `seconds` the wall time, `reused` whether the set was already there.
     """
 
     directory: Path
@@ -28,23 +30,17 @@ class PrepareReport:
             headline = f"{self.directory} is unchanged and was kept ({self.seconds:.1f} s)"
         else:
             headline = f"{self.directory} was prepared in {self.seconds:.1f} s"
+        table = text_table(_COLUMNS, _counts(self.manifest), _LEFT)
         more = f"more: {self.directory / REPORT}"
-        return "\n".join([headline, *table(self.manifest), *_totals(self.manifest), *_notes(self.manifest), more])
-
-
-def table(manifest: dict[str, Any]) -> list[str]:
-    """Lines of the table: counts of the training split by task, held-out documents and what was removed beside them."""
-    lines = [_COLUMNS, *(_line(manifest, task) for task in manifest["tasks"])]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [_align(line, widths) for line in lines]
+        return "\n".join([headline, table, *_totals(self.manifest), *_notes(self.manifest), more])
 
 
 def write_report(manifest: dict[str, Any], directory: Path) -> None:
-    """report.md: all that the table says, shares, forms, and the first places of everything removed."""
+    """Writes report.md: the printed table, shares, forms, and the first places of everything removed."""
     parts = [
         ["# Prepared set", "", *_totals(manifest), *_notes(manifest), ""],
-        ["## By task", "", *_markdown([_COLUMNS, *(_line(manifest, task) for task in manifest["tasks"])]), ""],
-        ["## Shares of the training split", "", *_markdown(_shares(manifest)), ""],
+        ["## By task", "", markdown_table(_COLUMNS, _counts(manifest), _LEFT), ""],
+        ["## Shares of the training split", "", markdown_table(_SHARE_COLUMNS, _shares(manifest)), ""],
         *([f"![{name}]({file})", ""] for name, file in PLOTS.items()),
         ["## Sources", "", *_sources(manifest), ""],
         ["## Removed", "", *_removed(manifest)],
@@ -52,7 +48,12 @@ def write_report(manifest: dict[str, Any], directory: Path) -> None:
     (directory / REPORT).write_text("\n".join(line for part in parts for line in part) + "\n", encoding="utf-8")
 
 
-def _line(manifest: dict[str, Any], task: str) -> tuple[str, ...]:
+def _counts(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Per task: counts of the training split, held-out documents, and what was removed."""
+    return [_counts_of_task(manifest, task) for task in manifest["tasks"]]
+
+
+def _counts_of_task(manifest: dict[str, Any], task: str) -> tuple[str, ...]:
     train, held_out = (manifest["splits"][split]["tasks"][task] for split in ("train", "held_out"))
     counts = (train["documents"], held_out["documents"], train["rows"], train["tokens"], train["labelled_tokens"])
     cut = train["truncated"] + held_out["truncated"]
@@ -65,7 +66,7 @@ def _line(manifest: dict[str, Any], task: str) -> tuple[str, ...]:
 
 
 def _shares(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
-    lines = [("task", "documents", "rows", "tokens", "labelled tokens", "draws a document")]
+    lines: list[tuple[str, ...]] = []
     for task in manifest["tasks"]:
         shares = (_share(manifest, task, what) for what in ("documents", "rows", "tokens", "labelled_tokens"))
         draws = manifest["splits"]["train"]["tasks"][task]["documents"] / manifest["different_documents"][task]
@@ -108,13 +109,3 @@ def _removed(manifest: dict[str, Any]) -> list[str]:
             lines.append(f"- {task}: {found['documents']:,} {reason}")
             lines += [f"  - {place}" for place in found["first"]]
     return lines or ["Nothing."]
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> list[str]:
-    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
-    return [head, "|" + "---|" * len(lines[0]), *rest]
-
-
-def _align(cells: Sequence[str], widths: Sequence[int]) -> str:
-    numbers = (cell.rjust(width) for cell, width in zip(cells[1:-1], widths[1:-1], strict=True))
-    return "  ".join([cells[0].ljust(widths[0]), *numbers, cells[-1]])

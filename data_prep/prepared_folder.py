@@ -1,15 +1,15 @@
-"""What a prepared set's folder holds: rows and items; and who may write one."""
+"""The folder of a prepared set: its rows and items, and the lock that lets one process at a time write it."""
 
 import contextlib
-import fcntl
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from data_prep.config import DataConfig
 from data_prep.encode import labels_of
-from data_prep.manifest import MANIFEST, Written
+from data_prep.manifest import MANIFEST, WrittenRows
 from data_prep.packing import pack_in_windows
 from data_prep.publish import blame_option, sweep
 from data_prep.spool import Spool
@@ -20,40 +20,43 @@ _COLUMNS = ("input_ids", "labels", "position_ids", "task_ids")
 
 
 def refuse_foreign_folder(directory: Path) -> None:
-    """Raises UserError where `directory` holds something that is no prepared set and would be replaced."""
+    """Raises UserError if `directory` holds anything but a prepared set, which would then be replaced."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"data.prepared_dir: {directory} is a file; give a folder that does not exist yet")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
         raise UserError(
-            f"data.prepared_dir: {directory} holds files but no prepared set, and would be replaced; give a folder "
-            "of its own, or empty this one"
+            f"data.prepared_dir: {directory} holds files but no prepared set, and would be replaced; give "
+            "another folder, or empty this one"
         )
 
 
 @contextlib.contextmanager
-def alone(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other processes from preparing `directory` while the block runs; waits, and says so, where one does.
+def exclusive_preparation(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other processes from preparing `directory` while the block runs; waits, and says so, if one already does.
 
-    What a killed preparation has left beside the folder is removed. Raises UserError where none can write there.
+    Removes what killed preparations have left beside the folder. Raises UserError if the lock cannot be written.
     """
     directory = directory.resolve()
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))  # the system releases it when a process is killed
     with blame_option("data.prepared_dir", directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = directory.with_name(f".{directory.name}.lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say(f"waiting: another process prepares {directory}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(Timeout):
+            lock.acquire(blocking=False)
+    if not lock.is_locked:
+        say(f"waiting: another process prepares {directory}")
+        lock.acquire()
+    try:
         sweep(directory, locked=True)
         yield
+    finally:
+        lock.release()
 
 
-def write_rows(spool: Spool, order: np.ndarray, config: DataConfig, directory: Path) -> Written:
-    """Packs documents, given by their indices in the order of training, and writes the rows, a stretch at a time.
+def write_rows(spool: Spool, order: np.ndarray, config: DataConfig, directory: Path) -> WrittenRows:
+    """Packs documents into rows and writes them, window by window.
 
-    Arrow files of `datasets` with int32 lists input_ids, labels, position_ids, task_ids: [tokens of the row].
+    order: indices of the documents, in training order. The file is an Arrow file of `datasets`, with int32 lists
+    input_ids, labels, position_ids and task_ids, [tokens of the row] each.
     """
     import pyarrow as pa
 
@@ -70,26 +73,26 @@ def write_rows(spool: Spool, order: np.ndarray, config: DataConfig, directory: P
             lengths.append(row_tokens)
             pairs = np.unique(np.stack([row_of, own["task"]]), axis=1)
             task_rows += np.bincount(pairs[1], minlength=len(config.tasks))
-    return Written(np.concatenate(lengths), task_rows)
+    return WrittenRows(np.concatenate(lengths), task_rows)
 
 
 def _without_rows(directory: Path) -> Path:
-    """Has `datasets` write a folder without rows; its one Arrow file, to be written anew with rows.
+    """Lets `datasets` save an empty dataset; returns its one Arrow file, for the caller to overwrite with rows.
 
-    So everything beside the rows is the library's, and the rows pass through no second copy.
+    So the library writes everything but the rows, and no second copy of the rows is made.
     """
     from datasets import Dataset, Features, List, Value
 
     features = Features(dict.fromkeys(_COLUMNS, List(Value("int32"))))
     empty = Dataset.from_dict({name: [] for name in _COLUMNS}, features)
-    empty._fingerprint = directory.name  # which would be random, and bytes are to repeat
+    empty._fingerprint = directory.name  # random by default, but the bytes must be reproducible
     empty.save_to_disk(directory, num_shards=1)
     (file,) = directory.glob("*.arrow")
     return file
 
 
 def _values(spool: Spool, documents: np.ndarray) -> Iterator[np.ndarray]:
-    """The values of _COLUMNS of rows that hold these documents one after the other, int32 [tokens] each."""
+    """Values of _COLUMNS, int32 [tokens] each, for rows that hold these documents one after the other."""
     input_ids, scored = spool.tokens(documents)
     lengths = documents["tokens"]
     yield input_ids
@@ -100,6 +103,6 @@ def _values(spool: Spool, documents: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def write_items(items: Iterable[bytes], directory: Path) -> None:
-    """items.jsonl: for every held-out conversation the turns up to its last answer, and that answer."""
+    """Writes items.jsonl: the turns of every held-out conversation up to its last answer, and that answer."""
     with (directory / ITEMS).open("wb") as file:
         file.writelines(items)

@@ -1,4 +1,4 @@
-"""Folders and files that are there whole or not at all, whatever stops the process that writes them."""
+"""Writes folders and files atomically: they appear complete or not at all, however the process ends."""
 
 import contextlib
 import os
@@ -15,13 +15,13 @@ from data_prep.user_error import UserError
 
 @contextlib.contextmanager
 def publish_atomically(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `folder` that takes its place when the block ends without an error.
+    """Yields an empty folder beside `folder`, which takes its place when the block ends without an error.
 
-    Everything is on the disk before a rename makes it visible. Whatever stops the process, `folder` is what it was,
-    the new one, or (between two renames, where something is replaced) absent; never a mixture. What killed processes
-    have left is removed. Raises OSError where the disk refuses.
+    Everything is flushed to disk before a rename makes it visible. Whatever stops the process, `folder` is the old one,
+    the new one, or (between two renames, when one is replaced) absent, never a mixture. Also removes what killed
+    processes have left. Raises OSError if writing fails.
     """
-    folder = folder.resolve()  # a link to a folder stays one
+    folder = folder.resolve()  # a link to a folder stays a link
     sweep(folder)
     staging, replaced = (_beside(folder, str(os.getpid()), word) for word in ("new", "old"))
     try:
@@ -33,7 +33,7 @@ def publish_atomically(folder: Path) -> Iterator[Path]:
         try:
             staging.rename(folder)
         except OSError:
-            with contextlib.suppress(OSError):  # where there was none
+            with contextlib.suppress(OSError):  # if there was none
                 replaced.rename(folder)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
@@ -42,9 +42,9 @@ def publish_atomically(folder: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, locked: bool = False) -> None:
-    """Removes what processes of this machine that are gone have left beside `folder`.
+    """Removes what ended processes of this machine have left beside `folder`.
 
-    locked: nobody else writes it now, so what any process has left goes.
+    locked: no other process writes the folder now, so leftovers of any process of this machine are removed.
     """
     folder = folder.resolve()
     ours = re.compile(rf"\.{re.escape(f'{folder.name}.{socket.gethostname()}')}\.(\d+)\.(new|old)")
@@ -57,7 +57,7 @@ def sweep(folder: Path, locked: bool = False) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file in UTF-8 under one rename. Raises OSError where the disk refuses; an older file is then left."""
+    """Writes a UTF-8 file with one rename. Raises OSError if writing fails, and then leaves an older file as it was."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -68,12 +68,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def blame_option(option: str, folder: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the option by which `folder` was given."""
+    """Turns an OSError about `folder` into a UserError that names the option that gave the folder."""
     try:
         yield
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(folder.resolve().parent):
-            raise  # of another file, such as one that is read
+            raise  # about another file, such as one that is read
         raise UserError(
             f"{option}: cannot write {folder} ({error.strerror or error}); give a folder that can be written"
         ) from error

@@ -1,4 +1,4 @@
-"""Opens a prepared set for training, and only the one that the recipe and the tokenizer ask for."""
+"""Opens a prepared set for training, after checking that it matches the recipe and the tokenizer."""
 
 import json
 import os
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.config import DataConfig, FilesSource
 from data_prep.differences import differences
-from data_prep.fingerprint import config_as_compared, file_states, tokenizer_hashes
+from data_prep.fingerprint import comparable_config, file_states, tokenizer_hashes
 from data_prep.manifest import SPLITS, read_manifest
 from data_prep.prepared_folder import ITEMS
-from data_prep.sources.finding import files_of
+from data_prep.sources.finding import find_files
 from data_prep.sources.read import source_key
 from data_prep.user_error import UserError
 
@@ -25,9 +25,9 @@ _REPAIR = "run `teamlora prepare RECIPE`"
 class PreparedSet:
     """A prepared set on disk.
 
-    `train` and `held_out` are memory-mapped datasets of packed rows, in numpy format: row i is a dictionary of
-    arrays input_ids, labels, position_ids, task_ids, each [tokens of the row], at most seq_len. `items` are the
-    held-out documents to generate answers for: {"task", "messages" up to the answer, "answer", ...}, see items.py.
+    `train` and `held_out` are memory-mapped datasets of packed rows in numpy format: each row is a dictionary of the
+    arrays input_ids, labels, position_ids and task_ids, [tokens of the row] each, at most seq_len tokens. `items` are
+    the held-out documents to generate answers for: {"task", "messages" up to the answer, "answer", ...}; see items.py.
     """
 
     directory: Path
@@ -38,15 +38,15 @@ class PreparedSet:
 
     @property
     def tasks(self) -> list[str]:
-        """Task names; a task id is the index into them."""
+        """Task names; a task id is an index into them."""
         return self.manifest["tasks"]
 
 
 def open_prepared(config: DataConfig, tokenizer: Any) -> PreparedSet:
-    """The set in prepared_dir.
+    """Opens the set in prepared_dir.
 
-    Raises UserError where there is none, where it was made with another tokenizer, chat template or data section, from
-    sources that have changed since (sources no longer there are not asked about), or where it is damaged.
+    Raises UserError if there is none, if it is damaged, if it was made with another tokenizer, chat template or data
+    section, or if its sources have changed since; a source that cannot be read here is not checked.
     """
     directory, manifest = config.prepared_dir, manifest_for(config)
     _check_tokenizer(tokenizer, manifest, directory)
@@ -62,9 +62,9 @@ def open_prepared(config: DataConfig, tokenizer: Any) -> PreparedSet:
 
 
 def manifest_for(config: DataConfig) -> dict[str, Any]:
-    """The manifest in prepared_dir. Reads nothing else.
+    """The manifest in prepared_dir; reads nothing else.
 
-    Raises UserError where there is none, or where the set was made with another data section.
+    Raises UserError if there is none, or if the set was made with another data section.
     """
     directory = config.prepared_dir
     manifest = read_manifest(directory)
@@ -76,10 +76,10 @@ def manifest_for(config: DataConfig) -> dict[str, Any]:
 
 def _check_config(config: DataConfig, manifest: dict[str, Any], directory: Path) -> None:
     try:
-        made_with = config_as_compared(DataConfig.model_validate(manifest["config"]))  # newer keys: their defaults
+        made_with = comparable_config(DataConfig.model_validate(manifest["config"]))  # newer keys get their defaults
     except ValueError as error:
-        raise UserError(f"data.prepared_dir: {directory} was prepared by code of another age; {_REPAIR}") from error
-    for key, wanted, found in differences(config_as_compared(config), made_with, "data"):
+        raise UserError(f"data.prepared_dir: {directory} was prepared by another version; {_REPAIR}") from error
+    for key, wanted, found in differences(comparable_config(config), made_with, "data"):
         raise UserError(f"{key}: the recipe says {wanted!r}, but {directory} was prepared with {found!r}; {_REPAIR}")
 
 
@@ -102,8 +102,8 @@ def _check_sources(config: DataConfig, manifest: dict[str, Any]) -> None:
         key = f"{source_key(index)}.path"
         before = [state for state in made_from if state["key"] == key]
         if not all(os.access(state["path"], os.R_OK) for state in before):
-            continue  # the set is used where its sources are not
-        now = file_states(files_of(source, source_key(index))[0], key, before)
+            continue  # a set may be used where its sources are not
+        now = file_states(find_files(source, source_key(index))[0], key, before)
         was, has = ({state["path"]: state["sha256"] for state in states} for states in (before, now))
         for path in {**was, **has}:
             if was.get(path) != has.get(path):

@@ -1,5 +1,5 @@
-"""The held-out split: by each document's own hash. A fraction stays as it is when data is added; of a count, new
-documents replace some.
+"""Splits documents into training and held-out by their hashes. When data is added, a held-out fraction keeps its
+documents; with a held-out count, new documents replace some.
 """
 
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.config import DataConfig
-from data_prep.duplicates import DUPLICATE, DUPLICATE_OF_HELD_OUT, SAME_LESSON, first_of_copies
+from data_prep.duplicates import DUPLICATE, DUPLICATE_OF_HELD_OUT, SAME_LABELS, mark_first_copies
 from data_prep.user_error import UserError
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices into the documents, ascending, and what was taken out: indices by reason."""
+    """Ascending indices of documents: for training, held out, and removed, by reason."""
 
     train: np.ndarray
     held_out: np.ndarray
@@ -22,20 +22,20 @@ class Split:
 
 
 def split_documents(documents: np.ndarray, config: DataConfig) -> Split:
-    """Keeps a fraction, or a count per task, of the different documents (DOCUMENT [n]) from training.
+    """Holds out a fraction, or a count per task, of the distinct documents (DOCUMENT [n]).
 
-    No held-out document is in the training split, under any task, nor twice in the held-out one under the same task.
-    Copies within a task's training documents, of which the same is learnt, go as well, unless the recipe keeps them;
+    No copy of a held-out document is in the training split, under any task, or in the held-out split under the same
+    task. Copies within a task's training documents with the same labels are removed too, unless the recipe keeps them;
     copies in different tasks stay.
-    Raises UserError where a task has too few different documents for the count.
+    Raises UserError if a task has too few distinct documents for the count.
     """
-    first = first_of_copies(documents)
+    first = mark_first_copies(documents)
     chosen = _choose(documents, first, config.held_out, config.tasks)
     held_out = chosen & first
-    anywhere = _in(documents, documents[held_out])
+    anywhere = _same_text(documents, documents[held_out])
     leaked = anywhere & ~held_out
     drops = config.cleaning.duplicates == "drop"
-    repeated = ~first_of_copies(documents, SAME_LESSON) & ~anywhere if drops else np.zeros(len(documents), bool)
+    repeated = ~mark_first_copies(documents, SAME_LABELS) & ~anywhere if drops else np.zeros(len(documents), bool)
     return Split(
         np.flatnonzero(~anywhere & ~repeated),
         np.flatnonzero(held_out),
@@ -44,14 +44,17 @@ def split_documents(documents: np.ndarray, config: DataConfig) -> Split:
 
 
 def may_be_held_out(digests: np.ndarray, held_out: float | int) -> np.ndarray:
-    """Which documents a fraction holds out, by the first half of their digests, uint64 [n]; with a count any may be."""
+    """Which documents are candidates, bool [n]: with a fraction those it holds out, with a count all.
+
+    digests: first halves of the documents' digests, uint64 [n].
+    """
     if isinstance(held_out, float):
         return digests < np.uint64(held_out * 2**64)
     return np.ones(len(digests), bool)
 
 
-def in_order(documents: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Those indices in the order of the documents' digests, which is that of no source and mixes the tasks."""
+def in_digest_order(documents: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """The indices sorted by document digest: an order that mixes tasks and is independent of sources."""
     keys = [documents[name][which] for name in ("task", "piece", "low", "high")]
     return which[np.lexsort(keys)]
 
@@ -61,21 +64,21 @@ def _choose(documents: np.ndarray, first: np.ndarray, held_out: float | int, tas
         return may_be_held_out(documents["high"], held_out)
     chosen = np.zeros(len(documents), bool)
     for index, task in enumerate(tasks):
-        own = in_order(documents, np.flatnonzero(first & (documents["task"] == index)))
-        # the pieces of a split document are on the same side
+        own = in_digest_order(documents, np.flatnonzero(first & (documents["task"] == index)))
+        # all pieces of a split document go to the same side
         digests = documents[own][["high", "low"]]
         starts = np.flatnonzero(np.concatenate([[True], digests[1:] != digests[:-1]])) if len(own) else own
         if len(starts) <= held_out:
             raise UserError(
-                f"data.held_out: {held_out} documents per task, but task {task!r} has {len(starts)} different ones, of "
-                "which at least one must be left to train on; lower data.held_out or add documents"
+                f"data.held_out: {held_out} documents per task, but task {task!r} has {len(starts)} distinct ones, of "
+                "which at least one must be left for training; lower data.held_out or add documents"
             )
         chosen[own[: starts[held_out]]] = True
     return chosen
 
 
-def _in(documents: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Which documents have the text of a wanted one; bool [documents]."""
+def _same_text(documents: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Which documents have the same text as a wanted one; bool [documents]."""
     digests = np.unique(wanted[["high", "low"]])
     if not len(digests):
         return np.zeros(len(documents), bool)

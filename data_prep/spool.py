@@ -1,4 +1,4 @@
-"""Encoded documents on the disk while they are prepared, and in memory only what decides about them."""
+"""Encoded documents on disk during preparation; in memory only the fields that decide about them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -13,24 +13,24 @@ import numpy as np
 from data_prep.sources.blocks import Block
 from data_prep.workers import DOCUMENT, EncodedBlock
 
-_LISTED = 10  # removals of each task and reason of which the place is kept
+_LISTED = 10  # places kept per task and reason
 
 
 class Removals:
-    """Documents taken out: counted by task and reason, and the places of the first of each."""
+    """Counts of removed documents by task and reason, and the places of the first of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[int, str]] = Counter()
         self.first: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
 
     def add(self, task: int, reason: str, count: int, places: Iterable[str]) -> None:
-        """So many documents of a task; places: where they stand, of which the first are asked for."""
+        """Counts removed documents of a task. places: where they are; only the first ones are read."""
         self.counts[task, reason] += count
         first = self.first[task, reason]
         first += islice(places, _LISTED - len(first))
 
     def by_task(self, tasks: list[str]) -> dict[str, dict[str, Any]]:
-        """Documents and the places of the first of them, by task and reason, commonest first."""
+        """Counts and first places by task and reason, the most common reason first."""
         return {
             task: {
                 reason: {"documents": count, "first": self.first[index, reason]}
@@ -42,9 +42,9 @@ class Removals:
 
 
 class Spool:
-    """Token ids, labels and held-out items of all documents, in files that go when it is closed.
+    """Token ids, labels and held-out items of all documents, in files in `folder`.
 
-    `documents`, DOCUMENT [documents], is all that stays in memory, in the order of the sources.
+    Only `documents`, DOCUMENT [documents], stays in memory, in source order.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,21 +65,21 @@ class Spool:
         self._files.close()
 
     def add(self, encoded: EncodedBlock) -> None:
-        """Takes up the documents of a block. Raises OSError where the disk is full."""
+        """Adds the documents of a block. Raises OSError if the disk is full."""
         documents = encoded.documents
         place = (encoded.block.place, encoded.block.by_line)
         documents["file"] = self._places.setdefault(place, len(self._places))
         for start, size, offset in (("start", "tokens", self._tokens), ("item_start", "item", self._item_bytes)):
             documents[start] = offset + np.cumsum(documents[size], dtype=np.int64) - documents[size]
-        self._out["input_ids"].write(encoded.input_ids)
-        self._out["scored"].write(encoded.scored)
+        self._out["input_ids"].write(encoded.input_ids.data)
+        self._out["scored"].write(encoded.scored.data)
         self._out["items"].write(encoded.items)
         self._tokens += len(encoded.input_ids)
         self._item_bytes += len(encoded.items)
         self._parts.append(documents)
 
     def finish(self) -> None:
-        """Ends writing; the documents can be read from here on."""
+        """Ends writing; from here on documents can be read."""
         self._files.close()
         self.documents = np.concatenate([self.documents, *self._parts])
         self._parts.clear()
@@ -87,14 +87,14 @@ class Spool:
         self._scored = self._map("scored", bool)
 
     def origins(self, which: np.ndarray) -> Iterator[str]:
-        """Where a person finds the documents of those indices."""
+        """Where the documents with these indices are in the sources."""
         places = list(self._places)
         for document in (self.documents[index] for index in which):
             place, by_line = places[document["file"]]
             yield Block(0, place, by_line, []).origin(int(document["number"]))
 
     def tokens(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids, int32 [tokens], and scored, bool [tokens], of those documents, one after the other."""
+        """input_ids, int32 [tokens], and scored, bool [tokens], of these documents, concatenated."""
         starts, lengths = documents["start"].tolist(), documents["tokens"].tolist()
         places = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         return (
@@ -103,7 +103,7 @@ class Spool:
         )
 
     def items(self, which: np.ndarray) -> Iterator[bytes]:
-        """The held-out items of the documents of those indices, where they have one, as JSON lines."""
+        """Held-out items of the documents with these indices, as JSON lines; some documents have none."""
         with (self._folder / "items").open("rb") as file:
             for document in (self.documents[index] for index in which):
                 if document["item"]:
@@ -112,6 +112,6 @@ class Spool:
 
     def _map(self, name: str, dtype: type) -> np.ndarray:
         path = self._folder / name
-        if not path.stat().st_size:  # which cannot be mapped
+        if not path.stat().st_size:  # an empty file cannot be mapped
             return np.zeros(0, dtype)
         return np.asarray(np.memmap(path, dtype, "r"))

@@ -12,16 +12,21 @@ _WIDTH = 10_000  # characters; cells are never wrapped or cut
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Aligned columns two blanks apart, without lines. left: indices of left-aligned columns; the others go right."""
-    return _render(head, rows, left, None)
+    """Columns aligned with blanks. left: indices of the left-aligned columns; the others are right-aligned."""
+    return "\n".join(_lines(head, rows, left, None))
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """The same as a Markdown table; columns that are not in `left` are marked as right-aligned."""
-    return _render(head, rows, left, box.MARKDOWN)
+    """The same as a Markdown table, readable as plain text too."""
+    head, *rows = ([cell.replace("|", r"\|") for cell in cells] for cells in (head, *rows))
+    names, rule, *lines = _lines(head, rows, left, box.MARKDOWN)
+    dashes = (part if index in left else f"{part[:-1]}:" for index, part in enumerate(rule.strip("|").split("|")))
+    return "\n".join([names, f"|{'|'.join(dashes)}|", *lines])
 
 
-def _render(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int], border: box.Box | None) -> str:
+def _lines(
+    head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int], border: box.Box | None
+) -> list[str]:
     table = Table(box=border, pad_edge=border is not None, padding=(0, 1) if border else (0, 2, 0, 0))
     for index, name in enumerate(head):
         table.add_column(Text(name), justify="left" if index in left else "right", no_wrap=True)
@@ -29,4 +34,4 @@ def _render(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
         table.add_row(*map(Text, row))
     file = io.StringIO()
     Console(file=file, width=_WIDTH, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines() if line.strip())
+    return [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]

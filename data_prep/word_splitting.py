@@ -1,4 +1,4 @@
-"""Words of any script, for what is compared word by word."""
+"""Makes words of any script separable by blanks, for comparisons word by word."""
 
 import regex
 
@@ -6,6 +6,6 @@ _SIGN_OF_ITS_OWN = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p
 
 
 def signs_apart(text: str) -> str:
-    """The text with blanks around each sign, marks on it included, of scripts that are written without blanks between
+    """The text with blanks around each character, including its combining marks, of scripts that put no blanks between
     words: Chinese, Japanese, Thai, Lao, Khmer, Burmese."""
     return _SIGN_OF_ITS_OWN.sub(r" \g<0> ", text)

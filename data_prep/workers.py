@@ -1,4 +1,8 @@
-"""All cores: blocks of rows to encoded documents in worker processes, handed back in order."""
+"""Encodes blocks of rows on all cores, in worker processes, and returns the results in order.
+
+torch's DataLoader would not do: it lets every worker read the sources itself, while here one process reads and the
+workers encode. It would also import torch, which preparing does not need.
+"""
 
 import contextlib
 import gc
@@ -17,81 +21,81 @@ import numpy as np
 
 from data_prep.config import DataConfig
 from data_prep.documents import Document
-from data_prep.duplicates import Signer
+from data_prep.duplicates import MinHasher
 from data_prep.encode import BAD_ROW, Encoded, Encoder, Removed
-from data_prep.items import item_of
+from data_prep.items import held_out_item
 from data_prep.sources.blocks import Block
 from data_prep.sources.read import DocumentMaker
 from data_prep.split import may_be_held_out
 from data_prep.user_error import UserError
 
-_AHEAD = 3  # blocks a worker that are read and not yet handed back
+_AHEAD = 3  # blocks per worker that are read ahead
 
-# What preparation keeps in memory of a document (or a piece of one): 69 bytes, some 220 while they are split and drawn.
+# Kept in memory per document (or piece of one): 69 bytes, about 220 during splitting and drawing.
 DOCUMENT = np.dtype(
     [
         ("task", "i4"),  # index into the tasks
-        ("file", "i4"),  # index into the places of blocks
-        ("number", "i8"),  # row in that file
+        ("file", "i4"),  # index into the blocks' places
+        ("number", "i8"),  # row number in that file
         ("piece", "i4"),
         ("cut", "?"),
-        ("high", "u8"),  # the digest, in two halves
-        ("low", "u8"),
-        ("learnt", "u4"),  # its mark
+        ("high", "u8"),  # first half of the digest
+        ("low", "u8"),  # second half
+        ("learned", "u4"),  # Document.learned_mark
         ("tokens", "i4"),
         ("labelled", "i4"),
-        ("start", "i8"),  # first token among all tokens
-        ("item", "i4"),  # bytes of the held-out item it would make
-        ("item_start", "i8"),
+        ("start", "i8"),  # index of its first token among all tokens
+        ("item", "i4"),  # bytes of its held-out item, 0 if it has none
+        ("item_start", "i8"),  # index of the item's first byte among all items
     ]
 )
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A document taken out of a task."""
+    """A document removed from a task."""
 
     task: int
     reason: str
-    place: str  # as that of encode.Removed
+    place: str  # as in encode.Removed
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What is kept of a document beside its tokens."""
+    """What is kept of a document apart from its tokens."""
 
     number: int
     digest: bytes
-    learnt: int
-    item: bytes  # empty where it is none, or cannot be held out
+    learned: int
+    item: bytes  # empty if there is none, or the document is not held out
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """What becomes of a block. start, item_start and file of the documents are not set yet."""
+    """The result of encoding a block. The documents' fields start, item_start and file are not set yet."""
 
     block: Block  # without its rows
     documents: np.ndarray  # DOCUMENT [documents]
     input_ids: np.ndarray  # int32 [tokens], document after document
-    scored: np.ndarray  # bool [tokens]
-    items: bytes  # JSON lines of held-out items, document after document
+    scored: np.ndarray  # bool [tokens]: whether the token is a label
+    items: bytes  # held-out items as JSON lines, document after document
     signatures: np.ndarray | None  # uint32 [documents, permutations], for near duplicates
     removals: list[Removal]
     forms: Counter[str]
 
 
 class BlockEncoder:
-    """Encodes blocks, in the process that made it."""
+    """Encodes blocks in the current process."""
 
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
         self._config = config
         self._tasks = {task: index for index, task in enumerate(config.tasks)}
         self._maker = DocumentMaker(config)
         self._encoder = Encoder(tokenizer, config)
-        self._signer = Signer() if config.cleaning.near_duplicates is not None else None
+        self._signer = MinHasher() if config.cleaning.near_duplicates is not None else None
 
     def __call__(self, block: Block) -> EncodedBlock:
-        """Raises UserError for a row that cannot be read, unless the recipe has such rows dropped."""
+        """Raises UserError for a row that cannot be read, unless the recipe drops bad rows."""
         task = self._tasks[self._config.sources[block.source].task]
         rows: dict[str, _Row] = {}  # by the origin of their documents
         documents, removals = [], []
@@ -128,8 +132,8 @@ class BlockEncoder:
         config = self._config
         digest = document.digest(config.seed, config.system_prompt)
         (may,) = may_be_held_out(np.frombuffer(digest[:8], ">u8"), config.held_out)
-        item = item_of(document, config) if may else b""
-        return _Row(number, digest, document.learnt_mark(config.mask_history), item)
+        item = held_out_item(document, config) if may else b""
+        return _Row(number, digest, document.learned_mark(config.mask_history), item)
 
 
 def _describe(encoded: list[Encoded], rows: list[_Row], task: int, items: list[bytes]) -> np.ndarray:
@@ -138,7 +142,7 @@ def _describe(encoded: list[Encoded], rows: list[_Row], task: int, items: list[b
     described["task"] = task
     described["high"], described["low"] = digests[:, 0], digests[:, 1]
     described["number"] = [row.number for row in rows]
-    described["learnt"] = [row.learnt for row in rows]
+    described["learned"] = [row.learned for row in rows]
     described["piece"] = [e.piece for e in encoded]
     described["cut"] = [e.cut for e in encoded]
     described["tokens"] = [len(e) for e in encoded]
@@ -148,18 +152,18 @@ def _describe(encoded: list[Encoded], rows: list[_Row], task: int, items: list[b
 
 
 def encode_blocks(blocks: Iterator[Block], config: DataConfig, tokenizer: Any) -> Generator[EncodedBlock, None, None]:
-    """Every block encoded, in order, on all cores this process may use.
+    """Encodes all blocks, in order, on all cores that this process may use, with few blocks in memory at a time.
 
-    Few blocks are in memory at any time. Raises UserError for what a block holds, and where a worker is killed.
+    Raises UserError for bad rows, and if a worker is killed.
     """
     count = len(os.sched_getaffinity(0))
-    # The workers are forked before anything here has tokenised, so that they share memory and start at once.
+    # Workers are forked before anything is tokenized here, so they share the tokenizer's memory and start at once.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(count, context, _start, (config, tokenizer)) as pool:
         waiting: deque[Future[EncodedBlock]] = deque()
         try:
             for block in blocks:
-                with _interrupts_held_back():  # for good in the workers, which are forked here: the parent ends them
+                with _interrupts_held_back():  # permanently in the workers, forked here; the parent ends them
                     waiting.append(pool.submit(_encode, block))
                 if len(waiting) > _AHEAD * count:
                     yield waiting.popleft().result()
@@ -167,7 +171,7 @@ def encode_blocks(blocks: Iterator[Block], config: DataConfig, tokenizer: Any) -
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "data.sources: a worker process was killed, most likely for want of memory; free some, or use fewer "
+                "data.sources: a worker process was killed, most likely out of memory; free some, or use fewer "
                 "cores (taskset)"
             ) from error
         finally:
@@ -176,7 +180,7 @@ def encode_blocks(blocks: Iterator[Block], config: DataConfig, tokenizer: Any) -
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Has a Ctrl-C wait until the block ends; processes forked in it never see one."""
+    """Delays Ctrl-C until the block ends; processes forked inside never receive it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -184,22 +188,25 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_encoder: BlockEncoder | None = None  # of a worker process; the pool hands its functions nothing that lasts
+_encoder: BlockEncoder | None = None  # of this worker process; the pool passes its functions no lasting objects
 
 
 def _start(config: DataConfig, tokenizer: Any) -> None:
     global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there already is one process per core
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.freeze()  # what the parent had made stays shared, and is not gone through again and again
-    gc.set_threshold(100_000)  # a block is many small objects, none of them in a cycle
+    gc.freeze()  # keeps the parent's objects shared, and out of further collections
+    gc.set_threshold(100_000)  # a block is many small objects, without cycles
     _encoder = BlockEncoder(config, tokenizer)
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 
 def _encode(block: Block) -> EncodedBlock:
+    assert _encoder is not None  # _start has set it
     return _encoder(block)

@@ -130,11 +130,11 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
 def _prepare(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from data_prep.fingerprint import tokenizer_files
-    from data_prep.prepare import kept, prepare
+    from data_prep.prepare import find_unchanged_set, prepare
     from trainer.base.model_folder import resolve_folder
 
     files = tokenizer_files(resolve_folder(recipe.base), recipe.data)
-    report = kept(recipe.data, files)
+    report = find_unchanged_set(recipe.data, files)
     if report is None or options.show:  # a tokenizer takes seconds to load
         from trainer.base.model_config import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""Rows of a source in blocks, as they travel from the process that reads to those that parse and tokenise."""
+"""Blocks of a source's rows, which go from the process that reads to those that parse and tokenize."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ _SIZE = 2**21  # characters or bytes; a block of long rows holds fewer of them
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A row that its reader could not make out, and why, for a person."""
+    """A row that could not be read, and the reason, for error messages."""
 
     why: str
 
 
-# what a reader yields: the row's number, and the row: a line of JSON, a record, or what kept it from being one
+# what readers yield: the row's number, and a line of JSON, a record, or the reason why there is none
 Row = tuple[int, bytes | dict[str, Any] | Unreadable]
 
 
@@ -25,17 +25,18 @@ class Block:
 
     source: int  # index into data.sources
     place: str  # the file, dataset or generator
-    by_line: bool  # whether numbers count lines of text from 1, or records from 0
+    by_line: bool  # whether row numbers are lines, from 1, or records, from 0
     rows: list[Row]
 
     def origin(self, number: int) -> str:
-        """Where a person finds a row: "file:line" or "file[record]"."""
+        """Where a row is: "file:line" or "file[record]"."""
         return f"{self.place}:{number}" if self.by_line else f"{self.place}[{number}]"
 
 
 def in_blocks(source: int, place: str, by_line: bool, rows: Iterator[Row]) -> Iterator[Block]:
-    """The rows in blocks small enough for memory not to matter."""
-    block, size = [], 0
+    """Groups rows into blocks of at most 256 rows and about 2 MB."""
+    block: list[Row] = []
+    size = 0
     for row in rows:
         block.append(row)
         size += _size(row[1])

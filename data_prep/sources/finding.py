@@ -1,14 +1,15 @@
-"""Which files a path of the recipe means, and how to open them."""
+"""Finds the files that a path in the recipe stands for, and opens them."""
 
 import bz2
 import glob
 import gzip
+import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from data_prep.config import FilesSource
 from data_prep.user_error import UserError
@@ -18,44 +19,44 @@ FORMATS = {
     ".arrow": "arrow", ".feather": "arrow", ".txt": "text", ".md": "text",
 }  # fmt: skip
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_BOOKKEEPING = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}  # of `datasets`
-_ABOUT = {"readme", "license"}  # what a downloaded folder says of itself; its data is elsewhere
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file raises
+_BOOKKEEPING = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}  # by `datasets`
+_ABOUT = {"readme", "license"}  # describe a downloaded folder; its data is in other files
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # raised when reading a damaged file
 
 
-def files_of(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
-    """The source's files in the order of their names, and what is passed over in a folder.
+def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
+    """The source's files, sorted by name, and the files of a folder that are skipped.
 
-    Links to folders are not followed. `key`: the source's key in the recipe, for errors. Raises UserError where there
-    is no file that can be read.
+    Does not follow links to folders. `key`: the source's key in the recipe, for errors. Raises UserError if there is no
+    file, or one that is no regular file or has an unknown format.
     """
-    passed_over: list[Path] = []
-    if os.path.isdir(source.path):  # unlike Path.is_dir, false for whatever path cannot be looked up
-        found, passed_over = _in_folder(source, key)
+    skipped: list[Path] = []
+    if os.path.isdir(source.path):  # unlike Path.is_dir, false for paths that cannot be looked up
+        found, skipped = _in_folder(source, key)
     elif os.path.exists(source.path):
         found = [source.path]
     elif glob.has_magic(str(source.path)):
         found = _matches(str(source.path))
         if not found:
-            raise UserError(f"{key}.path: no file is called {source.path}; correct the pattern")
+            raise UserError(f"{key}.path: no file matches {source.path}; correct the pattern")
     else:
         raise UserError(f"{key}.path: {source.path} does not exist; expected a file, a pattern or a folder")
-    for path in (*found, *passed_over):
+    for path in (*found, *skipped):
         if not _is_utf8(str(path)):  # neither manifest nor report could name it
             raise UserError(f"{key}.path: the name {str(path)!r} is not UTF-8; rename it")
     for path in found:
         if not os.path.isfile(path):
-            raise UserError(f"{key}.path: {path} is no regular file, or a link to none; remove or correct it")
+            raise UserError(f"{key}.path: {path} is not a regular file or a link to one; remove or correct it")
         if format_of(path, source) is None:
             raise UserError(
-                f"{key}.path: {path} does not end in {', '.join(FORMATS)}, also {', '.join(_COMPRESSED)}; name its "
-                f"format under {key}.format"
+                f"{key}.path: {path} does not end in {', '.join(FORMATS)} (with or without {', '.join(_COMPRESSED)}); "
+                f"set {key}.format"
             )
-    return found, passed_over
+    return found, skipped
 
 
 def format_of(path: Path, source: FilesSource) -> str | None:
-    """How a file is written: as the recipe says, or as its ending does; None for an unknown ending."""
+    """A file's format, by the recipe or else by its ending; None for an unknown ending."""
     return source.format or FORMATS.get(_without_compression(path).suffix.lower())
 
 
@@ -63,46 +64,49 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in _COMPRESSED
 
 
-def open_file(path: Path) -> BinaryIO:
-    """The file's bytes, decompressed. What reading raises on damage is in DAMAGE; a truncated file is never silent."""
-    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
-    return opener.get(path.suffix.lower(), open)(path, "rb")
+def open_file(path: Path) -> io.BufferedReader:
+    """Opens a file for reading its decompressed bytes. Damaged and truncated files raise one of READ_ERRORS."""
+    openers: dict[str, Callable[[Path], Any]] = {
+        ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst
+    }  # fmt: skip
+    opener = openers.get(path.suffix.lower())
+    return path.open("rb") if opener is None else io.BufferedReader(opener(path))
 
 
-def unreadable(path: Path, error: Exception, key: str) -> UserError:
-    """The one line for a file that cannot be read to its end."""
+def unreadable_file(path: Path, error: Exception, key: str) -> UserError:
+    """The error for a file that cannot be read to its end."""
     cause = " ".join(str(getattr(error, "strerror", None) or error).split())
-    is_damaged = is_compressed(path) and not getattr(error, "errno", None)  # and not one that cannot be opened
-    advice = "it is truncated or damaged, get it anew" if is_damaged else "give a file that can be read"
+    is_damaged = is_compressed(path) and not getattr(error, "errno", None)  # errno: it could not be opened
+    advice = "it is truncated or damaged, download it again" if is_damaged else "give a readable file"
     return UserError(f"{key}.path: cannot read {path} ({cause}); {advice}")
 
 
-def _open_zst(path: Path, _mode: str) -> BinaryIO:
-    import io
-
+def _open_zst(path: Path) -> Any:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return pyarrow.input_stream(str(path), compression="zstd")
 
 
 def _in_folder(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
     if os.path.exists(source.path / "dataset_dict.json"):
-        raise UserError(f"{key}.path: {source.path} holds several splits; name one of them, as {source.path / 'train'}")
-    found = sorted(_walk(source.path, key))
-    passed_over = [path for path in found if _is_passed_over(path, source)]
-    if len(passed_over) == len(found):
         raise UserError(
-            f"{key}.path: folder {source.path} has no file that ends in {', '.join(FORMATS)}; give another, or name "
-            f"their format under {key}.format"
+            f"{key}.path: {source.path} holds several splits; give one of them, such as {source.path / 'train'}"
         )
-    return [path for path in found if not _is_passed_over(path, source)], passed_over
+    found = sorted(_walk(source.path, key))
+    skipped = [path for path in found if _is_skipped(path, source)]
+    if len(skipped) == len(found):
+        raise UserError(
+            f"{key}.path: folder {source.path} has no file that ends in {', '.join(FORMATS)}; give another folder, or "
+            f"set {key}.format"
+        )
+    return [path for path in found if not _is_skipped(path, source)], skipped
 
 
 def _walk(folder: Path, key: str) -> Iterator[Path]:
-    """Files, and links to folders, but for what is hidden and what `datasets` keeps beside its files."""
+    """Files, and links to folders, except hidden ones and what `datasets` keeps beside its files."""
 
     def refuse(error: OSError) -> None:
-        raise unreadable(Path(error.filename), error, key) from error
+        raise unreadable_file(Path(error.filename), error, key) from error
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -111,14 +115,14 @@ def _walk(folder: Path, key: str) -> Iterator[Path]:
         yield from (Path(parent) / name for name in [*kept, *links])
 
 
-def _is_passed_over(path: Path, source: FilesSource) -> bool:
+def _is_skipped(path: Path, source: FilesSource) -> bool:
     about = path.stem.lower() in _ABOUT or (path.name.startswith("cache-") and path.suffix == ".arrow")
     return about or format_of(path, source) is None or os.path.isdir(path)
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Files that match; each once, since ** also goes through links to folders, and so around in circles."""
-    found = {}
+    """Matching files, each once: ** also follows links to folders, even in circles."""
+    found: dict[tuple[str, str], Path] = {}
     for name in sorted(glob.glob(pattern, recursive=True), key=lambda name: (name.count(os.sep), name)):
         if not os.path.isdir(name):
             folder, file = os.path.split(name)

@@ -1,8 +1,8 @@
-"""Documents from reasoning-gym's seeded generators: one question and its answer each.
+"""Documents from reasoning-gym's seeded generators, each with one question and its answer.
 
-Some generators go by the order of sets of texts, or by the random state of the whole process, whatever their seed is.
-So all work in a process of their own, in which texts have the same hashes every time, and that state is set before each
-entry. Of one, codeio, a few entries of a thousand differ all the same.
+Some generators depend on the order of sets of strings or on the global random state, whatever their seed is. So they
+run in a separate process with a fixed string hash seed, and the random state is set before each entry. Of the generator
+codeio, a few entries in a thousand still differ between runs.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import random
 import signal
 import subprocess
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -26,18 +26,18 @@ from data_prep.user_error import UserError
 _PROCESS = [sys.executable, "-m", "data_prep.sources.gym"]
 
 
-class Generators:
-    """The process of reasoning-gym's generators, which ends with this one; begun when it is first asked."""
+class GymProcess:
+    """The process that runs reasoning-gym; starts with the first request and ends with this process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def documents(self, source: ReasoningGymSource, key: str, origins: dict[int, str]) -> list[Document]:
-        """The entries of those indices, with their origins; an entry is the same for the same seed and options, and has
-        no answer where the generator knows none.
+        """The entries with the given indices, as documents with the given origins.
 
-        `key` is the recipe's key of the source, for errors. Raises UserError for an unknown generator and for options
-        that the generator refuses, when set or when it generates.
+        The same seed and options give the same entry. The answer is empty if the generator knows none. `key`: the
+        source's key in the recipe, for errors. Raises UserError for an unknown generator, and for options that it
+        refuses when created or when generating.
         """
         documents = []
         for origin, (question, answer) in zip(origins.values(), self._entries(source, key, [*origins]), strict=True):
@@ -50,12 +50,14 @@ class Generators:
 
     def _entries(self, source: ReasoningGymSource, key: str, indices: list[int]) -> list[tuple[str, str]]:
         self._process = self._process or _start()
+        requests, replies = self._process.stdin, self._process.stdout
+        assert requests is not None and replies is not None  # both are pipes
         try:
-            _send({"source": source.model_dump(mode="json"), "key": key, "indices": indices}, self._process.stdin)
-            reply = json.loads(self._process.stdout.readline())
+            _send({"source": source.model_dump(mode="json"), "key": key, "indices": indices}, requests)
+            reply = json.loads(replies.readline())
         except (BrokenPipeError, ValueError) as error:
             raise UserError(
-                f"{key}: the process of {source.generator} ended, most likely for want of memory; free some, or use "
+                f"{key}: the process of {source.generator} ended, most likely out of memory; free some, or use "
                 "fewer cores (taskset)"
             ) from error
         if "mistake" in reply:
@@ -68,14 +70,14 @@ def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(_PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
-def _send(message: dict[str, Any], stream: BinaryIO) -> None:
+def _send(message: dict[str, Any], stream: IO[bytes]) -> None:
     stream.write(json.dumps(message).encode() + b"\n")
     stream.flush()
 
 
 def _serve() -> None:
-    """Replies to what `Generators` asks on the standard input, a line each, until that ends."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # with none to reply to it ends without a word
+    """Answers the requests of `GymProcess` on standard input, one per line, until it is closed."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently if nobody reads the replies
     built: dict[str, Any] = {}
     for line in sys.stdin.buffer:
         asked = json.loads(line)
@@ -84,19 +86,21 @@ def _serve() -> None:
         try:
             if described not in built:
                 built[described] = _build(source, key)
-            reply = {"entries": [_entry(built[described], index, source, key) for index in asked["indices"]]}
+            reply: dict[str, Any] = {
+                "entries": [_entry(built[described], index, source, key) for index in asked["indices"]]
+            }
         except UserError as error:
             reply = {"mistake": str(error)}
         _send(reply, sys.stdout.buffer)
 
 
 def _build(source: ReasoningGymSource, key: str) -> Any:
-    from reasoning_gym.factory import DATASETS, create_dataset  # takes over a second
+    from reasoning_gym.factory import DATASETS, create_dataset  # slow: over a second
 
     if source.generator not in DATASETS:
         near = difflib.get_close_matches(source.generator, DATASETS, n=3, cutoff=0.5)
         hint = f"nearest: {', '.join(near)}" if near else f"it has {', '.join(sorted(DATASETS))}"
-        raise UserError(f"{key}.generator: {source.generator!r} is no reasoning-gym generator; {hint}")
+        raise UserError(f"{key}.generator: {source.generator!r} is not a reasoning-gym generator; {hint}")
 
     known = [field.name for field in dataclasses.fields(DATASETS[source.generator][1])]
     for option in source.options:
@@ -105,7 +109,7 @@ def _build(source: ReasoningGymSource, key: str) -> Any:
             raise UserError(f"{key}.options: {source.generator} has no option {option!r}; it has {choices}")
     try:
         return create_dataset(source.generator, size=source.count, seed=source.seed, **source.options)
-    except Exception as error:  # generators check their options with whatever comes to hand, mostly bare asserts
+    except Exception as error:  # generators check options in many ways, mostly with bare asserts
         raise UserError(_refusal(source, key, "refuses its options", error)) from error
 
 
@@ -115,7 +119,7 @@ def _entry(generator: Any, index: int, source: ReasoningGymSource, key: str) -> 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some generators print their progress
             entry = generator[index]
-    except Exception as error:  # options that passed the check can still be impossible to satisfy
+    except Exception as error:  # options that passed the checks can still be impossible to satisfy
         raise UserError(_refusal(source, key, f"failed at entry {index}", error)) from error
     answer = entry["answer"]
     return entry["question"], "" if answer is None else str(answer)

@@ -1,4 +1,4 @@
-"""Every kind of source, in two halves: blocks of rows, read in one process, and their documents, made in many."""
+"""Every kind of source, in two steps: one process reads blocks of rows, many processes make documents of them."""
 
 import io
 from collections.abc import Iterator
@@ -7,12 +7,13 @@ from typing import Any
 
 from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource, SuiteSource
 from data_prep.documents import Document
-from data_prep.forms import renamed, to_document
+from data_prep.forms import rename_fields, to_document
 from data_prep.sources.blocks import Block, Row, Unreadable, in_blocks
-from data_prep.sources.columns import arrow, hub, parquet
-from data_prep.sources.finding import DAMAGE, files_of, format_of, is_compressed, open_file, unreadable
-from data_prep.sources.gym import Generators
-from data_prep.sources.text import json_array, json_lines, parse_object, plain_text, refuse_other_encodings, table
+from data_prep.sources.columns import read_arrow, read_hub, read_parquet
+from data_prep.sources.finding import READ_ERRORS, find_files, format_of, is_compressed, open_file, unreadable_file
+from data_prep.sources.gym import GymProcess
+from data_prep.sources.json_array import read_json_array
+from data_prep.sources.text import parse_object, read_json_lines, read_plain_text, read_table, refuse_other_encodings
 from data_prep.suite.tasks import records
 from data_prep.user_error import UserError
 
@@ -22,8 +23,8 @@ def source_key(index: int) -> str:
     return f"data.sources.{index}"
 
 
-def blocks_of(config: DataConfig) -> Iterator[Block]:
-    """All rows of all sources, in their order. Raises UserError for files that cannot be read to their end."""
+def read_blocks(config: DataConfig) -> Iterator[Block]:
+    """All rows of all sources, in order. Raises UserError for files that cannot be read to their end."""
     for index, source in enumerate(config.sources):
         key = source_key(index)
         if isinstance(source, ReasoningGymSource):
@@ -31,21 +32,21 @@ def blocks_of(config: DataConfig) -> Iterator[Block]:
         elif isinstance(source, SuiteSource):
             yield from in_blocks(index, source.task, False, enumerate(records(source, key)))
         elif isinstance(source, HubSource):
-            yield from in_blocks(index, source.name, False, hub(source, key))
+            yield from in_blocks(index, source.name, False, read_hub(source, key))
         else:
-            for path in files_of(source, key)[0]:
+            for path in find_files(source, key)[0]:
                 yield from _blocks_of_file(index, source, path, key)
 
 
 class DocumentMaker:
-    """Makes documents of blocks; keeps the process of generators, which is slow to start."""
+    """Makes documents of blocks. Keeps the process of reasoning-gym, which is slow to start."""
 
     def __init__(self, config: DataConfig) -> None:
         self._sources = config.sources
-        self._generators = Generators()
+        self._generators = GymProcess()
 
     def documents(self, block: Block) -> Iterator[tuple[int, Document | UserError]]:
-        """Number and document of each row, in order; where a row holds none, the reason, with its place."""
+        """Number and document of each row, in order; for a bad row, the error that says where and why."""
         source = self._sources[block.source]
         if isinstance(source, ReasoningGymSource):
             origins = {number: block.origin(number) for number, _ in block.rows}
@@ -67,9 +68,9 @@ def _document(
     if isinstance(row, Unreadable):
         raise UserError(f"{origin}: {row.why}")
     if isinstance(row, bytes):
-        row = parse_object(row, origin, "one JSON object a line" if by_line else "one array of JSON objects")
-    fields = {} if isinstance(source, SuiteSource) else source.fields
-    return to_document(renamed(row, fields, origin), source.task, origin)
+        row = parse_object(row, origin, "one JSON object per line" if by_line else "one array of JSON objects")
+    record = row if isinstance(source, SuiteSource) else rename_fields(row, source.fields, origin)
+    return to_document(record, source.task, origin)
 
 
 def _blocks_of_file(index: int, source: FilesSource, path: Path, key: str) -> Iterator[Block]:
@@ -78,23 +79,23 @@ def _blocks_of_file(index: int, source: FilesSource, path: Path, key: str) -> It
         if kind in ("parquet", "arrow"):
             if is_compressed(path):
                 raise UserError(f"{key}.path: {path} is compressed as a whole; unpack it")
-            yield from in_blocks(index, str(path), False, parquet(path) if kind == "parquet" else arrow(path))
+            yield from in_blocks(index, str(path), False, read_parquet(path) if kind == "parquet" else read_arrow(path))
             return
         with open_file(path) as file:
-            by_line, rows = _text_rows(io.BufferedReader(file), str(path), kind, source.sample_by)
+            by_line, rows = _text_rows(file, str(path), kind, source.sample_by)
             yield from in_blocks(index, str(path), by_line, rows)
-    except DAMAGE as error:
-        raise unreadable(path, error, key) from error
+    except READ_ERRORS as error:
+        raise unreadable_file(path, error, key) from error
 
 
-def _text_rows(file: io.BufferedReader, path: str, kind: str, sample_by: str) -> tuple[bool, Iterator[Row]]:
-    """Whether rows go by line, and the rows."""
+def _text_rows(file: io.BufferedReader, path: str, kind: str | None, sample_by: str) -> tuple[bool, Iterator[Row]]:
+    """Whether rows are numbered by line, and the rows."""
     start = file.peek(64)
     refuse_other_encodings(start, path)
     if kind == "text":
-        return True, plain_text(file, path, sample_by)
+        return True, read_plain_text(file, path, sample_by)
     if kind in ("csv", "tsv"):
-        return True, table(file, path, "," if kind == "csv" else "\t")
+        return True, read_table(file, path, "," if kind == "csv" else "\t")
     if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        return False, json_array(file, path)
-    return True, json_lines(file)
+        return False, read_json_array(file, path)
+    return True, read_json_lines(file)

@@ -1,11 +1,10 @@
-"""Rows of text files: JSON lines, a JSON array, CSV, TSV, plain text."""
+"""Rows of text files: JSON lines, CSV, TSV, plain text."""
 
 import codecs
 import csv
 import io
 import itertools
 import json
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -13,33 +12,27 @@ from typing import Any, BinaryIO
 from data_prep.sources.blocks import Row, Unreadable
 from data_prep.user_error import UserError
 
-DEEPEST = 100  # lists and objects within one another
-
-_LARGEST = 2**26  # bytes of one plain text, or of one string in an array
-_CHUNK = 2**20  # bytes read at once
-_BLANK = b" \t\r\n"  # to JSON
-# Or up to a string without end. Possessive within strings only: Python before 3.11.5 gets it wrong around them.
-_UP_TO_BRACKET = re.compile(rb'[^"\[\]{}]*(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*)*', re.DOTALL)
-_ZERO_BYTE = "holds a zero byte, so it is no text; remove the byte"
+_LARGEST = 2**26  # bytes of one plain text
+_ZERO_BYTE = "holds a zero byte, so it is not text; remove the byte"
 
 
 def refuse_other_encodings(start: bytes, path: str) -> None:
-    """Raises UserError where a file that begins with `start` is no UTF-8 text."""
+    """Raises UserError if a file that begins with `start` is not UTF-8 text."""
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path}:1: the file is UTF-16; save it as UTF-8")
     if b"\0" in start[:64]:
-        raise UserError(f"{path}:1: the file holds zero bytes, so it is no text; save it as UTF-8 text")
+        raise UserError(f"{path}:1: the file holds zero bytes, so it is not text; save it as UTF-8 text")
 
 
-def json_lines(file: BinaryIO) -> Iterator[Row]:
-    """Lines as bytes, numbered from 1; parse_object reads them. Blank ones are passed over."""
+def read_json_lines(file: BinaryIO) -> Iterator[Row]:
+    """Lines as bytes, numbered from 1, without blank ones; parse_object reads them."""
     for number, line in enumerate(file, start=1):
         if line.strip() not in (b"", codecs.BOM_UTF8):
             yield number, line
 
 
 def parse_object(text: bytes, origin: str, expected: str) -> dict[str, Any]:
-    """The JSON object that `text` is. Raises UserError where it is no single one, or one with a key twice."""
+    """Parses one JSON object. Raises UserError for anything else, and for repeated keys."""
     try:
         record = json.loads(text.decode("utf-8-sig"), object_pairs_hook=without_repeats)
     except UnicodeDecodeError as error:
@@ -52,30 +45,22 @@ def parse_object(text: bytes, origin: str, expected: str) -> dict[str, Any]:
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of those keys and values. Raises ValueError where a key is there twice."""
+    """The dictionary of these keys and values. Raises ValueError for repeated keys."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"key {repeated([name for name, _ in pairs])!r} is there twice")
+        raise ValueError(f"key {first_repeated([name for name, _ in pairs])!r} is repeated")
     return record
 
 
-def repeated(names: list[str]) -> str | None:
-    """The first name that is there twice, if one is."""
+def first_repeated(names: list[str]) -> str | None:
+    """The first name that occurs twice, if any."""
     return next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
 
 
-def json_array(file: BinaryIO, path: str) -> Iterator[Row]:
-    """Elements of one array as bytes, numbered from 0, few in memory at a time; parse_object reads them.
-
-    Raises UserError for text between elements that is no comma, since nothing tells where the next one begins.
-    """
-    return enumerate(_elements(file, path))
-
-
-def table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
-    """Records of a CSV or TSV file with a header, by the line they begin at. Raises UserError where it is damaged."""
-    csv.field_size_limit(sys.maxsize)  # the csv module keeps this for all readers; its default is 128 KiB
-    # Bytes that are not UTF-8 become lone surrogates, so that only the rows that hold them are bad.
+def read_table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
+    """Records of a CSV or TSV file with a header, numbered by their first line. Raises UserError if it is damaged."""
+    csv.field_size_limit(sys.maxsize)  # applies to all readers of the process; the default is 128 KiB
+    # Bytes that are not UTF-8 become lone surrogates, so that only their rows are bad.
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     lines = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -92,8 +77,8 @@ def table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
         raise UserError(f"{path}:{start}: not a table ({error}); correct the row or its quotes") from error
 
 
-def plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
-    """Documents of plain text as {"text": ...}, by the line they begin at; blank ones are passed over."""
+def read_plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
+    """Documents of plain text as {"text": ...}, numbered by their first line, without blank ones."""
     if sample_by == "document":
         content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
@@ -115,59 +100,9 @@ def plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
             yield number, {"text": text}
 
 
-def _elements(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """The lists and objects of an array, as they stand. Raises UserError where anything else is in or after it."""
-    pieces = _pieces(file, path)
-    next(pieces)  # ends with the bracket that opens the array
-    parts: list[bytes] = []
-    depth = count = 0
-    for before, bracket in pieces:
-        if not bracket:
-            raise UserError(f"{path}[{count}]: the array has no end; the file is cut off or a quote is missing")
-        if depth:
-            parts += before, bracket
-        else:
-            before = before.strip(_BLANK)
-            if bracket == b"]" and not before:
-                break
-            if bracket in b"]}" or before != (b"," if count else b""):
-                raise UserError(
-                    f"{path}[{count}]: found {_shown(before + bracket)} in place of {'a comma and ' if count else ''}"
-                    "an object; expected one array of JSON objects, correct it"
-                )
-            parts = [bracket]
-        depth += 1 if bracket in b"[{" else -1
-        if depth > DEEPEST:
-            raise UserError(f"{path}[{count}]: over {DEEPEST} lists and objects within one another; simplify it")
-        if not depth:
-            yield b"".join(parts)
-            count += 1
-    before, bracket = next(pieces)
-    if rest := before.strip(_BLANK) + bracket:
-        raise UserError(f"{path}: found {_shown(rest)} after the end of the array; remove it")
-
-
-def _pieces(file: BinaryIO, path: str) -> Iterator[tuple[bytes, bytes]]:
-    """The text up to each bracket outside of strings, and the bracket; at the end what is left, and nothing."""
-    text, start = file.read(_CHUNK), 0
-    while True:
-        end = _UP_TO_BRACKET.match(text, start).end()
-        if text[end : end + 1] not in (b"", b'"'):
-            yield text[start:end], text[end : end + 1]
-            start = end + 1
-            continue
-        if len(text) - start > _LARGEST:
-            raise UserError(f"{path}: over {_LARGEST >> 20} MiB between brackets of an array; look for a missing quote")
-        more = file.read(max(_CHUNK, len(text) - start))  # twice as much, so that a long string is seldom begun anew
-        if not more:
-            yield text[start:], b""
-            return
-        text, start = text[start:] + more, 0
-
-
 def _checked_header(names: list[str], origin: str) -> list[str]:
-    if (name := repeated(names)) is not None:
-        raise UserError(f"{origin}: column {name!r} is there twice; rename one")
+    if (name := first_repeated(names)) is not None:
+        raise UserError(f"{origin}: column {name!r} is repeated; rename one")
     if byte := _escaped_byte(names):
         raise UserError(f"{origin}: {_no_utf8(byte)}")
     return names
@@ -182,7 +117,7 @@ def _not_a_row(values: list[str], header: list[str]) -> str | None:
 
 
 def _escaped_byte(values: list[str]) -> int | None:
-    """The first byte that is not UTF-8, where decoding escaped one."""
+    """The first byte that was not UTF-8 and was escaped when decoding, if any."""
     text = "".join(values)
     try:
         text.encode()
@@ -207,10 +142,5 @@ def _json_cause(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at character {error.pos}"
     if isinstance(error, RecursionError):
-        return "too many lists and objects within one another"
-    return str(error).partition(";")[0]  # a key twice, or an integer of over 4300 digits
-
-
-def _shown(text: bytes) -> str:
-    start = text[:40].decode(errors="replace")
-    return repr(start + "..." if len(text) > 40 else start)
+        return "too many nested lists and objects"
+    return str(error).partition(";")[0]  # a repeated key, or an integer of over 4300 digits

@@ -1,1 +1,1 @@
-"""The suite: tasks of many kinds whose rows are made on the spot from packages with free licences; see SUITE.md."""
+"""The suite: tasks of many kinds, with rows generated from packages with free licenses; see SUITE.md."""

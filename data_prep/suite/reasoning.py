@@ -1,4 +1,4 @@
-"""Problems with one right answer that are made without a package: syllogisms and dates."""
+"""Problems with one right answer that need no package: syllogisms and dates."""
 
 import datetime
 import functools
@@ -17,7 +17,7 @@ _GROUPS = (
 )  # fmt: skip
 _FORMS = ("All {} are {}.", "No {} are {}.", "Some {} are {}.", "Some {} are not {}.")
 _SYMMETRIC = (1, 2)
-_REGIONS = tuple(itertools.product((False, True), repeat=3))  # who is in which of three groups
+_REGIONS = tuple(itertools.product((False, True), repeat=3))  # membership in each of three groups
 _FIRST_DAY, _LAST_DAY = datetime.date(2000, 1, 1), datetime.date(2049, 12, 31)
 _MOST_DAYS = 9
 _MONTHS = (
@@ -25,14 +25,14 @@ _MONTHS = (
     "December",
 )  # fmt: skip
 
-Statement = tuple[int, int, int]  # index into _FORMS, and which of three groups stand in it
+Statement = tuple[int, int, int]  # index into _FORMS, and the indices of its two groups, out of three
 
 
 def syllogisms(rng: random.Random) -> Iterator[Row]:
-    """Whether a statement follows from two premises, is ruled out by them, or neither; in turn, so that none is common.
+    """Whether two premises imply a statement, rule it out, or neither; in turn, so all verdicts are equally common.
 
-    They are of Aristotle's first figure, in which the terms stand in a row: A and B, B and C, so A and C. Groups may be
-    empty or not: where that would change the verdict, there is no row.
+    All are of Aristotle's first figure, with the terms in a row: A and B, B and C, so A and C. Leaves out syllogisms
+    whose verdict depends on whether groups may be empty.
     """
     by_verdict = _syllogisms()
     for verdict in itertools.cycle(_VERDICTS):
@@ -48,7 +48,7 @@ def syllogisms(rng: random.Random) -> Iterator[Row]:
 
 
 def dates(rng: random.Random) -> Iterator[Row]:
-    """The date some days after or before another, from 2 to 9 of them."""
+    """The date 2 to 9 days after or before another."""
     while True:
         days = rng.randrange((_LAST_DAY - _FIRST_DAY).days + 1)
         day = _FIRST_DAY + datetime.timedelta(days=days)
@@ -61,7 +61,7 @@ def dates(rng: random.Random) -> Iterator[Row]:
 
 
 def _long(day: datetime.date) -> str:
-    return f"{day.day} {_MONTHS[day.month - 1]} {day.year}"  # strftime would write the month in the locale's language
+    return f"{day.day} {_MONTHS[day.month - 1]} {day.year}"  # strftime would use the locale's month names
 
 
 def _in_words(statement: Statement, names: list[str]) -> str:
@@ -70,7 +70,7 @@ def _in_words(statement: Statement, names: list[str]) -> str:
 
 
 def _fact(statement: Statement, names: list[str]) -> str:
-    """The same for two statements that say the same, as no poets are voters and no voters are poets do."""
+    """Equal for equivalent statements, such as "no poets are voters" and "no voters are poets"."""
     form, *groups = statement
     named = [names[group] for group in groups]
     return _FORMS[form].format(*(sorted(named) if form in _SYMMETRIC else named))
@@ -78,7 +78,7 @@ def _fact(statement: Statement, names: list[str]) -> str:
 
 @functools.cache
 def _syllogisms() -> dict[str, list[tuple[Statement, Statement, Statement]]]:
-    """Premises about groups 0 and 1, and 1 and 2, and a statement about 0 and 2, by verdict."""
+    """By verdict: premises about groups 0 and 1 and about 1 and 2, and a statement about 0 and 2."""
     found: dict[str, list[tuple[Statement, Statement, Statement]]] = {verdict: [] for verdict in _VERDICTS}
     for first, second, conclusion in itertools.product(range(len(_FORMS)), repeat=3):
         syllogism = ((first, 0, 1), (second, 1, 2), (conclusion, 0, 2))
@@ -89,7 +89,7 @@ def _syllogisms() -> dict[str, list[tuple[Statement, Statement, Statement]]]:
 
 
 def _verdict(first: Statement, second: Statement, conclusion: Statement) -> str | None:
-    """None where the verdict depends on whether groups may be empty."""
+    """None if the verdict depends on whether groups may be empty."""
     verdicts = set()
     for worlds in (_worlds(), tuple(filter(_all_groups_have_members, _worlds()))):
         truths = {_holds(conclusion, w) for w in worlds if _holds(first, w) and _holds(second, w)}
@@ -99,7 +99,7 @@ def _verdict(first: Statement, second: Statement, conclusion: Statement) -> str 
 
 @functools.cache
 def _worlds() -> tuple[tuple[tuple[bool, ...], ...], ...]:
-    """Every choice of regions that have someone in them."""
+    """Every choice of regions that are not empty."""
     return tuple(
         tuple(itertools.compress(_REGIONS, chosen)) for chosen in itertools.product((0, 1), repeat=len(_REGIONS))
     )

@@ -12,8 +12,8 @@ Item = TypeVar("Item")
 class Row:
     """A question and its answer.
 
-    `entity` is what the row is about: a word, a country, a number, a problem. A task has one row an entity, so rows on
-    two sides of a split never share a fact. `choices`, where there are any, hold the answer once.
+    `entity` is what the row is about: a word, a country, a number, a problem. A task has one row per entity, so the two
+    sides of a split never share a fact. `choices` are empty, or contain the answer once.
     """
 
     entity: str
@@ -23,7 +23,7 @@ class Row:
 
 
 def in_random_order(items: Iterable[Item], rng: random.Random) -> list[Item]:
-    """A shuffled copy. The items have to come in an order of their own, never in that of a set."""
+    """A shuffled copy. The items need a reproducible order, which sets lack."""
     shuffled = list(items)
     rng.shuffle(shuffled)
     return shuffled

@@ -1,4 +1,4 @@
-"""The tasks of the suite by name, and their rows as records."""
+"""The suite's tasks by name, and their rows as records."""
 
 import difflib
 import random
@@ -16,9 +16,9 @@ from data_prep.user_error import UserError
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """How a task's rows are made, from which installed packages.
+    """How a task's rows are generated, and from which packages.
 
-    `rows` yields them in an order of the random generator's, without an end or until it has no more.
+    `rows` yields them in a random order, endlessly or until there are no more.
     """
 
     kind: str
@@ -41,15 +41,16 @@ TASKS = {
 }
 
 
-MOST_REPEATS = 1000  # in a row
+MOST_REPEATS = 1000  # consecutive draws without a new row
 
 
 def rows_of(task: str, seed: int) -> Iterator[Row]:
-    """The task's rows, one an entity; the same ones in the same order on every machine.
+    """The task's rows, one per entity, the same and in the same order on every machine.
 
-    Ends where the task does or, for one that draws without end, when hardly anything new is drawn any more.
+    Ends when the task does or, if that draws endlessly, when hardly any draw is new.
     """
-    seen, repeated = set(), 0
+    seen: set[str] = set()
+    repeated = 0
     for row in TASKS[task].rows(random.Random(f"{task} {seed}")):
         repeated += 1
         if row.entity not in seen:
@@ -61,28 +62,28 @@ def rows_of(task: str, seed: int) -> Iterator[Row]:
 
 
 def records(source: SuiteSource, key: str) -> Iterator[dict[str, Any]]:
-    """The source's rows as Alpaca records with `choices`. Raises UserError where the task has too few."""
+    """The source's rows as Alpaca records with `choices`. Raises UserError if the task has too few."""
     rows = list(islice(rows_of(source.task, source.seed), source.count))
     if len(rows) < source.count:
         raise UserError(f"{key}.count: {source.count} rows, but task {source.task!r} has {len(rows)}; lower it")
     for row in rows:
-        record = {"instruction": row.question, "output": row.answer}
+        record: dict[str, Any] = {"instruction": row.question, "output": row.answer}
         yield {**record, "choices": list(row.choices)} if row.choices else record
 
 
 def packages_of(config: DataConfig) -> list[str]:
-    """The packages that the recipe's tasks of the suite come from."""
+    """The packages that the suite's tasks in the recipe need."""
     tasks = [source.task for source in config.sources if isinstance(source, SuiteSource)]
     return sorted({package for task in tasks if task in TASKS for package in TASKS[task].packages})
 
 
 def refuse_unknown_tasks(config: DataConfig) -> None:
-    """Raises UserError for a task that the suite has not, and where a package is not installed."""
+    """Raises UserError for an unknown task of the suite, and for a package that is not installed."""
     for index, source in enumerate(config.sources):
         if isinstance(source, SuiteSource) and source.task not in TASKS:
             near = difflib.get_close_matches(source.task, TASKS, n=1, cutoff=0.5)
             hint = f"nearest: {near[0]}" if near else f"it has {', '.join(TASKS)}"
-            raise UserError(f"data.sources.{index}.task: {source.task!r} is no task of the suite; {hint}")
+            raise UserError(f"data.sources.{index}.task: {source.task!r} is not a task of the suite; {hint}")
     for package in packages_of(config):
         try:
             version(package)

@@ -1,4 +1,4 @@
-"""Finding what is asked for in a text."""
+"""Extraction: finding facts in a text."""
 
 import random
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _TEXTS = (
 
 
 def contacts(rng: random.Random) -> Iterator[Row]:
-    """Name, city and phone number of the one who works for a company, out of a text about two people."""
+    """Name, city and phone number of the person who works for a company, from a text about two people."""
     people = _people(rng)
     while True:
         two = [next(people), next(people)]
@@ -27,12 +27,12 @@ def contacts(rng: random.Random) -> Iterator[Row]:
 
 
 def _people(rng: random.Random) -> Iterator[dict[str, str]]:
-    """Invented ones; no name comes twice."""
+    """Invented people with distinct names."""
     from faker import Faker
 
     fake = Faker("en_US", use_weighting=False)
     fake.seed_instance(rng.getrandbits(32))
-    names = set()
+    names: set[str] = set()
     while True:
         first, last = fake.first_name(), fake.last_name()
         person = {
@@ -40,7 +40,7 @@ def _people(rng: random.Random) -> Iterator[dict[str, str]]:
             "company": fake.company(),
             "city": fake.city(),
             "email": f"{first.lower()}@{fake.free_email_domain()}",
-            "phone": fake.numerify("555-01##"),  # numbers that nobody has
+            "phone": fake.numerify("555-01##"),  # reserved for fiction
         }
         if person["name"] not in names:
             names.add(person["name"])

@@ -1,4 +1,4 @@
-"""What English words mean, by WordNet: what they are a kind of, their definitions, their opposites."""
+"""Meanings of English words from WordNet: hypernyms, definitions, antonyms."""
 
 import random
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from data_prep.suite.rows import Row, in_random_order
 from data_prep.suite.wordnet import Sense, Synset, first_senses, synsets
 
-_KINDS = {  # and the word in WordNet of which the first meaning is that kind: the first drink is a gulp
+_KINDS = {  # kind, and the word whose first meaning in WordNet is that kind: that of drink is a gulp
     **{kind: kind for kind in (
         "bird", "book", "building", "color", "container", "crime", "disease", "emotion", "fabric", "fish", "flower",
         "fruit", "furniture", "game", "garment", "insect", "machine", "mammal", "metal", "mineral", "reptile", "room",
@@ -19,12 +19,12 @@ _KINDS = {  # and the word in WordNet of which the first meaning is that kind: t
 }  # fmt: skip
 _MOST_OF_A_KIND = 30
 _WRONG_CHOICES = 3
-_MOST_WORDS = 10  # of a definition
-_FAMILIAR = 1  # uses, from which on a word is asked about
+_MOST_WORDS = 10  # in a definition
+_FAMILIAR = 1  # least uses of a word to ask about
 
 
 def hypernyms(rng: random.Random) -> Iterator[Row]:
-    """What kind of thing a word names, among four kinds; about words of which just one of the kinds is true."""
+    """The kind of thing that a word names, out of four kinds, for words that belong to one kind only."""
     seen = Counter[str]()
     for word, sense in in_random_order(_familiar_words(first_senses("noun")), rng):
         kinds = _kinds_of(sense.offset)
@@ -37,7 +37,7 @@ def hypernyms(rng: random.Random) -> Iterator[Row]:
 
 
 def definitions(rng: random.Random) -> Iterator[Row]:
-    """The definition of a noun, a short one that does not use the word; never one that hypernyms asks about."""
+    """Short definitions of nouns, without the noun itself, and of no noun that hypernyms asks about."""
     nouns = synsets("noun")
     for word, sense in in_random_order(_familiar_words(first_senses("noun")), rng):
         definition = _short_definition(nouns[sense.offset])
@@ -46,7 +46,7 @@ def definitions(rng: random.Random) -> Iterator[Row]:
 
 
 def antonyms(rng: random.Random) -> Iterator[Row]:
-    """The opposite of an adjective. Each word is in one pair only, be it asked about or the answer."""
+    """The opposite of an adjective. Each word occurs in one pair only, as question or as answer."""
     used: set[str] = set()
     pairs = []
     for pair in _opposites():
@@ -55,7 +55,7 @@ def antonyms(rng: random.Random) -> Iterator[Row]:
             pairs.append(pair)
     for pair in in_random_order(pairs, rng):
         asked, answer = in_random_order(pair, rng)
-        if answer in asked:  # unhappy would tell happy
+        if answer in asked:  # unhappy would give happy away
             asked, answer = answer, asked
         yield Row(" ".join(sorted(pair)), f"What is the opposite of {asked}?", answer)
 
@@ -67,7 +67,7 @@ def _familiar_words(senses: dict[str, Sense]) -> list[tuple[str, Sense]]:
 
 
 def _kinds_of(offset: str) -> list[str]:
-    """The kinds that the meaning belongs to, directly or not."""
+    """The kinds that a meaning belongs to, directly or indirectly."""
     senses, nouns = first_senses("noun"), synsets("noun")
     above: set[str] = set()
     todo = [offset]
@@ -79,14 +79,14 @@ def _kinds_of(offset: str) -> list[str]:
 
 
 def _short_definition(synset: Synset) -> str | None:
-    """The gloss up to its first example or second half; None where that is long or has more to it than words."""
+    """The gloss up to its first semicolon; None if that is too long, too short, or more than plain words."""
     definition = synset.gloss.partition(";")[0].strip()
     is_plain = re.fullmatch("[a-zA-Z' ,-]+", definition)
     return definition if is_plain and 3 <= len(definition.split()) <= _MOST_WORDS else None
 
 
 def _opposites() -> list[tuple[str, str]]:
-    """Pairs of adjectives in their first meaning that are opposites, the most used first."""
+    """Pairs of adjectives that are opposites in their first meaning, the most used first."""
     senses, adjectives = first_senses("adjective"), synsets("adjective")
     pairs = []
     for word, sense in _familiar_words(senses):

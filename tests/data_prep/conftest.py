@@ -41,7 +41,7 @@ def without_pictures(monkeypatch) -> None:
 
 @pytest.fixture
 def config_of(tmp_path) -> Callable[..., DataConfig]:
-    """Makes the data section for one JSONL file a task, by default `sums` in Alpaca and `words` in chat form."""
+    """Makes the data section for one JSONL file per task, by default `sums` in Alpaca and `words` in chat form."""
 
     def make(tasks: dict[str, list[dict]] | None = None, **keys: object) -> DataConfig:
         tasks = {"sums": SUMS, "words": WORDS} if tasks is None else tasks

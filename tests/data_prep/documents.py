@@ -1,4 +1,4 @@
-"""Documents as preparation keeps them, from texts."""
+"""Makes the arrays that preparation keeps of documents, from texts."""
 
 from collections.abc import Sequence
 

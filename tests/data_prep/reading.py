@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.config import DataConfig
 from data_prep.documents import Document
-from data_prep.sources.read import DocumentMaker, blocks_of
+from data_prep.sources.read import DocumentMaker, read_blocks
 from data_prep.user_error import UserError
 
 
@@ -19,14 +19,14 @@ def data_of(path: Path | str, **keys: Any) -> DataConfig:
 
 
 def rows_of(path: Path | str, **keys: Any) -> list[Document | UserError]:
-    """What becomes of each row: its document, or why it holds none."""
+    """The result of each row: its document, or the error."""
     config = data_of(path, **keys)
     maker = DocumentMaker(config)
-    return [row for block in blocks_of(config) for _, row in maker.documents(block)]
+    return [row for block in read_blocks(config) for _, row in maker.documents(block)]
 
 
 def read(path: Path | str, **keys: Any) -> list[Document]:
-    """The documents; a row that holds none is raised, as where bad rows are refused."""
+    """The documents; raises the error of a bad row, as with `bad_rows: refuse`."""
     rows = rows_of(path, **keys)
     for row in rows:
         if isinstance(row, UserError):
@@ -35,7 +35,7 @@ def read(path: Path | str, **keys: Any) -> list[Document]:
 
 
 def refusal(path: Path | str, **keys: Any) -> str:
-    """The one line that a person is told; fails where there is none, or more than one."""
+    """The one-line error message; fails if there is none, or if it has several lines."""
     with pytest.raises(UserError) as caught:
         read(path, **keys)
     message = str(caught.value)
@@ -44,10 +44,10 @@ def refusal(path: Path | str, **keys: Any) -> str:
 
 
 def places(documents: list[Document]) -> list[str]:
-    """Where they stand in their files: ":line" or "[record]"."""
+    """Their places in their files: ":line" or "[record]"."""
     return [re.search(r":\d+$|\[\d+\]$", document.origin)[0] for document in documents]
 
 
 def texts(documents: list[Document]) -> list[list[str] | str]:
-    """What each says: its text, or the contents of its turns."""
+    """The text of each, or the contents of its turns."""
     return [d.text if d.text is not None else [turn["content"] for turn in d.messages] for d in documents]

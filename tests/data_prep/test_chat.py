@@ -43,7 +43,7 @@ def labels_in(encoded) -> list[int]:
 
 
 def assert_scored(tokenizer, encoded, marked: str) -> None:
-    """The encoded document is the text of `marked`, and scored just where it is marked."""
+    """The encoded document is the text of `marked`, scored exactly where it is marked."""
     ids, labels = [], []
     for i, piece in enumerate(re.split("[⟦⟧]", marked)):
         tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]

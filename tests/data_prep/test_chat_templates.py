@@ -10,7 +10,7 @@ from data_prep.user_error import UserError
 from tests.support.tiny_tokenizer import CHATML_TEMPLATE, CHATML_TOKENS, tiny_tokenizer
 
 SMOLLM2 = (CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
-LLAMA3 = (  # tools stand in the first question, tool results are JSON, and a call's content is not written
+LLAMA3 = (  # tools are in the first question, tool results are JSON, and a call's content is not written
     "{{ bos_token }}{% set ns = namespace(tools=tools) %}"
     "{% macro head(role) %}{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}{% endmacro %}"
     "{% for m in messages %}{% if m.tool_calls %}"
@@ -54,7 +54,7 @@ GEMMA = (
     ("<bos>", "<start_of_turn>", "<end_of_turn>"),
     "<end_of_turn>",
 )
-QWEN3 = (  # reasoning up to the last question is dropped; tool results are one user turn
+QWEN3 = (  # drops reasoning before the last question; writes tool results as one user turn
     "{% if tools %}{{ '<|im_start|>system\n' }}"
     "{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}"
     "{{ 'Tools:' }}{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
@@ -78,7 +78,7 @@ QWEN3 = (  # reasoning up to the last question is dropped; tool results are one 
     (*CHATML_TOKENS, "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
     "<|im_end|>",
 )
-OPEN_THINKING = (  # the prompt is for an answer with reasoning; one without is written otherwise
+OPEN_THINKING = (  # the prompt expects an answer with reasoning; answers without are written differently
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' and '<think>' not in m.content %}{{ '<think></think>' }}{% endif %}"
     "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
@@ -92,14 +92,14 @@ PHI3 = (
     ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     "<|endoftext|>",
 )
-R1 = (  # what stands before </think> is dropped from every answer, and the prompt opens a thought
+R1 = (  # drops what precedes </think> from every answer; the prompt opens a <think> block
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ '<|User|>' + m.content }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
     ("<bos>", "<|User|>", "<|Assistant|>", "<eos>"),
     "<eos>",
 )
-GPT_OSS = (  # the last answer alone has its reasoning, in a message of its own, and another end token
+GPT_OSS = (  # only the last answer has its reasoning, in a separate message, and another end token
     "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
     "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
     "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"

@@ -1,4 +1,4 @@
-"""What preparation takes out, and why: copies, near copies, what is too long and what teaches nothing."""
+"""What preparation removes, and why: copies, near copies, documents that are too long, and those without labels."""
 
 import random
 import re
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data_prep import duplicates
-from data_prep.documents import Document, normalised
-from data_prep.duplicates import NearDuplicates, Signer
+from data_prep.documents import Document, normalize_text
+from data_prep.duplicates import MinHasher, NearDuplicateFilter
 from data_prep.encode import Encoded, Encoder, Removed
-from data_prep.prepare import kept, prepare
+from data_prep.prepare import find_unchanged_set, prepare
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
 from tests.data_prep.documents import described
@@ -52,8 +52,8 @@ def lines_of(manifest: dict, task: str, reason: str) -> list[int]:
         ("a\u00a0\nb", "a\u00a0 \nb"),
     ],
 )
-def test_what_no_reader_sees_makes_no_other_document(text, copy):
-    assert normalised(text) == normalised(copy)
+def test_invisible_differences_do_not_make_another_document(text, copy):
+    assert normalize_text(text) == normalize_text(copy)
     assert described([text])["high"] == described([copy])["high"]
 
 
@@ -72,7 +72,7 @@ def test_what_no_reader_sees_makes_no_other_document(text, copy):
     ],
 )
 def test_case_indentation_and_inner_blanks_make_another_document(text, other):
-    assert normalised(text) != normalised(other)
+    assert normalize_text(text) != normalize_text(other)
     assert described([text])["high"] != described([other])["high"]
 
 
@@ -102,7 +102,7 @@ def test_a_system_turn_that_is_the_recipes_makes_no_other_document():
     assert spelt_out.digest(0, "Be brief.") != plain.digest(0, "Be brief.")
 
 
-def test_copies_of_which_other_answers_are_learnt_stay(config_of, tokenizer):
+def test_copies_of_which_other_answers_are_learned_stay(config_of, tokenizer):
     def weighted(first: int, second: int) -> dict:
         answers = ({"role": "assistant", "content": c, "weight": w} for c, w in (("one", first), ("two", second)))
         question = {"role": "user", "content": "Count."}
@@ -115,19 +115,19 @@ def test_copies_of_which_other_answers_are_learnt_stay(config_of, tokenizer):
     assert removed(prepare(config, tokenizer).manifest, "words") == {"duplicate_of_held_out": 3}
 
 
-def test_near_copies_are_told_by_what_is_called_as_well():
+def test_tool_calls_count_when_finding_near_copies():
     question = {"role": "user", "content": "Turn it on"}
     calls = [
         {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "on", "arguments": {"x": x}}}]}
         for x in ("the lamp on the desk", "the radio in the kitchen", "the lamp on the desk")
     ]
-    signatures = Signer().sign([Document("task", [question, call], "file:1") for call in calls])
+    signatures = MinHasher().sign([Document("task", [question, call], "file:1") for call in calls])
     same, other = (np.mean(signatures[0] == signatures[i]) for i in (2, 1))
     assert same == 1 and other < 0.8
 
 
 def likeness(first: Document, second: Document) -> float:
-    signatures = Signer().sign([first, second])
+    signatures = MinHasher().sign([first, second])
     return np.mean(signatures[0] == signatures[1])
 
 
@@ -178,7 +178,7 @@ def words_of(count: int, seed: int) -> list[str]:
 
 
 def signed(texts: list[str]) -> np.ndarray:
-    return Signer().sign([Document("task", [], f"file:{i}", "text", text=text) for i, text in enumerate(texts)])
+    return MinHasher().sign([Document("task", [], f"file:{i}", "text", text=text) for i, text in enumerate(texts)])
 
 
 def jaccard(a: str, b: str) -> float:
@@ -212,7 +212,7 @@ def test_documents_over_the_threshold_go_and_those_below_it_stay():
     assert jaccard(texts[0], texts[100]) == pytest.approx(191 / 201)
     assert jaccard(texts[0], texts[200]) == pytest.approx(180 / 212)
     assert jaccard(texts[0], texts[300]) == pytest.approx(154 / 238)
-    finder = NearDuplicates(0.8, tasks=1)
+    finder = NearDuplicateFilter(0.8, tasks=1)
     finder.add(described(texts), signed(texts))
     # Estimates deviate by sqrt(s (1 - s) / 128): at 0.65 one of 5,000 is over 0.8, at 0.85 one of 17 is below it.
     assert finder.kept[:100].all() and finder.kept[300:].all()
@@ -224,7 +224,7 @@ def test_near_copies_in_other_tasks_stay_and_pieces_of_a_document_go_together():
     texts = [" ".join(words_of(50, 0)), " ".join([*words_of(50, 0), "more"])]
     pieces = np.concatenate([described(texts[:1]), described(texts[:1], task=1), described(texts[1:], pieces=3)])
     pieces["number"] = [0, 1, 2, 2, 2]
-    finder = NearDuplicates(0.8, tasks=2)
+    finder = NearDuplicateFilter(0.8, tasks=2)
     finder.add(pieces, signed([texts[0], texts[0], *[texts[1]] * 3]))
     assert finder.kept.tolist() == [True, True, False, False, False]
 
@@ -248,7 +248,7 @@ def test_near_copies_are_counted_apart_from_copies_and_named(config_of, tokenize
 @pytest.mark.parametrize(
     ("cleaning", "message"),
     [
-        ("{near_duplicates: 0.8, duplicates: keep}", r"data\.cleaning: keeps duplicates and drops near .*; set one of"),
+        ("{near_duplicates: 0.8, duplicates: keep}", r"data\.cleaning: keeps duplicates but drops near .*; set one of"),
         ("{near_duplicates: 1}", r"data\.cleaning\.near_duplicates=1: input should be less than 1; change it$"),
         ("{near_duplicates: 0}", r"data\.cleaning\.near_duplicates=0: input should be greater than 0; change it$"),
         ("{duplicates: skip}", r"data\.cleaning\.duplicates='skip': input should be 'drop' or 'keep'; change it$"),
@@ -256,7 +256,7 @@ def test_near_copies_are_counted_apart_from_copies_and_named(config_of, tokenize
         ("{near_duplicate: 0.8}", r"unknown key data\.cleaning\.near_duplicate; did you mean .*\.near_duplicates\?$"),
     ],
 )
-def test_what_the_recipe_cannot_mean_is_told_in_one_line(tmp_path, cleaning, message):
+def test_contradictory_cleaning_options_give_a_one_line_error(tmp_path, cleaning, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(MINIMAL)
     with pytest.raises(UserError, match=message) as caught:
@@ -264,10 +264,10 @@ def test_what_the_recipe_cannot_mean_is_told_in_one_line(tmp_path, cleaning, mes
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_library_is_told_before_any_work(config_of, tokenizer, monkeypatch):
+def test_a_missing_library_is_reported_before_any_work(config_of, tokenizer, monkeypatch):
     config = config_of(cleaning={"near_duplicates": 0.8})
     monkeypatch.setattr(duplicates.importlib.util, "find_spec", lambda name: None)
-    for run in (lambda: prepare(config, tokenizer), lambda: kept(config, [])):
+    for run in (lambda: prepare(config, tokenizer), lambda: find_unchanged_set(config, [])):
         with pytest.raises(
             UserError,
             match=r"^data\.cleaning\.near_duplicates: needs the package datasketch, .*install\.sh near-duplicates`",
@@ -277,11 +277,11 @@ def test_a_missing_library_is_told_before_any_work(config_of, tokenizer, monkeyp
     assert {path.name for path in config.prepared_dir.parent.iterdir()} == {"sums.jsonl", "words.jsonl"}
 
 
-# What is too long
+# Documents that are too long
 
 
 def tokens_of(tokenizer, marked: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a text, and which of them stand between ⟦ and ⟧."""
+    """Ids of a text, and which of them are between ⟦ and ⟧."""
     ids, scored = [], []
     for i, piece in enumerate(re.split("[⟦⟧]", marked)):
         tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]
@@ -299,7 +299,7 @@ def conversation(*turns: tuple[str, str], origin: str = "file:1", **keys: object
 
 
 def long_answer(words: int) -> tuple[Document, str]:
-    """A conversation, and its text with what is learnt marked."""
+    """A conversation, and its text with what is learned marked."""
     answer = " ".join(f"{i}a" for i in range(words))
     return conversation(("system", "Sort."), ("user", "b a"), ("assistant", answer)), CHAT.format(answer)
 
@@ -320,7 +320,7 @@ def test_a_document_that_just_fits_is_left_whole_by_every_rule(config_of, tokeni
 def test_a_cut_keeps_the_tokens_of_one_end(config_of, tokenizer, rule, kept_tokens):
     document, marked = long_answer(30)
     ids, scored = (array[kept_tokens] for array in tokens_of(tokenizer, marked))
-    scored[0] = False  # nothing stands before it that it could be predicted from
+    scored[0] = False  # there is no token to predict it from
     (cut,) = encode(config_of, tokenizer, [document], seq_len=SEQ_LEN, over_long=rule)
     assert (cut.input_ids.tolist(), cut.scored.tolist()) == (ids.tolist(), scored.tolist())
     assert (len(cut), cut.piece, cut.cut) == (SEQ_LEN, 0, True)
@@ -334,11 +334,11 @@ def test_a_split_document_is_all_its_tokens_in_order_and_no_piece_scores_its_fir
     expected = [slice(start, start + SEQ_LEN) for start in range(0, len(ids), SEQ_LEN)]
     assert len(pieces) == len(expected)
     for number, (piece, part) in enumerate(zip(pieces, expected, strict=True)):
-        learnt = [i > 0 and bool(flag) for i, flag in enumerate(scored[part])]
-        if not any(learnt):
+        learned = [i > 0 and bool(flag) for i, flag in enumerate(scored[part])]
+        if not any(learned):
             assert piece == Removed(document.origin, "no_labels_after_cut")
             continue
-        assert (piece.input_ids.tolist(), piece.scored.tolist()) == (ids[part].tolist(), learnt)
+        assert (piece.input_ids.tolist(), piece.scored.tolist()) == (ids[part].tolist(), learned)
         assert (piece.piece, piece.cut, piece.document) == (number, True, document)
 
 
@@ -355,9 +355,9 @@ def test_pieces_without_labels_are_counted_and_a_held_out_document_is_one_item(c
     for answer in answers:
         marked = f"{SYSTEM_TURN}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n"
         _, scored = tokens_of(tokenizer, marked)
-        learnt = [scored[start + 1 : start + 64].any() for start in range(0, len(scored), 64)]
-        pieces[answer] = learnt.count(True)
-        without += learnt.count(False)
+        learned = [scored[start + 1 : start + 64].any() for start in range(0, len(scored), 64)]
+        pieces[answer] = learned.count(True)
+        without += learned.count(False)
     assert without >= 20 and min(pieces.values()) >= 2
     assert removed(manifest, "sums") == {"no_labels_after_cut": without}
     items = [item["answer"] for item in open_prepared(config, tokenizer).items]
@@ -384,7 +384,7 @@ def test_a_cut_that_leaves_no_label_removes_the_document_or_the_piece(config_of,
     assert lost == ([True] if rule == "cut_right" else [True] * (len(results) - 1) + [False])
 
 
-# What is learnt, and what teaches nothing
+# Documents with and without something to learn
 
 
 @pytest.mark.parametrize("mask_history", [False, True])
@@ -418,7 +418,7 @@ def test_a_conversation_without_an_answer_is_removed(config_of, tokenizer, turns
     assert getattr(result, "reason", None) == reason
 
 
-def test_an_answer_that_is_given_is_not_learnt(config_of, tokenizer):
+def test_an_answer_that_is_given_is_not_learned(config_of, tokenizer):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     (result,) = encode(config_of, tokenizer, [conversation(*turns, given=frozenset({1}))])
     assert tokenizer.decode(result.input_ids[result.scored]) == "d<|im_end|>"
@@ -435,7 +435,7 @@ def test_blank_texts_are_removed_and_results_stay_in_order(config_of, tokenizer)
     assert [getattr(result, "reason", None) for result in results] == [None, "empty_answer", None, "empty_answer", None]
 
 
-# Where the removed stood
+# Places of removed documents
 
 
 def test_the_first_ten_places_of_every_reason_are_named_in_the_order_of_the_source(config_of, tokenizer):

@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
-from data_prep.sources.read import blocks_of
+from data_prep.sources.read import read_blocks
 from data_prep.user_error import UserError
 from tests.data_prep.reading import refusal
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -33,7 +33,7 @@ LINES = b"".join(b'{"instruction": "Add %d and 2.", "output": "4"}\n' % number f
 
 
 def config_of(folder: Path, files: dict[str, Path], **keys: Any) -> DataConfig:
-    """The data section with one source a task, and without held-out documents."""
+    """The data section with one source per task, and without held-out documents."""
     sources = [{"type": "files", "task": task, "path": path} for task, path in files.items()]
     return DataConfig(prepared_dir=folder / "prepared", seq_len=64, held_out=1e-9, sources=sources, **keys)
 
@@ -67,8 +67,8 @@ def zst(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# Bad rows, by kind: the file's ending, its content, the places of the bad rows, and what is said of the first. Every
-# file has a good row, too.
+# Bad rows, by kind: the file's ending, its content, the places of the bad rows, and the message about the first. Every
+# file also has a good row.
 
 
 def lines(*bad: bytes) -> bytes:
@@ -93,11 +93,16 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ".jsonl",
         lines(*json.dumps({"instruction": "a", "output": "b"}, indent=1).encode().splitlines()),
         [":2", ":3", ":4", ":5"],
-        "not JSON (Expecting property name enclosed in double quotes at character 2); expected one JSON object a line",
+        "not JSON (Expecting property name enclosed in double quotes at character 2); expected one JSON object per",
     ),
-    "array among lines": (".jsonl", lines(b"[" + GOOD + b"]"), [":2"], "not a JSON object; expected one JSON object a"),
-    "number": (".jsonl", lines(b"7"), [":2"], "not a JSON object; expected one JSON object a line, correct it"),
-    "too deep": (".jsonl", lines(b"[" * 100_000), [":2"], "not JSON (too many lists and objects within one another)"),
+    "array among lines": (
+        ".jsonl",
+        lines(b"[" + GOOD + b"]"),
+        [":2"],
+        "not a JSON object; expected one JSON object per line, correct it",
+    ),
+    "number": (".jsonl", lines(b"7"), [":2"], "not a JSON object; expected one JSON object per line, correct it"),
+    "too deep": (".jsonl", lines(b"[" * 100_000), [":2"], "not JSON (too many nested lists and objects)"),
     "huge number": (".jsonl", lines(b'{"id": ' + b"1" * 5000 + b"}"), [":2"], "not JSON (Exceeds the limit"),
     "NaN": (".jsonl", lines(b'{"instruction": "a", "output": NaN}'), [":2"], "field `output` is nan; expected text"),
     "infinity": (".jsonl", lines(b'{"instruction": "a", "output": 1e999}'), [":2"], "field `output` is inf; expected"),
@@ -106,7 +111,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ".jsonl",
         lines(b'{"instruction": "a", "output": "b", "output": "c"}'),
         [":2"],
-        "not JSON (key 'output' is there twice)",
+        "not JSON (key 'output' is repeated)",
     ),
     "half a surrogate pair": (
         ".jsonl",
@@ -128,7 +133,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ".jsonl",
         lines(b'{"prompt": "a", "chosen": "b", "rejected": "c"}'),
         [":2"],
-        "a preference row (chosen, rejected), and this trainer learns from answers",
+        "a preference row (chosen, rejected), but this trainer learns from answers",
     ),
     "no messages": (".jsonl", turns("[]"), [":2"], "messages is an empty list; expected a list of one or more turns"),
     "messages a text": (".jsonl", turns('"Hi"'), [":2"], "messages is text; expected a list of one or more turns"),
@@ -188,7 +193,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ".json",
         b'[%s, {"text": "a", "text": "b"}, %s]' % (GOOD, CHAT),
         ["[1]"],
-        "not JSON (key 'text' is there twice); expected one array of JSON objects, correct it",
+        "not JSON (key 'text' is repeated); expected one array of JSON objects, correct it",
     ),
     "half a surrogate pair in an array": (
         ".json",
@@ -197,7 +202,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         "field `instruction` holds half a surrogate pair at character 0; remove it",
     ),
 }
-# What is no mistake of the file, but nothing to learn from: dropped and counted whatever bad_rows says.
+# Valid rows with nothing to learn from: dropped and counted, whatever bad_rows is.
 NOTHING_TO_LEARN: dict[str, tuple[str, bytes, list[str], str]] = {
     "empty answer": (".jsonl", lines(b'{"instruction": "a", "output": ""}'), [":2"], "empty_answer"),
     "answer of blanks": (".jsonl", lines(b'{"instruction": "a", "output": " \\n\\t"}'), [":2"], "empty_answer"),
@@ -210,7 +215,7 @@ NOTHING_TO_LEARN: dict[str, tuple[str, bytes, list[str], str]] = {
         "no_assistant_turn",
     ),
 }
-# Odd, and read: the documents are all there.
+# Unusual but valid files: all documents are read.
 READ: dict[str, tuple[str, bytes, int]] = {
     "BOM": (".jsonl", b"\xef\xbb\xbf" + GOOD + b"\n" + CHAT, 2),
     "CRLF": (".jsonl", b"\r\n".join([GOOD, b"", CHAT, b""]), 2),
@@ -287,21 +292,21 @@ def test_what_is_merely_odd_is_read_whole(dropped, kind):
     assert dropped["documents"][kind] == (READ[kind][2] if kind in READ else 1)
 
 
-def test_what_a_person_may_not_expect_is_noted(dropped):
+def test_unexpected_properties_of_the_data_are_noted(dropped):
     notes = "\n".join(dropped["manifest"]["notes"])
     number = list(dropped["files"]).index("mixed forms")
     assert (
         f"data.sources.{number} holds records of several forms: 1 Alpaca, 1 chat, 1 text, 1 prompt and compl" in notes
     )
     number = list(dropped["files"]).index("loop of folders")
-    assert f"data.sources.{number}: 1 files or linked folders passed over, the first is " in notes
+    assert f"data.sources.{number}: 1 files or linked folders skipped, the first is " in notes
 
 
-# Files that are refused whole, whatever the recipe says of bad rows: name, content, and what is said, after the path.
+# Files that are refused entirely, whatever bad_rows is: name, content, and the message after the path.
 
-TRUNCATED = r"cannot read {}/\S+ \(.+\); it is truncated or damaged, get it anew"
-NO_PARQUET = r"no readable Parquet file \(.*Parquet.*\); get it anew, or correct its format"
-NO_ARROW = r"no readable Arrow file \(.+\); get it anew, or correct its format"
+TRUNCATED = r"cannot read {}/\S+ \(.+\); it is truncated or damaged, download it again"
+NO_PARQUET = r"not a readable Parquet file \(.*Parquet.*\); download it again, or correct its format"
+NO_ARROW = r"not a readable Arrow file \(.+\); download it again, or correct its format"
 FILES: dict[str, tuple[str, bytes, str]] = {
     "UTF-16": ("a.jsonl", LINES.decode().encode("utf-16"), ":1: the file is UTF-16; save it as UTF-8"),
     "UTF-16 without BOM": ("a.jsonl", LINES.decode().encode("utf-16-le"), ":1: the file holds zero bytes, so it is no"),
@@ -319,14 +324,18 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "array without end": ("a.json", b"[" + GOOD + b",", r"\[1\]: the array has no end; the file is cut off or a quote"),
     "array of numbers": ("a.json", b"[1, 2, 3]", r"\[0\]: found '1, 2, 3\]' in place of an object; expected one array"),
     "no comma": ("a.json", b"[" + GOOD + GOOD + b"]", r"\[1\]: found '{' in place of a comma and an object; expected"),
-    "too deep in an array": ("a.json", b'[{"a": ' + b"[" * 10_000, r"\[0\]: over 100 lists and objects within one an"),
+    "too deep in an array": (
+        "a.json",
+        b'[{"a": ' + b"[" * 10_000,
+        r"\[0\]: over 100 nested lists and objects; simplify",
+    ),
     "after an array": ("a.json", b"[" + GOOD + b"]\n" + GOOD, ": found '{' after the end of the array; remove it"),
     "quote without end": (
         "a.csv",
         b'instruction,output\n"a,1\nb,2\n',
         r":2: not a table \(unexpected end of data\); cor",
     ),
-    "column twice": ("a.csv", b"text,text\na,b\n", ":1: column 'text' is there twice; rename one"),
+    "column twice": ("a.csv", b"text,text\na,b\n", ":1: column 'text' is repeated; rename one"),
     "Latin-1 header": ("a.csv", b"caf\xe9,text\na,b\n", ":1: byte e9 is not UTF-8; save the file as UTF-8"),
     "truncated Parquet": ("a.parquet", parquet_of([{"text": "a"}] * 100)[:-50], ": " + NO_PARQUET),
     "text called Parquet": ("a.parquet", LINES, ": " + NO_PARQUET),
@@ -337,13 +346,13 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "blank lines only": ("a.jsonl", b"\n \r\n\t\n", r"task 'sums' is empty: no record in {}/a.jsonl; add some or rem"),
     "empty array": ("a.json", b"[]", r"task 'sums' is empty: no record in {}/a.json; add some or remove the source"),
     "header only": ("a.csv", b"instruction,output\n", r"task 'sums' is empty: no record in {}/a.csv; add some or rem"),
-    "unknown ending": ("a.docx", b"PK", r"{}/a.docx does not end in .jsonl, .*; name its format under data.sources.0"),
+    "unknown ending": ("a.docx", b"PK", r"{}/a.docx does not end in .jsonl, .*; set data.sources.0"),
 }
 
 
 @pytest.mark.parametrize("bad_rows", ["refuse", "drop"])
 @pytest.mark.parametrize("kind", FILES)
-def test_a_damaged_file_ends_prepare_whatever_is_said_of_bad_rows(tmp_path, tokenizer, kind, bad_rows):
+def test_a_damaged_file_ends_prepare_whatever_bad_rows_is(tmp_path, tokenizer, kind, bad_rows):
     name, content, expected = FILES[kind]
     path = write(tmp_path, name, content)
     message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": bad_rows}), tokenizer)
@@ -354,10 +363,10 @@ def test_a_damaged_file_ends_prepare_whatever_is_said_of_bad_rows(tmp_path, toke
 def test_a_file_that_breaks_off_after_good_rows_is_refused_too(tmp_path, tokenizer):
     path = write(tmp_path, "a.jsonl.gz", gzip.compress(b"".join(LINES for _ in range(100)))[:-20])
     message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": "drop"}), tokenizer)
-    assert message.endswith("; it is truncated or damaged, get it anew")
+    assert message.endswith("; it is truncated or damaged, download it again")
 
 
-def test_where_every_row_is_bad_the_first_is_told(tmp_path, tokenizer):
+def test_if_every_row_is_bad_the_first_is_reported(tmp_path, tokenizer):
     path = write(tmp_path, "a.jsonl", b"{\n7\n")
     message = ends_with(config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": "drop"}), tokenizer)
     assert message.startswith("data.sources: task 'sums' has no document left, all 2 were dropped")
@@ -368,10 +377,10 @@ def test_where_every_row_is_bad_the_first_is_told(tmp_path, tokenizer):
     ("path", "expected"),
     [
         ("none.jsonl", "{}/none.jsonl does not exist; expected a file, a pattern or a folder"),
-        ("*.jsonl.gz", "no file is called {}/*.jsonl.gz; correct the pattern"),
+        ("*.jsonl.gz", "no file matches {}/*.jsonl.gz; correct the pattern"),
         ("folder.jsonl", "folder {}/folder.jsonl has no file that ends in .jsonl, "),
         ("loop.jsonl", "{}/loop.jsonl does not exist; expected a file, a pattern or a folder"),
-        ("pipe.jsonl", "{}/pipe.jsonl is no regular file, or a link to none; remove or correct it"),
+        ("pipe.jsonl", "{}/pipe.jsonl is not a regular file or a link to one; remove or correct it"),
         ("x" * 300 + ".jsonl", "{}/xxx"),
     ],
     ids=["no file", "no match", "folder without files", "link to itself", "pipe", "name too long"],
@@ -390,19 +399,19 @@ def test_a_file_that_vanishes_while_others_are_read_is_refused(tmp_path, tokeniz
     gone = write(folder, "b.jsonl", LINES)
 
     def vanishing(config: DataConfig) -> Iterator[Any]:
-        for block in blocks_of(config):
+        for block in read_blocks(config):
             gone.unlink()
             yield block
 
-    monkeypatch.setattr("data_prep.prepare.blocks_of", vanishing)
+    monkeypatch.setattr("data_prep.prepare.read_blocks", vanishing)
     assert ends_with(config_of(tmp_path, {"sums": folder}), tokenizer) == (
-        f"data.sources.0.path: cannot read {gone} (No such file or directory); give a file that can be read"
+        f"data.sources.0.path: cannot read {gone} (No such file or directory); give a readable file"
     )
 
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Without root's leave to read everything."""
+    """Without root's permission to read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -414,7 +423,7 @@ def as_nobody() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("locked", ["folder/a.jsonl", "folder/a.jsonl.gz", "folder/a.parquet", "folder"])
-def test_a_file_or_folder_without_leave_to_read_is_refused(locked):
+def test_a_file_or_folder_without_read_permission_is_refused(locked):
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder = Path(name)
         write(folder / "folder", "a.jsonl" if locked == "folder" else Path(locked).name, LINES)

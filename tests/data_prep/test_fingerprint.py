@@ -6,7 +6,7 @@ import pytest
 
 from data_prep import fingerprint
 from data_prep.config import DataConfig
-from data_prep.fingerprint import libraries
+from data_prep.fingerprint import library_versions
 from data_prep.user_error import UserError
 
 FILES = {"type": "files", "task": "own", "path": "own.jsonl"}
@@ -28,9 +28,9 @@ def no_reasoning_gym(monkeypatch):
 
 
 def test_files_are_prepared_without_reasoning_gym(no_reasoning_gym, tmp_path):
-    assert "reasoning-gym" not in libraries(config(tmp_path, FILES))
+    assert "reasoning-gym" not in library_versions(config(tmp_path, FILES))
 
 
 def test_its_tasks_without_it_are_refused_with_what_installs_it(no_reasoning_gym, tmp_path):
     with pytest.raises(UserError, match=r"^data.sources: .* reasoning-gym, .* `pip install 'teamlora\[sample\]'`"):
-        libraries(config(tmp_path, FILES, GYM))
+        library_versions(config(tmp_path, FILES, GYM))

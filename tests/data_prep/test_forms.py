@@ -1,43 +1,14 @@
-"""Records to documents: every form in which people keep examples, and what is wrong with those of none."""
+"""Records to documents: Alpaca, prompt and completion, text, the recipe's field names, and records of no form."""
 
-import datetime
 import json
 from typing import Any
 
 import pytest
 
 from data_prep.documents import Document
-from data_prep.forms import renamed, to_document
+from data_prep.forms import rename_fields
 from data_prep.user_error import UserError
-
-USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "default": None}}}]
-
-
-def document(record: dict[str, Any]) -> Document:
-    found = to_document(record, "sums", "a.jsonl:3")
-    assert (found.task, found.origin) == ("sums", "a.jsonl:3")
-    return found
-
-
-def turns(record: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"]) for turn in document(record).messages]
-
-
-def learnt(record: dict[str, Any]) -> list[str]:
-    """Contents of the turns that are learnt."""
-    found = document(record)
-    return [found.messages[index]["content"] for index in found.learnt_turns(last_only=False)]
-
-
-def refusal(record: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as caught:
-        document(record)
-    message = str(caught.value)
-    assert message.splitlines() == [message] and message.startswith("a.jsonl:3: ")
-    return message.removeprefix("a.jsonl:3: ")
-
+from tests.data_prep.records import ASSISTANT, TOOLS, USER, document, learned, refusal, turns
 
 # Alpaca
 
@@ -60,11 +31,11 @@ def test_alpaca_form_becomes_a_question_and_an_answer(fields, question):
 
 
 @pytest.mark.parametrize("as_text", [False, True], ids=["list", "JSON text"])
-def test_history_goes_before_and_is_learnt_too(as_text):
+def test_history_goes_before_and_is_learned_too(as_text):
     history = [["1 + 1?", "2"], ["2 + 2?", 4]]
     record = {"instruction": "4 + 4?", "output": "8", "history": json.dumps(history) if as_text else history}
     assert [content for _, content in turns(record)] == ["1 + 1?", "2", "2 + 2?", "4", "4 + 4?", "8"]
-    assert learnt(record) == ["2", "4", "8"]
+    assert learned(record) == ["2", "4", "8"]
 
 
 @pytest.mark.parametrize("history", [None, [], "", "[]"])
@@ -125,22 +96,22 @@ def test_numbers_are_answers(number, text):
 
 
 @pytest.mark.parametrize("prompt", ["Sort 3, 1, 2.", "[3, 1, 2]", '["a"]', "[]", '{"a": 1}', "[{", '[{"a": 1}]'])
-def test_texts_are_a_question_and_an_answer_also_where_they_look_like_json(prompt):
+def test_texts_are_a_question_and_an_answer_even_if_they_look_like_json(prompt):
     record = {"prompt": prompt, "completion": "[1, 2, 3]"}
     assert turns(record) == [("user", prompt), ("assistant", "[1, 2, 3]")]
-    assert (learnt(record), document(record).form) == (["[1, 2, 3]"], "prompt and completion")
+    assert (learned(record), document(record).form) == (["[1, 2, 3]"], "prompt and completion")
 
 
 @pytest.mark.parametrize("as_text", [False, True], ids=["lists", "JSON text"])
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_turns_of_a_prompt_are_not_learnt(as_text, system):
+def test_turns_of_a_prompt_are_not_learned(as_text, system):
     prompt = [USER, {"role": "assistant", "content": "given"}, USER]
     completion = [ASSISTANT, USER, {"role": "assistant", "content": "not this", "weight": 0}, ASSISTANT]
     wrap = json.dumps if as_text else list
     record = {"prompt": wrap(prompt), "completion": wrap(completion), "system": system, "tools": TOOLS}
     first = [("system", system)] if system else []
     assert turns(record) == [*first, *((turn["role"], turn["content"]) for turn in prompt + completion)]
-    assert learnt(record) == ["b", "b"]
+    assert learned(record) == ["b", "b"]
     assert document(record).tools == TOOLS
 
 
@@ -158,222 +129,6 @@ def test_turns_of_a_prompt_are_not_learnt(as_text, system):
 )
 def test_a_bad_prompt_or_completion_is_refused(record, expected):
     assert refusal(record).startswith(expected)
-
-
-# chat, OpenAI's spelling
-
-
-def test_turns_stay_as_they_stand_and_fields_that_no_template_knows_go():
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": " é\u2028 "},
-        {"role": "assistant", "content": "<|im_end|>\n", "reasoning_content": "Hm."},
-    ]
-    found = document({"messages": [{**turn, "name": "x", "refusal": None} for turn in messages], "id": 1})
-    assert (found.messages, found.form) == (messages, "chat")
-
-
-@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
-def test_an_answers_reasoning_is_kept_under_any_of_its_names(name):
-    found = document({"messages": [{**USER, "thinking": "Hm?"}, {**ASSISTANT, name: "Hm."}]})
-    assert found.messages == [USER, {**ASSISTANT, "reasoning_content": "Hm."}]
-    assert refusal({"messages": [USER, {**ASSISTANT, name: []}]}).startswith(f"messages[1]: field `{name}` is an empty")
-
-
-@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
-def test_an_answer_without_reasoning_may_say_so(name):
-    assert to_document({"messages": [USER, {**ASSISTANT, name: None}]}, "task", "here").messages == [USER, ASSISTANT]
-
-
-@pytest.mark.parametrize("system", ["Be brief.", None])
-def test_a_turn_of_weight_nought_is_not_learnt(system):
-    messages = [USER, {**ASSISTANT, "weight": 0}, USER, {"role": "assistant", "content": "c", "weight": 1}]
-    assert learnt({"messages": messages, "system": system}) == ["c"]
-
-
-def test_a_system_field_gives_way_to_the_conversations_own():
-    own = {"role": "developer", "content": "own"}
-    assert turns({"messages": [own, USER, ASSISTANT], "system": "other"})[0] == ("system", "own")
-    assert turns({"messages": [USER, ASSISTANT], "system": "other"})[:2] == [("system", "other"), ("user", "a")]
-
-
-def test_parts_of_text_are_put_together():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]
-    assert turns({"messages": [{"role": "user", "content": parts}, ASSISTANT]})[0] == ("user", "a b")
-
-
-@pytest.mark.parametrize("arguments", [CALL["function"]["arguments"], '{"x": 1, "y": [2]}', ' {"x":1,"y":[2]}\n'])
-@pytest.mark.parametrize("as_text", [False, True], ids=["list", "JSON text"])
-def test_tool_calls_hold_their_arguments_as_an_object(arguments, as_text):
-    calls = [{"id": "7", "type": "function", "function": {"name": "add", "arguments": arguments}}]
-    answer = {"role": "assistant", "content": None, "tool_calls": json.dumps(calls) if as_text else calls}
-    result = {"role": "tool", "tool_call_id": "7", "name": "add", "content": "3"}
-    found = document({"messages": [USER, answer, result, ASSISTANT], "tools": TOOLS})
-    assert found.messages == [USER, {"role": "assistant", "tool_calls": [{"id": "7", **CALL}]}, result, ASSISTANT]
-    assert found.tools == TOOLS
-
-
-@pytest.mark.parametrize("arguments", [{}, "", "{}", None])
-def test_a_call_may_have_no_arguments(arguments):
-    function = {"name": "now", "arguments": arguments}
-    (_, turn) = document({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": function}]}]}).messages
-    assert turn["tool_calls"] == [{"type": "function", "function": {"name": "now", "arguments": {}}}]
-
-
-def test_the_legacy_function_call_is_a_tool_call_and_its_role_a_tool():
-    messages = [
-        USER,
-        {"role": "assistant", "content": "", "function_call": {"name": "add", "arguments": '{"x": 1, "y": [2]}'}},
-        {"role": "function", "name": "add", "content": "3"},
-    ]
-    assert document({"messages": messages}).messages == [
-        USER,
-        {"role": "assistant", "tool_calls": [CALL], "content": ""},
-        {"role": "tool", "name": "add", "content": "3"},
-    ]
-
-
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["list", "JSON text"])
-@pytest.mark.parametrize(
-    "record",
-    [{"messages": [USER, ASSISTANT]}, {"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}],
-    ids=["chat", "Alpaca", "prompt"],
-)
-def test_tools_stand_beside_any_conversation(record, tools):
-    assert document({**record, "tools": tools}).tools == TOOLS
-    for none in (None, "", [], "[]"):
-        assert not document({**record, "tools": none}).tools
-
-
-def deep(levels: int) -> Any:
-    value: Any = 1
-    for _ in range(levels):
-        value = {"a": [value]}
-    return value
-
-
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
-        ([], "messages is an empty list; expected a list of one or more turns, correct the record"),
-        ("Hi", "messages is text; expected a list of one or more turns"),
-        ({"role": "user"}, "messages is object; expected a list of one or more turns"),
-        (3, "messages is number; expected a list of one or more turns"),
-        (["Hi"], "messages[0] is text; expected an object with `role` and `content`"),
-        ([USER, None], "messages[1] is null; expected an object with `role` and `content`"),
-        ([{"role": "user"}], "messages[0]: lacks field `content`; it has ['role'], add the field"),
-        ([{"content": "a"}], "messages[0]: lacks field `role`; it has ['content'], add the field"),
-        ([{"role": "user", "content": None}], "messages[0]: lacks field `content`; it has ['role'], add the field"),
-        ([{"role": "user", "content": []}], "messages[0]: field `content` is an empty list; expected text"),
-        ([{"role": "user", "content": {}}], "messages[0]: field `content` is object; expected text"),
-        ([{"role": True, "content": "a"}], "messages[0]: field `role` is true or false; expected text"),
-        ([{"role": "user", "content": "a\udc00"}], "messages[0]: field `content` holds half a surrogate pair at char"),
-        (
-            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
-            "messages[0]: `content` has a part of type 'image_url'; expected parts of text only, remove the record",
-        ),
-        ([{"role": "user", "content": ["a"]}], "messages[0]: `content` has a part that is text, no object; expected"),
-        ([{"role": "user", "content": [{"type": "a\nb"}]}], "messages[0]: `content` has a part of type 'a\\nb';"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0]: lacks field `text`; it has ['type'], add"),
-        ([USER, {**ASSISTANT, "weight": 0.5}], "messages[1]: field `weight` is 0.5; expected 0 (not learnt) or"),
-        ([USER, {**ASSISTANT, "weight": "0"}], "messages[1]: field `weight` is '0'; expected 0 (not learnt) or 1"),
-        ([{"role": "assistant", "tool_calls": []}], "messages[0]: lacks field `content`; it has ['role', 'tool_"),
-        ([{"role": "assistant", "tool_calls": "[]"}], "messages[0]: lacks field `content`; it has ['role', 'tool_"),
-        ([{"role": "assistant", "tool_calls": "add"}], "messages[0]: tool call 0 is text without `name`; expected an"),
-        (
-            [{"role": "assistant", "tool_calls": [{"function": {}}]}],
-            "messages[0]: tool call 0 is object without `name`",
-        ),
-    ],
-)
-def test_bad_turns_are_refused(messages, expected):
-    assert refusal({"messages": messages}).startswith(expected)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ("add 1", "`arguments` is text; expected an object, or one as JSON text"),
-        ('{"x": 1', "`arguments` is text; expected an object, or one as JSON text"),
-        ("[1]", "`arguments` is list; expected an object, or one as JSON text"),
-        ('{"x": 1, "x": 2}', "`arguments` is text; expected an object, or one as JSON text"),
-        ('{"x": "\\ud83d"}', "field `arguments` holds half a surrogate pair at character 7; remove it"),
-        ({"x": "\ud83d"}, "field `arguments` holds half a surrogate pair at character 7; remove"),
-        ('{"x": NaN}', "field `arguments` is no JSON (Out of range float values are not JSON compliant"),
-        (
-            {"x": datetime.date(2026, 1, 1)},
-            "field `arguments` is no JSON (Object of type date is not JSON serializable",
-        ),
-        (json.dumps(deep(60)), "field `arguments` is over 100 lists and objects deep; simplify it"),
-    ],
-)
-def test_arguments_that_no_template_can_write_are_refused(arguments, expected):
-    calls = [{"function": {"name": "add", "arguments": arguments}}]
-    message = refusal({"messages": [USER, {"role": "assistant", "tool_calls": calls}]})
-    assert message.startswith(f"messages[1]: tool call 0: {expected}")
-
-
-@pytest.mark.parametrize(
-    ("tools", "expected"),
-    [
-        ("add", "field `tools` is text; expected a list of JSON schemas"),
-        ({"a": 1}, "field `tools` is object; expected a list of JSON schemas"),
-        (["add"], "field `tools` is list; expected a list of JSON schemas"),
-        ('[{"a": "\\ud83d"}]', "field `tools` holds half a surrogate pair at character 8; remove it"),
-        ([deep(60)], "field `tools` is over 100 lists and objects deep; simplify it"),
-    ],
-)
-def test_tools_that_no_template_can_write_are_refused(tools, expected):
-    assert refusal({"messages": [USER, ASSISTANT], "tools": tools}).startswith(expected)
-
-
-# chat, ShareGPT's spelling
-
-
-def test_sharegpt_names_roles_in_its_own_way():
-    said = [("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
-    record = {"conversations": [{"from": name, "value": value} for name, value in said]}
-    roles = ["system", "user", "assistant", "user", "assistant"]
-    assert turns(record) == [(role, value) for role, (_, value) in zip(roles, said, strict=True)]
-    assert (learnt(record), document(record).form) == (["b", "d"], "ShareGPT")
-
-
-def test_sharegpt_keeps_calls_and_their_results_as_turns_and_system_and_tools_as_columns():
-    call = '{"name": "add", "arguments": {"x": 1, "y": [2]}}'
-    said = [("human", "a"), ("function_call", call), ("observation", "3"), ("gpt", "b")]
-    record = {
-        "conversations": [{"from": name, "value": value} for name, value in said],
-        "system": "Be brief.",
-        "tools": json.dumps(TOOLS),
-    }
-    found = document(record)
-    assert found.messages == [
-        {"role": "system", "content": "Be brief."},
-        USER,
-        {"role": "assistant", "tool_calls": [CALL]},
-        {"role": "tool", "content": "3"},
-        ASSISTANT,
-    ]
-    assert (found.tools, found.learnt_turns(last_only=False)) == (TOOLS, [2, 4])
-
-
-def test_each_spelling_may_stand_under_the_other_ones_name():
-    spelt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    expected = [("user", "a"), ("assistant", "b")]
-    assert turns({"messages": spelt}) == turns({"conversations": [USER, ASSISTANT]}) == expected
-
-
-@pytest.mark.parametrize(
-    ("turn", "expected"),
-    [
-        ({"from": "human"}, "conversations[0]: lacks field `value`; it has ['from'], add the field"),
-        ({"value": "a"}, "conversations[0]: lacks field `role`; it has ['value'], add the field"),
-        ({"from": "function_call", "value": "add"}, "conversations[0]: tool call 0 is text without `name`"),
-        ({"from": "function_call"}, "conversations[0]: lacks field `value`; it has ['from'], add the field"),
-    ],
-)
-def test_bad_turns_of_sharegpt_are_refused(turn, expected):
-    assert refusal({"conversations": [turn]}).startswith(expected)
 
 
 # text, and records of no form
@@ -410,17 +165,17 @@ def test_a_record_of_no_form_is_refused_with_its_fields(record, expected):
 )
 def test_preference_rows_are_refused(record):
     names = "chosen, rejected" if "chosen" in record else "prompt, completion, label"
-    assert refusal(record).startswith(f"a preference row ({names}), and this trainer learns from answers; ")
+    assert refusal(record).startswith(f"a preference row ({names}), but this trainer learns from answers; ")
 
 
 @pytest.mark.parametrize("label", ["positive", "2", 2, 0.5, [True], None])
-def test_a_label_that_is_no_verdict_makes_no_preference(label):
+def test_a_label_that_is_not_a_verdict_makes_no_preference(label):
     assert turns({"prompt": "a", "completion": "b", "label": label}) == [("user", "a"), ("assistant", "b")]
 
 
 @pytest.mark.parametrize("field", ["image", "images", "video", "videos", "audio", "audios"])
 @pytest.mark.parametrize("record", [{"messages": [USER, ASSISTANT]}, {"text": "a"}], ids=["chat", "text"])
-def test_what_is_no_text_beside_it_is_refused_where_there_is_any(record, field):
+def test_images_and_other_media_beside_text_are_refused(record, field):
     for value in ("a.png", ["a.png"], {"path": "a.png", "bytes": b""}):
         assert refusal({**record, field: value}) == (
             f"has `{field}` beside its text; expected text only, remove the field or the record"
@@ -458,7 +213,7 @@ ALL = {
     ],
 )
 @pytest.mark.parametrize("as_null", [True, False], ids=["null", "absent"])
-def test_the_form_that_says_most_goes_first(absent, form, as_null):
+def test_the_most_specific_form_wins(absent, form, as_null):
     record = {name: None if name in absent else value for name, value in ALL.items() if as_null or name not in absent}
     assert document(record).form == form
 
@@ -474,7 +229,7 @@ def test_a_row_of_tatsu_lab_alpaca_is_alpaca_though_it_holds_the_rendered_text_a
 
 
 def named(record: dict[str, Any], **fields: str) -> Document:
-    return document(dict(renamed(record, fields, "a.jsonl:3")))
+    return document(dict(rename_fields(record, fields, "a.jsonl:3")))
 
 
 def test_the_recipes_names_for_fields_are_followed():
@@ -538,6 +293,6 @@ def test_choices_may_be_numbers_as_answers_may(choices):
     [["a", "b"], ["4"], ["4", 4], ["4", float("inf")], ["4", True], ["4", " "], {"text": ["4", "5"]}, "4", None],
     ids=["without the answer", "one", "twice", "infinity", "true", "blank", "an object", "a text", "null"],
 )
-def test_a_field_choices_of_another_meaning_is_left_alone(choices):
+def test_a_choices_field_with_another_meaning_is_ignored(choices):
     assert document({"instruction": "2 + 2?", "output": "4", "choices": choices}).choices == ()
     assert document({"messages": [USER, ASSISTANT, {**USER, "content": "4"}], "choices": ["4", "5"]}).choices == ()

@@ -1,4 +1,4 @@
-"""Mixing: shares as the formulas say, lengths as asked, every document drawn equally often, always the same order."""
+"""Mixing: shares by the formulas, the requested length, equal draws of every document, and a reproducible order."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.config import MixingConfig
-from data_prep.mixing import draw, shares
+from data_prep.mixing import draw, task_shares
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
@@ -24,7 +24,7 @@ TASKS = list(SIZES)
 
 
 def documents(sizes: dict[str, int] = SIZES, seed: int = 0, tokens: int | None = None) -> np.ndarray:
-    """DOCUMENT [sum of sizes] with random digests, and lognormal lengths (median 200) where none is given."""
+    """DOCUMENT [sum of sizes] with random digests, and by default lognormal lengths (median 200)."""
     rng = np.random.default_rng(seed)
     count = sum(sizes.values())
     made = np.zeros(count, DOCUMENT)
@@ -103,7 +103,7 @@ def test_a_task_has_every_document_once_before_any_twice(epochs, weights):
 
 @pytest.mark.parametrize("weights", [{}, {"sums": 1, "words": 2, "maps": 1}], ids=["as they are", "weighted"])
 @pytest.mark.parametrize("budget", [50_000, 1_000_000, 12_345_678])
-def test_a_token_budget_is_kept_to_within_one_document_a_task(budget, weights):
+def test_a_token_budget_is_met_within_one_document_per_task(budget, weights):
     every = documents()
     indices, _ = draw(every, TASKS, MixingConfig(token_budget=budget, weights=weights))
     tokens = every["tokens"].astype(int)
@@ -119,14 +119,14 @@ def test_draws_of_a_document_are_spread_and_tasks_are_mixed_throughout():
     indices, again = draw(every, TASKS, MixingConfig(epochs=3))
     places = np.argsort(indices, kind="stable").reshape(len(every), 3)  # of each document's draws
     assert np.diff(places, axis=1).min() > 0.01 * len(indices)
-    assert np.corrcoef(np.arange(len(again)), again)[0, 1] == pytest.approx(0, abs=0.02)  # no pass after the other
+    assert np.corrcoef(np.arange(len(again)), again)[0, 1] == pytest.approx(0, abs=0.02)  # passes are mixed
     for tenth in np.split(every["task"][indices], 10):
         for task, size in enumerate(SIZES.values()):
             expected = len(tenth) * size / 10_000
             assert abs(np.count_nonzero(tenth == task) - expected) < 5 * math.sqrt(expected)
 
 
-def test_the_order_is_of_the_texts_and_not_of_the_sources():
+def test_the_order_depends_on_the_texts_not_on_the_sources():
     every = documents()
     mixing = MixingConfig(epochs=1.7, temperature=2)
     indices, again = draw(every, TASKS, mixing)
@@ -139,13 +139,13 @@ def test_the_order_is_of_the_texts_and_not_of_the_sources():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"epochs": 1e-9}, r"^data\.mixing: 0 draws in all leave none for task 'sums'; raise epochs or token_budget"),
+        ({"epochs": 1e-9}, r"^data\.mixing: 0 draws in total leave none for task 'sums'; raise epochs or token_budget"),
         ({"weights": {"sums": 1, "words": 1, "maps": 1e-9}}, r"^data\.mixing: 10000 draws .* none for task 'maps'"),
-        ({"token_budget": 9}, r"^data\.mixing: 0 draws in all leave none for task 'sums'"),
+        ({"token_budget": 9}, r"^data\.mixing: 0 draws in total leave none for task 'sums'"),
     ],
     ids=["epochs", "weight", "budget"],
 )
-def test_a_task_that_no_draw_is_left_for_is_refused(keys, message):
+def test_a_task_without_draws_is_refused(keys, message):
     with pytest.raises(UserError, match=message) as caught:
         draw(documents(tokens=10), TASKS, MixingConfig(**keys))
     assert "\n" not in str(caught.value)
@@ -167,7 +167,7 @@ def test_a_task_that_no_draw_is_left_for_is_refused(keys, message):
         ("{weigths: {sums: 1}}", r"unknown key data\.mixing\.weigths; did you mean data\.mixing\.weights\?$"),
     ],
 )
-def test_contradictions_in_the_recipe_are_told_in_one_line(tmp_path, mixing, message):
+def test_contradictory_mixing_options_give_a_one_line_error(tmp_path, mixing, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(MINIMAL)
     sources = "[{type: files, task: sums, path: a.jsonl}, {type: files, task: words, path: b.jsonl}]"
@@ -184,7 +184,7 @@ def test_a_recipe_with_mixing_reads_back_as_it_was_written(tmp_path, mixing):
 
 
 def test_a_low_temperature_gives_the_largest_task_nearly_all():
-    assert shares(np.array([1000, 20]), ["a", "b"], MixingConfig(temperature=0.005)).tolist() == [1.0, 0.0]
+    assert task_shares(np.array([1000, 20]), ["a", "b"], MixingConfig(temperature=0.005)).tolist() == [1.0, 0.0]
 
 
 def test_a_mixed_set_is_the_same_to_the_byte_and_another_seed_gives_another_order(config_of, tokenizer, tmp_path):

@@ -97,7 +97,7 @@ def test_windows_fill_rows_of_an_instruction_mix_to_98_percent(seed):
 
 
 @pytest.mark.parametrize(("capacity", "count"), [(2048, 40_000), (16_384, 40_000), (64, 40_000)])
-def test_a_stretch_is_of_documents_that_follow_one_another_and_holds_a_bounded_number_of_tokens(capacity, count):
+def test_a_window_holds_consecutive_documents_and_a_bounded_number_of_tokens(capacity, count):
     lengths = lognormal_lengths(count, capacity)
     stretches = [sorted(index for row in rows for index in row) for rows in pack_in_windows(lengths, capacity)]
     assert [index for stretch in stretches for index in stretch] == list(range(count))
@@ -107,7 +107,7 @@ def test_a_stretch_is_of_documents_that_follow_one_another_and_holds_a_bounded_n
     assert lengths[stretches[-1]].sum() <= bound
 
 
-def test_rows_of_a_stretch_stand_in_the_order_of_their_longest_documents():
+def test_rows_of_a_window_are_sorted_by_their_longest_documents():
     lengths = lognormal_lengths(20_000)
     for stretch in pack_in_windows(lengths, 2048):
         longest = [row[np.argmax(lengths[row])] for row in stretch]

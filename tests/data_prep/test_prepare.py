@@ -1,4 +1,4 @@
-"""Preparing a whole set: what stands in its rows, its items and its manifest."""
+"""Preparing a whole set: its rows, items and manifest."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ EXPECTED = {
 
 
 def documents_in(rows) -> list[dict[str, np.ndarray]]:
-    """The rows cut where positions start again."""
+    """The rows, cut where positions restart."""
     documents = []
     for row in rows:
         starts = np.flatnonzero(row["position_ids"] == 0)[1:]
@@ -94,7 +94,7 @@ def test_held_out_documents_become_items_with_the_turns_before_the_last_answer(c
         assert {"messages": [*item["messages"], {"role": "assistant", "content": item["answer"]}]} in WORDS
 
 
-def test_items_keep_the_answers_reasoning_where_it_has_a_field_of_its_own(config_of):
+def test_items_keep_reasoning_that_is_in_a_separate_field(config_of):
     template = CHATML_TEMPLATE.replace("+ message['content']", "+ message.get('thinking', '') + message['content']")
     tokenizer = tiny_tokenizer(template)
     answers = [{"role": "assistant", "content": f"{i}", "reasoning_content": f"half of {2 * i}"} for i in range(8)]
@@ -106,7 +106,7 @@ def test_items_keep_the_answers_reasoning_where_it_has_a_field_of_its_own(config
     assert all(answer_of(item) in answers and answer_of(item)["content"] == item["answer"] for item in found)
 
 
-def test_items_have_the_records_choices_and_the_recipes_metric_where_there_are_any(config_of, tokenizer):
+def test_items_have_the_records_choices_and_the_recipes_metric(config_of, tokenizer):
     chosen = [{"instruction": f"{i}?", "output": str(i), "choices": ["x", str(i)]} for i in range(4)]
     config = config_of({"chosen": chosen, "words": WORDS})
     prepare(config, tokenizer)
@@ -129,7 +129,7 @@ def test_a_document_without_the_choices_that_the_metric_needs_is_refused_with_it
         prepare(config.model_copy(update={"sources": [source]}), tokenizer)
 
 
-def test_a_document_without_those_choices_is_a_bad_row_where_such_are_dropped(config_of, tokenizer):
+def test_a_document_without_those_choices_can_be_dropped_as_a_bad_row(config_of, tokenizer):
     chosen = [{**record, "choices": ["x", record["output"]]} for record in SUMS]
     without = {"instruction": "word " * 99, "output": "4"}
     config = config_of({"sums": [*chosen, without]}, seq_len=64, over_long="split", cleaning={"bad_rows": "drop"})
@@ -184,7 +184,7 @@ def test_rows_do_not_depend_on_the_order_of_sources(config_of, tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("system_prompt", [None, "Be brief."])
-def test_an_answer_to_nothing_is_learnt_and_makes_no_item(config_of, tokenizer, system_prompt):
+def test_an_answer_to_nothing_is_learned_and_makes_no_item(config_of, tokenizer, system_prompt):
     alone = [{"messages": [{"role": "assistant", "content": f"hello {i}"}]} for i in range(6)]
     config = config_of({"sums": SUMS, "words": alone}, system_prompt=system_prompt)
     assert prepare(config, tokenizer).manifest["splits"]["train"]["tasks"]["words"]["documents"] == 4

@@ -1,4 +1,4 @@
-"""The prepared folder: kept where it is up to date, made anew where it is not, and never left half written."""
+"""The prepared folder: kept if it is up to date, made again if not, and never half written."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from data_prep.config import DataConfig
 from data_prep.fingerprint import tokenizer_files, tokenizer_hashes
 from data_prep.manifest import read_manifest
 from data_prep.plots import write_plots
-from data_prep.prepare import kept, prepare
+from data_prep.prepare import find_unchanged_set, prepare
 from data_prep.prepare_report import PrepareReport
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
@@ -71,14 +71,14 @@ def test_what_cannot_change_the_rows_keeps_the_folder(config_of, change):
     open_prepared(config, tokenizer)
 
 
-def test_changed_source_is_prepared_anew_even_with_its_size_unchanged(config_of, tokenizer):
+def test_a_changed_source_is_prepared_again_even_if_its_size_is_unchanged(config_of, tokenizer):
     config = config_of()
     prepare(config, tokenizer)
     write_jsonl(config.sources[0].path, SUMS[::-1])
     assert not prepare(config, tokenizer).reused
 
 
-def test_a_damaged_manifest_or_another_tokenizer_has_the_set_made_anew(config_of, tokenizer):
+def test_a_damaged_manifest_or_another_tokenizer_makes_the_set_again(config_of, tokenizer):
     config = config_of()
     prepare(config, tokenizer)
     (config.prepared_dir / "manifest.json").write_text("{")
@@ -93,7 +93,7 @@ def test_a_damaged_manifest_or_another_tokenizer_has_the_set_made_anew(config_of
         ({"tasks": {"sums": SUMS, "words": []}}, r"^data\.sources: task 'words' is empty: no record in .*words\.jsonl"),
         ({"seq_len": 8}, r"task 'sums' has no document left, all 12 were dropped at data\.seq_len=8 \(12 no_labels"),
         ({"held_out": 1 - 1e-12}, r"^data\.held_out: .* leaves no document of task 'sums' to train on"),
-        ({"held_out": 8}, r"^data\.held_out: 8 documents per task, but task 'words' has 8 different ones"),
+        ({"held_out": 8}, r"^data\.held_out: 8 documents per task, but task 'words' has 8 distinct ones"),
         ({"tasks": {"sums": [*SUMS, {"instruction": "a"}]}}, r"sums\.jsonl:13: lacks field `output`"),
     ],
     ids=["empty task", "all cut", "all held out", "too few", "bad line"],
@@ -136,7 +136,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def folder_config(tmp_path) -> DataConfig:
-    """The data section for a folder of two files, with a chat template of its own."""
+    """The data section for a folder of two files, with the recipe's own chat template."""
     (tmp_path / "sums").mkdir()
     write_jsonl(tmp_path / "sums" / "a.jsonl", SUMS[:6])
     write_jsonl(tmp_path / "sums" / "b.jsonl", SUMS[6:])
@@ -151,7 +151,7 @@ def folder_config(tmp_path) -> DataConfig:
 def prepare_as_the_command(config: DataConfig, base: Path) -> tuple[PrepareReport, bool]:
     """What `teamlora prepare` does, and whether it needed a tokenizer."""
     files = tokenizer_files(base, config)
-    report = kept(config, files)
+    report = find_unchanged_set(config, files)
     if report is not None:
         return report, False
     model = SimpleNamespace(model=str(base), trust_remote_code=False)
@@ -187,10 +187,10 @@ def test_an_unchanged_set_is_kept_without_reading_a_tokenizer(folder_config, bas
     ],
     ids=["vocabulary", "end token", "template", "source", "source added", "source removed", "source renamed"],
 )
-def test_what_can_change_the_rows_has_them_made_anew(folder_config, base, tmp_path, change):
+def test_what_can_change_the_rows_makes_them_again(folder_config, base, tmp_path, change):
     prepare_as_the_command(folder_config, base)
     change(tmp_path)
-    assert kept(folder_config, tokenizer_files(base, folder_config)) is None
+    assert find_unchanged_set(folder_config, tokenizer_files(base, folder_config)) is None
     if "im_begin" in (base / "tokenizer.json").read_text():
         return  # no longer a tokenizer for this template
     report, loaded = prepare_as_the_command(folder_config, base)
@@ -220,7 +220,7 @@ def config_of_folder(folder: Path, prepared_dir: Path) -> DataConfig:
     return DataConfig(prepared_dir=prepared_dir, sources=[source], seq_len=128, held_out=2)
 
 
-def test_a_file_that_gets_another_ending_is_read_anew(tokenizer, tmp_path):
+def test_a_file_with_a_new_ending_is_read_again(tokenizer, tmp_path):
     (tmp_path / "docs").mkdir()
     path = write_jsonl(tmp_path / "docs" / "a.txt", SUMS)
     config = config_of_folder(tmp_path / "docs", tmp_path / "prepared")
@@ -229,9 +229,9 @@ def test_a_file_that_gets_another_ending_is_read_anew(tokenizer, tmp_path):
     assert prepare(config, tokenizer).manifest["forms"]["data.sources.0"] == {"Alpaca": 12}
 
 
-def test_a_source_that_takes_in_the_prepared_set_is_refused(tokenizer, tmp_path):
+def test_a_source_that_includes_the_prepared_set_is_refused(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", SUMS)
-    with pytest.raises(UserError, match=r"^data\.sources\.0\.path: .* takes in data\.prepared_dir=.*; prepare into"):
+    with pytest.raises(UserError, match=r"^data\.sources\.0\.path: .* includes data\.prepared_dir=.*; give data"):
         prepare(config_of_folder(tmp_path, tmp_path / "prepared"), tokenizer)
 
 
@@ -244,12 +244,12 @@ def test_another_template_for_tools_makes_another_set():
 
 def test_a_set_is_not_kept_for_another_configuration_or_where_there_is_none(folder_config, base):
     files = tokenizer_files(base, folder_config)
-    assert kept(folder_config, files) is None
+    assert find_unchanged_set(folder_config, files) is None
     prepare_as_the_command(folder_config, base)
-    assert kept(folder_config.model_copy(update={"seq_len": 96}), files) is None
-    assert kept(folder_config.model_copy(update={"chat_template": None}), files) is None
+    assert find_unchanged_set(folder_config.model_copy(update={"seq_len": 96}), files) is None
+    assert find_unchanged_set(folder_config.model_copy(update={"chat_template": None}), files) is None
     (folder_config.prepared_dir / "manifest.json").write_text("{")
-    assert kept(folder_config, files) is None
+    assert find_unchanged_set(folder_config, files) is None
 
 
 def test_the_recipes_chat_template_is_that_of_the_rows_and_of_the_tokenizer(folder_config, base):
@@ -265,7 +265,7 @@ def test_the_recipes_chat_template_is_that_of_the_rows_and_of_the_tokenizer(fold
 
 
 @pytest.mark.parametrize("prepared_before", [False, True], ids=["first time", "over a set"])
-def test_a_chat_template_that_cannot_be_read_is_told_by_its_key(folder_config, base, prepared_before):
+def test_an_unreadable_chat_template_is_refused_with_its_key(folder_config, base, prepared_before):
     if prepared_before:
         prepare_as_the_command(folder_config, base)
     folder_config.chat_template.unlink()
@@ -280,7 +280,7 @@ fork = multiprocessing.get_context("fork")
 
 
 def in_a_process(target: Callable[[], None]) -> Any:
-    """A process that runs `target`, in a group of its own as a shell's commands are."""
+    """A process that runs `target` in its own process group, like a shell's command."""
 
     def run() -> None:
         os.setpgid(0, 0)
@@ -420,7 +420,7 @@ def test_a_second_preparation_waits_says_so_and_keeps_the_firsts_set(config_of, 
     assert not leftovers(config)
 
 
-def test_a_second_preparation_takes_over_where_the_first_is_killed(config_of, tokenizer):
+def test_a_second_preparation_takes_over_when_the_first_is_killed(config_of, tokenizer):
     config, inside, said = config_of(), fork.Event(), []
 
     def target() -> None:
@@ -442,7 +442,7 @@ MANY = [{"instruction": f"What is {i}? " * 20, "output": str(i)} for i in range(
 
 
 @pytest.mark.parametrize("moment", ["reading", "taking in", "writing"])
-def test_ctrl_c_ends_it_at_once_and_without_a_word_from_the_workers(config_of, tokenizer, tmp_path, moment):
+def test_ctrl_c_ends_it_at_once_without_output_of_the_workers(config_of, tokenizer, tmp_path, moment):
     config = config_of({"sums": MANY}, seq_len=512)
     errors, inside = tmp_path / "errors", fork.Event()
     place = {"reading": "encode_blocks", "taking in": "Spool.add", "writing": "write_rows"}[moment]
@@ -481,6 +481,6 @@ def _killed(block: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_told_in_one_line(config_of, tokenizer, monkeypatch):
+def test_a_killed_worker_gives_a_one_line_error(config_of, tokenizer, monkeypatch):
     monkeypatch.setattr("data_prep.workers._encode", _killed)
-    refused(r"^data\.sources: a worker process was killed, most likely for want of mem.*; free", config_of(), tokenizer)
+    refused(r"^data\.sources: a worker process was killed, most likely out of memory; free", config_of(), tokenizer)

@@ -27,7 +27,7 @@ def test_a_folder_is_there_when_the_block_has_ended_and_not_before(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
 
 
-def test_what_stood_there_is_replaced_whole(tmp_path):
+def test_an_old_folder_is_replaced_entirely(tmp_path):
     write(tmp_path / "folder", "old")
     (tmp_path / "folder" / "of old").touch()
     write(tmp_path / "folder", "new")
@@ -36,7 +36,7 @@ def test_what_stood_there_is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
+def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path):
     write(tmp_path / "folder", "old")
     with pytest.raises(ZeroDivisionError), publish_atomically(tmp_path / "folder") as staging:
         (staging / "one").write_text("new")
@@ -52,7 +52,7 @@ def test_a_link_to_a_folder_stays_one(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "one").read_text() == "new"
 
 
-def test_what_processes_that_are_gone_have_left_is_removed_and_nothing_of_others(tmp_path):
+def test_leftovers_of_ended_processes_are_removed_and_of_no_others(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for name in ("new", "old"):
@@ -71,7 +71,7 @@ def test_what_processes_that_are_gone_have_left_is_removed_and_nothing_of_others
     assert {path.name for path in tmp_path.iterdir()} == {"folder", *others[1:]}
 
 
-def test_a_name_is_taken_as_it_is_and_not_as_a_pattern(tmp_path):
+def test_a_name_is_not_read_as_a_pattern(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for folder in ("[ab]", "a"):
@@ -80,7 +80,7 @@ def test_a_name_is_taken_as_it_is_and_not_as_a_pattern(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"[ab]", f".a.{HOST}.{gone.pid}.new"}
 
 
-def test_a_disk_that_refuses_is_told_by_the_option(tmp_path):
+def test_a_failure_to_write_names_the_option(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(

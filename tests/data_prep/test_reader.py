@@ -1,4 +1,4 @@
-"""Opening a prepared set: only by those it was made for, and only whole."""
+"""Opening a prepared set: only with the configuration it was made for, and only if it is complete."""
 
 import shutil
 

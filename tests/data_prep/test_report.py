@@ -1,4 +1,4 @@
-"""What preparation says of a set: the printed table, report.md, the pictures, and notes on the unexpected."""
+"""The report on a set: the printed table, report.md, plots, and notes on unexpected data."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ def without_pictures_or_time(text: str) -> str:
     return re.sub(r"in \d+\.\d s", "in a moment", text)
 
 
-def test_the_printed_table_is_a_line_a_task_with_aligned_counts(made, counted):
+def test_the_printed_table_has_one_line_per_task_with_aligned_counts(made, counted):
     report, config = made
     headline, head, sums, words, train, held_out, more = str(report).splitlines()
     assert without_pictures_or_time(headline) == f"{config.prepared_dir} was prepared in a moment"
@@ -76,7 +76,7 @@ def test_the_printed_table_is_a_line_a_task_with_aligned_counts(made, counted):
     assert more == f"more: {config.prepared_dir / 'report.md'}"
 
 
-def test_report_md_holds_shares_forms_and_where_the_removed_stood(made, counted):
+def test_report_md_holds_shares_forms_and_the_places_of_removed_documents(made, counted):
     config = made[1]
     text = (config.prepared_dir / "report.md").read_text()
     headings = re.findall("^#+ (.*)$", text, re.MULTILINE)
@@ -84,7 +84,8 @@ def test_report_md_holds_shares_forms_and_where_the_removed_stood(made, counted)
     tokens, labelled = ({task: counts[name] for task, counts in counted.items()} for name in ("tokens", "labelled"))
     for task, documents, draws in (("sums", 11, 1), ("words", 12, 2)):
         shares = [documents / 23] + [of[task] / sum(of.values()) for of in (tokens, labelled)]
-        line = next(line for line in text.splitlines() if line.startswith(f"| {task} |") and line.count("%") == 4)
+        rows = (line for line in text.splitlines() if re.match(rf"\| {task} +\|", line))
+        line = next(line for line in rows if line.count("%") == 4)
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert [cells[1], cells[3], cells[4], cells[5]] == [*(f"{share:.2%}" for share in shares), f"{draws:.2f}"]
     sums, words = (source.path for source in config.sources)
@@ -98,7 +99,7 @@ def test_tables_of_report_md_are_markdown(made):
     for block in (made[1].prepared_dir / "report.md").read_text().split("\n\n"):
         lines = block.splitlines()
         if lines[0].startswith("|"):
-            assert re.fullmatch(r"\|(---\|)+", lines[1])
+            assert re.fullmatch(r"\|-+\|(-+:\|)+(-+\|)?", lines[1])  # numbers are right-aligned
             assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 2
 
 
@@ -123,7 +124,7 @@ def test_a_set_that_is_kept_has_the_same_table(made, tokenizer):
     assert rest == str(report).splitlines()[1:]
 
 
-def test_any_task_name_can_be_drawn_and_none_is_warned_of(tmp_path, tokenizer, recwarn):
+def test_any_task_name_can_be_plotted_without_warnings(tmp_path, tokenizer, recwarn):
     tasks = {r"$\frac$": SUMS, "数学": WORDS, "a" * 300: SUMS}
     sources = [
         {"type": "files", "task": task, "path": write_jsonl(tmp_path / f"{index}.jsonl", records)}
@@ -169,13 +170,13 @@ def test_empty_files_and_files_of_other_endings_are_noted(tmp_path, tokenizer):
     config = DataConfig(prepared_dir=tmp_path / "prepared", seq_len=128, held_out=2, sources=[source])
     assert notes_of(prepare(config, tokenizer)) == [
         f"data.sources.0: 2 empty files, the first is {folder / 'b.jsonl'}",
-        f"data.sources.0: 1 files or linked folders passed over, the first is {folder / 'readme.pdf'}",
+        f"data.sources.0: 1 files or linked folders skipped, the first is {folder / 'readme.pdf'}",
     ]
 
 
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("records", [SUMS, [{"text": f"Some words {i}."} for i in range(12)]], ids=["chat", "text"])
-def test_a_template_without_an_end_token_is_noted_where_conversations_are_learnt(config_of, records):
+def test_a_template_without_an_end_token_is_noted_where_conversations_are_learned(config_of, records):
     report = prepare(config_of({"sums": records}), tiny_tokenizer(OPEN_ENDED))
     expected = [
         "the chat template ends assistant turns with no special token: a model trained on this set does not learn to "

@@ -1,4 +1,4 @@
-"""Which tokens a span of text covers, asked of the tokenizer at its ends only, against a look at every token."""
+"""Which tokens a span covers: found from the ends of the span, compared with a search over all tokens."""
 
 import random
 

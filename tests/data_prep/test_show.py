@@ -1,4 +1,4 @@
-"""`show`: the rows as a person reads them, and exactly what is learnt marked."""
+"""`show`: rows as readable text, with exactly the learned parts marked."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ from trainer.cli import main
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
-AWKWARD = [  # what a terminal library could take for its own
+AWKWARD = [  # text that a terminal library could interpret
     {"instruction": "[bold]x[/bold] [/]", "output": "[red]y[/red] [/nothing]"},
     {"instruction": ":smile: \\n", "output": ":warning: 3:4"},
     {"instruction": "é 答 🙂\n\n  indented", "output": "an answer of " + "many words " * 30},
@@ -35,13 +35,13 @@ def marked_words(record: dict) -> str:
 
 def shown_documents(output: str) -> list[tuple[str, str]]:
     """The line above each document, and its text as it is shown."""
-    _, *parts = re.split(r"^(\[\w+\] \d+ of \d+ tokens learnt)\n", output, flags=re.MULTILINE)
+    _, *parts = re.split(r"^(\[\w+\] \d+ of \d+ tokens learned)\n", output, flags=re.MULTILINE)
     texts = (re.sub(r"\nrow \d+: \d+ tokens\n$", "\n", text) for text in parts[1::2])
     return [(head, text.removesuffix("\n")) for head, text in zip(parts[::2], texts, strict=True)]
 
 
 @pytest.mark.parametrize("records", [SUMS, AWKWARD], ids=["plain", "awkward"])
-def test_learnt_tokens_stand_in_brackets_where_there_is_no_terminal(config_of, tokenizer, capsys, records):
+def test_learned_tokens_are_in_brackets_if_there_is_no_terminal(config_of, tokenizer, capsys, records):
     config = config_of({"sums": records, "words": WORDS}, seq_len=2048, held_out=1e-9)
     prepare(config, tokenizer)
     capsys.readouterr()
@@ -50,13 +50,13 @@ def test_learnt_tokens_stand_in_brackets_where_there_is_no_terminal(config_of, t
     expected = [marked(record["instruction"], record["output"]) for record in records] + [*map(marked_words, WORDS)]
     assert Counter(text for _, text in documents) == Counter(expected)
     for head, text in documents:
-        learnt = [len(tokenizer(part)["input_ids"]) for part in re.findall("⟦(.*?)⟧", text, re.DOTALL)]
+        learned = [len(tokenizer(part)["input_ids"]) for part in re.findall("⟦(.*?)⟧", text, re.DOTALL)]
         every = len(tokenizer(text.replace("⟦", "").replace("⟧", ""))["input_ids"])
         task = "words" if text.startswith("<|im_start|>system\nSort.") else "sums"
-        assert head == f"[{task}] {sum(learnt)} of {every} tokens learnt"
+        assert head == f"[{task}] {sum(learned)} of {every} tokens learned"
 
 
-def test_learnt_tokens_are_coloured_on_a_terminal(config_of, tokenizer, capsys, monkeypatch):
+def test_learned_tokens_are_colored_on_a_terminal(config_of, tokenizer, capsys, monkeypatch):
     config = config_of({"sums": SUMS}, seq_len=2048, held_out=1e-9)
     prepare(config, tokenizer)
     capsys.readouterr()
@@ -72,7 +72,7 @@ def test_learnt_tokens_are_coloured_on_a_terminal(config_of, tokenizer, capsys, 
     assert all(SYSTEM + TURNS.format(record["instruction"], record["output"]) in plain for record in SUMS)
 
 
-def test_no_more_rows_are_shown_than_asked_for_and_fewer_where_there_are_fewer(config_of, tokenizer, capsys):
+def test_at_most_the_requested_rows_are_shown(config_of, tokenizer, capsys):
     config = config_of(seq_len=64, held_out=1e-9)
     rows = prepare(config, tokenizer).manifest["splits"]["train"]["rows"]
     assert rows > 3
@@ -84,7 +84,7 @@ def test_no_more_rows_are_shown_than_asked_for_and_fewer_where_there_are_fewer(c
         assert all(0 < int(tokens) <= 64 for _, tokens in heads)
 
 
-def test_what_is_cut_from_an_answer_is_shown_as_far_as_it_is_learnt(config_of, tokenizer, capsys):
+def test_what_is_cut_from_an_answer_is_shown_as_far_as_it_is_learned(config_of, tokenizer, capsys):
     records = [{"instruction": "b a", "output": "4 " * 100}]
     config = config_of({"sums": records}, seq_len=64, held_out=1e-9, system_prompt="Sort.", over_long="cut_right")
     prepare(config, tokenizer)
@@ -93,7 +93,7 @@ def test_what_is_cut_from_an_answer_is_shown_as_far_as_it_is_learnt(config_of, t
     ((head, text),) = shown_documents(capsys.readouterr().out)
     before = "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\nb a<|im_end|>\n<|im_start|>assistant\n"
     assert text.startswith(before + "⟦4 4 ") and text.endswith("⟧") and text.count("⟧") == 1
-    assert head == f"[sums] {64 - len(tokenizer(before)['input_ids'])} of 64 tokens learnt"
+    assert head == f"[sums] {64 - len(tokenizer(before)['input_ids'])} of 64 tokens learned"
 
 
 RECIPE = """
@@ -129,7 +129,7 @@ def test_the_command_prepares_and_shows_and_then_shows_what_is_kept(tmp_path, to
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "many"])
-def test_a_count_that_is_none_is_refused(tmp_path, capsys, count):
+def test_an_invalid_count_is_refused(tmp_path, capsys, count):
     with pytest.raises(SystemExit) as ended:
         main(["prepare", str(tmp_path / "recipe.yaml"), "--show", count])
     assert ended.value.code == 2
@@ -146,5 +146,5 @@ def test_a_split_document_is_shown_piece_by_piece(config_of, tokenizer, capsys):
     assert len(texts) > 2
     assert sum(text.count("⟦") for text in texts) == len(texts)
     later = [text for text in texts if not text.startswith("<|im_start|>")]
-    assert all(not text.startswith("⟦") for text in later)  # no piece's first token is learnt
+    assert all(not text.startswith("⟦") for text in later)  # no piece's first token is learned
     assert sum(text.count("4") for text in texts) == 100

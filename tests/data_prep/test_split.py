@@ -1,4 +1,4 @@
-"""The held-out split: the size that is asked for, no leak into training, and stable when data is added."""
+"""The held-out split: the requested size, no leak into training, and stable when data is added."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def config(held_out: float | int, **cleaning: str) -> DataConfig:
 
 
 class Scene:
-    """Texts of both tasks, split; `side` tells each text's places as "task text" lists."""
+    """Texts of both tasks, split; `side` lists each side's documents as "task text"."""
 
     def __init__(self, sums: list[str], words: list[str], held_out: float | int, seed: int = 0, **cleaning: str):
         self.texts = [f"sums {text}" for text in sums] + [f"words {text}" for text in words]
@@ -148,5 +148,5 @@ def test_a_copy_in_more_pieces_goes_with_all_of_them():
 
 
 def test_more_held_out_documents_than_there_are_is_refused():
-    with pytest.raises(UserError, match=r"^data\.held_out: 3 documents per task, but task 'sums' has 3 different ones"):
+    with pytest.raises(UserError, match=r"^data\.held_out: 3 documents per task, but task 'sums' has 3 distinct ones"):
         Scene(numbers(3) * 2, numbers(9), 3)

@@ -1,4 +1,4 @@
-"""Rows travel in blocks of few rows, and of fewer where they are long, in their order."""
+"""Blocks hold a bounded number of rows and bytes, in order."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def sizes(rows: list) -> list[int]:
     return [len(block.rows) for block in blocks]
 
 
-def test_short_rows_travel_256_at_a_time_and_none_is_lost():
+def test_blocks_of_short_rows_hold_256_rows_and_none_is_lost():
     assert sizes([(number, b"{}") for number in range(600)]) == [256, 256, 88]
     assert sizes([(number, {"a": 1}) for number in range(256)]) == [256]
     assert sizes([]) == []
@@ -24,7 +24,7 @@ def test_blocks_of_long_rows_end_at_two_megabytes(make):
     assert sizes([(0, make(1)), (1, make(10_000_000)), (2, make(1))]) == [2, 1]
 
 
-def test_rows_that_cannot_be_read_travel_as_well():
+def test_unreadable_rows_stay_in_their_block():
     assert sizes([(0, Unreadable("cut off")), (1, b"{}")]) == [2]
 
 

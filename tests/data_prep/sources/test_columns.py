@@ -1,4 +1,4 @@
-"""Parquet and Arrow: records as they were written, without the nulls of tables, and damage told in one line."""
+"""Parquet and Arrow: records as written, without nulls of the table, and one-line errors for damaged files."""
 
 import pickle
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.config import HubSource
-from data_prep.sources.columns import as_a_record, hub
+from data_prep.sources.columns import read_hub, without_table_padding
 from data_prep.user_error import UserError
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
@@ -48,7 +48,7 @@ def test_records_come_in_order_with_their_numbers(tmp_path, monkeypatch, name, w
 
 
 @each_format
-def test_nulls_with_which_a_table_fills_up_records_are_not_there(tmp_path, name, write):
+def test_nulls_that_only_fill_up_table_rows_are_removed(tmp_path, name, write):
     records = [
         {"messages": TURNS, "instruction": None, "output": None},
         {"messages": None, "instruction": "a", "output": "b"},
@@ -62,11 +62,11 @@ def test_nulls_with_which_a_table_fills_up_records_are_not_there(tmp_path, name,
 
 def test_a_record_keeps_values_that_are_merely_empty():
     value = {"a": None, "b": [{"c": None, "d": 0}, None, []], "e": "", "f": {"g": None}}
-    assert as_a_record(value) == {"b": [{"d": 0}, None, []], "e": "", "f": {}}
+    assert without_table_padding(value) == {"b": [{"d": 0}, None, []], "e": "", "f": {}}
 
 
 @each_format
-def test_whole_numbers_that_a_table_holds_as_floats_are_learnt_as_whole_numbers(tmp_path, name, write):
+def test_whole_numbers_stored_as_floats_become_whole_numbers_again(tmp_path, name, write):
     numbers = [4.0, -0.0, 2.5, 1e300, None]
     choices = [[4.0, 5.0]] * len(numbers)
     columns = {"instruction": list("abcde"), "output": numbers, "choices": choices}
@@ -92,7 +92,7 @@ def test_a_folder_saved_by_datasets_is_read_shard_by_shard(tmp_path):
     disable_progress_bars()
     records = [{"instruction": f"a{i}", "output": f"{i}"} for i in range(10)]
     Dataset.from_list(records).save_to_disk(tmp_path / "saved", num_shards=2)
-    load_from_disk(tmp_path / "saved").map(lambda record: {"more": 1})  # leaves a cache file with the rows once more
+    load_from_disk(tmp_path / "saved").map(lambda record: {"more": 1})  # leaves a cache file with the same rows
     assert len(list((tmp_path / "saved").glob("cache-*.arrow"))) == 1
     assert texts(read(tmp_path / "saved")) == [[f"a{i}", f"{i}"] for i in range(10)]
 
@@ -112,8 +112,8 @@ def test_a_stream_cut_between_two_batches_is_refused(tmp_path):
     write_stream(path, pyarrow.table({"instruction": list("abcdefghijkl"), "output": list("123456789012")}))
     path.write_bytes(path.read_bytes()[:-8])  # all but the end mark
     assert refusal(path) == (
-        f"{path}, from record 12 on: no readable Arrow file (the stream is cut off, or does not end with its end "
-        "mark); get it anew, or correct its format"
+        f"{path}, from record 12 on: not a readable Arrow file (the stream is cut off, or does not end with its end "
+        "mark); download it again, or correct its format"
     )
 
 
@@ -126,34 +126,38 @@ def test_two_streams_in_one_file_are_refused_not_half_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"text": "a"}\n' * 1000, bytes(range(256)) * 20])
-def test_what_is_no_table_at_all_is_refused(tmp_path, name, content):
+def test_a_file_that_is_not_a_table_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     kind = "Parquet" if name == "a.parquet" else "Arrow"
-    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: no readable {kind} file (")
+    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: not a readable {kind} file (")
 
 
-def test_damaged_offsets_in_an_arrow_file_are_refused_and_do_not_end_the_process(tmp_path):
+def test_damaged_offsets_in_an_arrow_file_are_refused_without_a_crash(tmp_path):
     path = tmp_path / "a.arrow"
     write_file(path, pyarrow.table({"text": ["abcd"] * 5}))
     offsets = b"".join(number.to_bytes(4, "little") for number in (0, 4, 8, 12, 16, 20))
     content = path.read_bytes()
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f" + offsets[12:]))
-    assert refusal(path).startswith(f"{path}: no readable Arrow file (In column 0: Invalid: Offset invariant failure")
+    assert refusal(path).startswith(
+        f"{path}: not a readable Arrow file (In column 0: Invalid: Offset invariant failure"
+    )
 
 
 @each_format
-def test_text_that_is_no_utf8_is_refused(tmp_path, name, write):
+def test_text_that_is_not_utf8_is_refused(tmp_path, name, write):
     offsets, content = pyarrow.array([0, 3, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"abccf\xe9")
     write(tmp_path / name, pyarrow.table({"text": pyarrow.StringArray.from_buffers(2, offsets, content)}))
-    expected = "(In column 0: Invalid: Invalid UTF8 sequence at string index 1); get it anew, or correct its format"
+    expected = (
+        "(In column 0: Invalid: Invalid UTF8 sequence at string index 1); download it again, or correct its format"
+    )
     assert refusal(tmp_path / name).endswith(expected)
 
 
 @each_format
-def test_a_column_twice_is_refused(tmp_path, name, write):
+def test_a_repeated_column_is_refused(tmp_path, name, write):
     write(tmp_path / name, pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]))
-    assert "(column 'text' is there twice)" in refusal(tmp_path / name)
+    assert "(column 'text' is repeated)" in refusal(tmp_path / name)
 
 
 def test_a_parquet_file_compressed_as_a_whole_is_refused(tmp_path):
@@ -163,7 +167,7 @@ def test_a_parquet_file_compressed_as_a_whole_is_refused(tmp_path):
     )
 
 
-def test_values_that_are_no_text_are_bad_rows(tmp_path):
+def test_rows_with_values_that_are_not_text_are_bad(tmp_path):
     import datetime
 
     table = {"instruction": ["a"], "output": [datetime.date(2026, 1, 1)]}
@@ -181,17 +185,17 @@ def test_a_dataset_of_the_hub_is_streamed_without_its_nulls(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     source = HubSource(type="hub", task="sums", name="some/set", subset="en", split="test", revision="abc")
-    assert list(hub(source, "data.sources.0")) == [(0, {"text": "a"}), (1, {"text": "b", "id": 1})]
+    assert list(read_hub(source, "data.sources.0")) == [(0, {"text": "a"}), (1, {"text": "b", "id": 1})]
     assert asked == [(("some/set", "en"), {"split": "test", "revision": "abc", "streaming": True})]
 
 
-def test_a_dataset_that_cannot_be_had_is_told_in_one_line(monkeypatch):
+def test_a_dataset_that_cannot_be_loaded_gives_a_one_line_error(monkeypatch):
     def load_dataset(*arguments, **keys):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(UserError) as caught:
-        list(hub(HubSource(type="hub", task="sums", name="some/set"), "data.sources.0"))
+        list(read_hub(HubSource(type="hub", task="sums", name="some/set"), "data.sources.0"))
     assert str(caught.value) == (
         "data.sources.0.name: cannot load some/set from the Hub (no network); check name, subset, split and network, "
         "or download it and use a source of type files"

@@ -1,4 +1,4 @@
-"""Compressed files read as the plain ones do, and none that is cut off is taken for whole."""
+"""Compressed files read like plain ones, and truncated files are always refused."""
 
 import bz2
 import gzip
@@ -68,7 +68,7 @@ def test_every_truncated_file_is_refused(tmp_path, name, ending, compress):
         path.write_bytes(whole[:length])
         message = refusal(path)
         assert message.startswith(f"data.sources.0.path: cannot read {path} (")
-        assert message.endswith("); it is truncated or damaged, get it anew")
+        assert message.endswith("); it is truncated or damaged, download it again")
 
 
 @each_compression
@@ -76,14 +76,14 @@ def test_a_truncated_second_member_is_refused(tmp_path, ending, compress):
     path = tmp_path / ("a.jsonl" + ending)
     member = compress(LINES)
     path.write_bytes(member + member[: len(member) // 2])
-    assert refusal(path).endswith("); it is truncated or damaged, get it anew")
+    assert refusal(path).endswith("); it is truncated or damaged, download it again")
 
 
 @each_compression
 def test_a_plain_file_with_the_ending_of_a_compression_is_refused(tmp_path, ending, compress):
     path = tmp_path / ("a.jsonl" + ending)
     path.write_bytes(LINES)
-    assert refusal(path).endswith("); it is truncated or damaged, get it anew")
+    assert refusal(path).endswith("); it is truncated or damaged, download it again")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])  # pyarrow's .zst have no checksum
@@ -98,8 +98,8 @@ def test_bytes_that_changed_within_a_compressed_file_are_refused(tmp_path, endin
 @each_compression
 def test_a_compressed_file_that_has_vanished_is_not_called_truncated(tmp_path, monkeypatch, ending, compress):
     gone = tmp_path / ("a.jsonl" + ending)
-    monkeypatch.setattr("data_prep.sources.read.files_of", lambda source, key: ([Path(gone)], []))
+    monkeypatch.setattr("data_prep.sources.read.find_files", lambda source, key: ([Path(gone)], []))
     message = refusal(gone)
     assert message.startswith(f"data.sources.0.path: cannot read {gone} (")
     assert "No such file or directory" in message
-    assert message.endswith("); give a file that can be read")
+    assert message.endswith("); give a readable file")

@@ -1,4 +1,4 @@
-"""Which files a path means, in which order, and what is not read with them."""
+"""Which files a path stands for, in which order, and which are skipped."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import FilesSource
-from data_prep.sources.finding import files_of, format_of
+from data_prep.sources.finding import find_files, format_of
 from data_prep.user_error import UserError
 
 
@@ -15,9 +15,9 @@ def source_of(path: Path | str, **keys: str) -> FilesSource:
 
 
 def found(path: Path | str, **keys: str) -> tuple[list[str], list[str]]:
-    """Names of the files and of what is passed over."""
-    files, passed_over = files_of(source_of(path, **keys), "data.sources.0")
-    return [file.name for file in files], [file.name for file in passed_over]
+    """Names of the files and of those that are skipped."""
+    files, skipped = find_files(source_of(path, **keys), "data.sources.0")
+    return [file.name for file in files], [file.name for file in skipped]
 
 
 def refusal(path: Path | str, **keys: str) -> str:
@@ -52,11 +52,11 @@ def fill(folder: Path, *names: str) -> None:
         ("a.tar.gz", None),
     ],
 )
-def test_the_ending_under_the_compression_tells_the_format(name, kind):
+def test_the_ending_before_the_compression_ending_gives_the_format(name, kind):
     assert format_of(Path(name), source_of("data")) == kind
 
 
-def test_the_recipes_format_goes_before_the_ending():
+def test_the_recipes_format_overrides_the_ending():
     assert format_of(Path("a.txt"), source_of("data", format="json")) == "json"
 
 
@@ -65,15 +65,15 @@ def test_a_folder_is_read_to_its_depth_in_the_order_of_names(tmp_path):
     assert found(tmp_path) == (["a.txt", "b.jsonl", "a.csv.gz", "z.json", "part.jsonl"], [])
 
 
-def test_unknown_endings_readmes_and_linked_folders_are_listed_as_passed_over(tmp_path):
+def test_unknown_endings_readmes_and_linked_folders_are_listed_as_skipped(tmp_path):
     fill(tmp_path / "data", "a.jsonl", "b.pdf", "c.gz", "LICENSE", "README.md", "sub/readme.txt")
     fill(tmp_path / "other", "x.jsonl")
     (tmp_path / "data/linked").symlink_to(tmp_path / "other")
-    passed_over = ["LICENSE", "README.md", "b.pdf", "c.gz", "linked", "readme.txt"]
-    assert found(tmp_path / "data") == (["a.jsonl"], passed_over)
+    skipped = ["LICENSE", "README.md", "b.pdf", "c.gz", "linked", "readme.txt"]
+    assert found(tmp_path / "data") == (["a.jsonl"], skipped)
 
 
-def test_hidden_files_and_folders_are_not_seen(tmp_path):
+def test_hidden_files_and_folders_are_ignored(tmp_path):
     fill(tmp_path, "a.jsonl", ".b.jsonl", ".git/c.json", ".cache/d.txt")
     assert found(tmp_path) == (["a.jsonl"], [])
 
@@ -86,11 +86,11 @@ def test_what_datasets_keeps_beside_its_files_is_not_data(tmp_path):
 
 def test_a_folder_of_several_splits_is_refused(tmp_path):
     fill(tmp_path, "dataset_dict.json", "train/data-0.arrow", "test/data-0.arrow")
-    with pytest.raises(UserError, match=r"holds several splits; name one of them, as .*/train$"):
+    with pytest.raises(UserError, match=r"holds several splits; give one of them, such as .*/train$"):
         found(tmp_path)
 
 
-def test_a_file_with_one_of_those_names_is_read_where_it_is_asked_for(tmp_path):
+def test_a_file_with_an_ignored_name_is_read_if_the_path_names_it(tmp_path):
     fill(tmp_path, "README.md", "state.json")
     assert found(tmp_path / "README.md") == (["README.md"], [])
     assert found(tmp_path / "state.json") == (["state.json"], [])
@@ -123,25 +123,27 @@ def test_a_path_that_is_a_link_to_a_folder_is_that_folder(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["nowhere.jsonl", "loop.jsonl"])
-def test_a_link_that_leads_nowhere_is_refused_not_passed_over(tmp_path, target):
+def test_a_broken_link_is_refused_not_skipped(tmp_path, target):
     fill(tmp_path, "a.jsonl")
     (tmp_path / "loop.jsonl").symlink_to(target)
-    expected = f"data.sources.0.path: {tmp_path}/loop.jsonl is no regular file, or a link to none; remove or correct it"
+    expected = (
+        f"data.sources.0.path: {tmp_path}/loop.jsonl is not a regular file or a link to one; remove or correct it"
+    )
     assert refusal(tmp_path) == expected
     assert refusal(tmp_path / "*.jsonl") == expected
 
 
-def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+def test_a_pipe_is_refused_without_waiting_for_data(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
-    assert "is no regular file" in refusal(tmp_path / "a.jsonl")
-    assert "is no regular file" in refusal(tmp_path)
+    assert "is not a regular file" in refusal(tmp_path / "a.jsonl")
+    assert "is not a regular file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
         ("none.jsonl", "none.jsonl does not exist; expected a file, a pattern or a folder"),
-        ("no*.jsonl", "no file is called {}/no*.jsonl; correct the pattern"),
+        ("no*.jsonl", "no file matches {}/no*.jsonl; correct the pattern"),
         ("x" * 300, "does not exist; expected a file"),
         ("a.jsonl/b.jsonl", "does not exist; expected a file"),
         ("empty", "folder {}/empty has no file that ends in .jsonl, "),
@@ -156,7 +158,7 @@ def test_a_path_without_files_to_read_is_refused_with_its_key(tmp_path, path, ex
     assert expected.format(tmp_path) in refusal(tmp_path / path)
 
 
-def test_any_ending_is_read_where_the_recipe_names_the_format(tmp_path):
+def test_any_ending_is_read_if_the_recipe_sets_the_format(tmp_path):
     fill(tmp_path, "b.pdf", "c")
     assert found(tmp_path, format="text") == (["b.pdf", "c"], [])
     assert found(tmp_path / "c", format="text") == (["c"], [])
@@ -167,16 +169,16 @@ def test_a_file_name_that_no_report_can_write_is_refused(tmp_path):
     assert refusal(tmp_path).endswith(r"caf\udce9.jsonl' is not UTF-8; rename it")
 
 
-def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_refused_not_skipped(tmp_path, monkeypatch):
     fill(tmp_path, "a.jsonl", "secret/b.jsonl")
     scandir = os.scandir
 
-    def without_leave(path: str):  # as for a user other than root
+    def without_permission(path: str):  # as for a user other than root
         if os.path.basename(path) == "secret":
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", without_leave)
+    monkeypatch.setattr(os, "scandir", without_permission)
     assert refusal(tmp_path) == (
-        f"data.sources.0.path: cannot read {tmp_path}/secret (Permission denied); give a file that can be read"
+        f"data.sources.0.path: cannot read {tmp_path}/secret (Permission denied); give a readable file"
     )

@@ -1,4 +1,4 @@
-"""Generated documents: repeatable by seed, and a bad generator or option is told in one line."""
+"""Generated documents: repeatable by seed, and one-line errors for bad generators and options."""
 
 import sys
 
@@ -6,13 +6,13 @@ import pytest
 
 from data_prep.config import ReasoningGymSource
 from data_prep.sources import gym
-from data_prep.sources.gym import Generators
+from data_prep.sources.gym import GymProcess
 from data_prep.user_error import UserError
 
 ARITHMETIC = {"min_terms": 2, "max_terms": 2, "max_digits": 1, "operators": ["+"], "allow_parentheses": False}
 
 
-GENERATORS = Generators()  # which take a second to start
+GENERATORS = GymProcess()  # takes a second to start
 
 
 def read(generator="basic_arithmetic", **keys):
@@ -45,17 +45,17 @@ def test_same_seed_gives_the_same_documents_and_another_seed_others():
 @pytest.mark.parametrize(
     "generator", ["isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder"]
 )
-def test_what_goes_by_the_order_of_sets_or_the_random_state_is_the_same_in_every_process_and_order(generator):
+def test_generators_that_use_sets_or_global_random_state_repeat_in_any_process_and_order(generator):
     source = ReasoningGymSource(type="reasoning_gym", task="sums", generator=generator, count=20)
-    backwards = Generators().documents(source, "data.sources.2", dict.fromkeys(reversed(range(20)), ""))
+    backwards = GymProcess().documents(source, "data.sources.2", dict.fromkeys(reversed(range(20)), ""))
     assert contents(read(generator, count=20)) == contents(backwards[::-1])
 
 
-def test_a_process_that_was_killed_is_told_in_one_line(monkeypatch):
+def test_a_killed_process_gives_a_one_line_error(monkeypatch):
     monkeypatch.setattr(gym, "_PROCESS", [sys.executable, "-c", ""])
     source = ReasoningGymSource(type="reasoning_gym", task="sums", generator="basic_arithmetic", count=5)
     with pytest.raises(UserError, match=r"^data\.sources\.2: the process of basic_arithmetic ended, most") as caught:
-        Generators().documents(source, "data.sources.2", {0: ""})
+        GymProcess().documents(source, "data.sources.2", {0: ""})
     assert "\n" not in str(caught.value)
 
 
@@ -69,9 +69,9 @@ def test_a_larger_count_only_adds_documents():
         (
             "basic_arithmetics",
             {},
-            r"\.generator: 'basic_arithmetics' is no reasoning-gym generator; nearest: basic_ari",
+            r"\.generator: 'basic_arithmetics' is not a reasoning-gym generator; nearest: basic_ari",
         ),
-        ("qqqq", {}, r"\.generator: 'qqqq' is no reasoning-gym generator; it has .*basic_arithmetic"),
+        ("qqqq", {}, r"\.generator: 'qqqq' is not a reasoning-gym generator; it has .*basic_arithmetic"),
         ("basic_arithmetic", {"terms": 3}, r"\.options: basic_arithmetic has no option 'terms'; it has .*min_terms"),
         ("basic_arithmetic", {"min_terms": 9, "max_terms": 2}, r"\.options: .* refuses its options .*correct the opt"),
         ("basic_arithmetic", {"min_terms": "many"}, r"\.options: .* refuses its options .*correct the options"),

@@ -1,4 +1,4 @@
-"""JSON lines, a JSON array, CSV, TSV and plain text as rows; every bad one is told with its place."""
+"""JSON lines, a JSON array, CSV, TSV and plain text as rows; every bad row is reported with its place."""
 
 import csv
 import io
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.documents import Document
-from data_prep.sources.text import json_array
+from data_prep.sources.json_array import read_json_array
 from data_prep.user_error import UserError
 from tests.data_prep.reading import places, read, refusal, rows_of, texts
 
 GOOD = b'{"instruction": "Add 2 and 2.", "output": "4"}'
-LINE = "expected one JSON object a line, correct it"
+LINE = "expected one JSON object per line, correct it"
 ARRAY = "expected one array of JSON objects, correct it"
 
 
@@ -39,7 +39,7 @@ def test_every_line_is_a_document_with_its_number(tmp_path):
     assert texts(documents) == [["a", "1"], ["b", "2"]]
 
 
-def test_blank_lines_bom_and_windows_line_ends_are_passed_over_and_counted(tmp_path):
+def test_blank_lines_bom_and_windows_line_ends_are_skipped_but_counted(tmp_path):
     content = b"\n".join([b"\xef\xbb\xbf" + GOOD + b"\r", b"", b"  \r", GOOD, b""])
     assert places(read(write(tmp_path, content))) == [":1", ":4"]
 
@@ -50,7 +50,7 @@ def test_unicodes_own_line_ends_do_not_end_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\t\n", b"\xef\xbb\xbf"], ids=["empty", "blank lines", "BOM"])
-def test_a_file_of_nothing_has_no_documents(tmp_path, content):
+def test_an_empty_file_has_no_documents(tmp_path, content):
     assert rows_of(write(tmp_path, content)) == []
 
 
@@ -63,15 +63,15 @@ def test_a_file_of_nothing_has_no_documents(tmp_path, content):
         (b"{", f"not JSON (Expecting property name enclosed in double quotes at character 2); {LINE}"),
         (GOOD + b" " + GOOD, f"not JSON (Extra data at character 47); {LINE}"),
         (GOOD + b"\r" + GOOD, f"not JSON (Extra data at character 47); {LINE}"),
-        (b'{"a": ' * 100_000, f"not JSON (too many lists and objects within one another); {LINE}"),
+        (b'{"a": ' * 100_000, f"not JSON (too many nested lists and objects); {LINE}"),
         (
             b'{"id": ' + b"1" * 5000 + b"}",
             "not JSON (Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits); " + LINE,
         ),
         (b'{"instruction": "caf\xe9", "output": "a"}', "byte e9 is not UTF-8; save the file as UTF-8"),
         (b'{"instruction": "a\0", "output": "a"}', f"not JSON (Invalid control character at character 18); {LINE}"),
-        (b'{"instruction": "a", "instruction": "b"}', f"not JSON (key 'instruction' is there twice); {LINE}"),
-        (b'{"messages": [{"role": "a", "role": "b"}]}', f"not JSON (key 'role' is there twice); {LINE}"),
+        (b'{"instruction": "a", "instruction": "b"}', f"not JSON (key 'instruction' is repeated); {LINE}"),
+        (b'{"messages": [{"role": "a", "role": "b"}]}', f"not JSON (key 'role' is repeated); {LINE}"),
     ],
     ids=[
         "cut off",
@@ -103,9 +103,9 @@ def test_a_line_of_ten_megabytes_is_one_document(tmp_path):
     ("content", "expected"),
     [
         (GOOD.decode().encode("utf-16"), ":1: the file is UTF-16; save it as UTF-8"),
-        (GOOD.decode().encode("utf-16-be"), ":1: the file holds zero bytes, so it is no text; save it as UTF-8 text"),
+        (GOOD.decode().encode("utf-16-be"), ":1: the file holds zero bytes, so it is not text; save it as UTF-8 text"),
         (GOOD.decode().encode("utf-32"), ":1: the file is UTF-16; save it as UTF-8"),
-        (b"\x7fELF\x02\x01\x01\0\0\0\0", ":1: the file holds zero bytes, so it is no text; save it as UTF-8 text"),
+        (b"\x7fELF\x02\x01\x01\0\0\0\0", ":1: the file holds zero bytes, so it is not text; save it as UTF-8 text"),
     ],
     ids=["UTF-16 with BOM", "UTF-16 without", "UTF-32", "no text"],
 )
@@ -127,13 +127,13 @@ TRICKY = [
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
 def test_an_array_reads_as_its_lines_would(tmp_path, monkeypatch, indent, chunk):
-    monkeypatch.setattr("data_prep.sources.text._CHUNK", chunk)
+    monkeypatch.setattr("data_prep.sources.json_array._CHUNK", chunk)
     lines = write(tmp_path, "\n".join(map(json.dumps, TRICKY)).encode())
     array = write(tmp_path, b"\xef\xbb\xbf\n " + json.dumps(TRICKY, indent=indent).encode() + b"\r\n", "data.json")
     documents = read(array)
     assert places(documents) == ["[0]", "[1]", "[2]"]
     assert texts(documents) == texts(read(lines))
-    assert [json.loads(row) for _, row in json_array(io.BytesIO(array.read_bytes()), "")] == TRICKY
+    assert [json.loads(row) for _, row in read_json_array(io.BytesIO(array.read_bytes()), "")] == TRICKY
 
 
 def test_a_file_of_lines_may_be_called_json_and_one_of_an_array_jsonl(tmp_path):
@@ -161,16 +161,38 @@ def test_an_empty_array_has_no_documents(tmp_path):
         (b"[%s}", f"[1]: found '}}' in place of a comma and an object; {ARRAY}"),
         (b"[%s]%s", ": found '{' after the end of the array; remove it"),
         (b"[%s]\nend", ": found 'end' after the end of the array; remove it"),
-        (b'[%s, {"a": 1, "a": 2}]', f"[1]: not JSON (key 'a' is there twice); {ARRAY}"),
+        (b'[%s, {"a": 1, "a": 2}]', f"[1]: not JSON (key 'a' is repeated); {ARRAY}"),
         (b'[%s, {"a": NUL}]', f"[1]: not JSON (Expecting value at character 6); {ARRAY}"),
         (b'[%s, {"a": 1]]', f"[1]: not JSON (Expecting ',' delimiter at character 7); {ARRAY}"),
         (b'[%s, {"a": "caf\xe9"}]', "[1]: byte e9 is not UTF-8; save the file as UTF-8"),
-        (b'[%s, {"a": ' + b"[" * 100_000, "[1]: over 100 lists and objects within one another; simplify it"),
+        (b'[%s, {"a": ' + b"[" * 100_000, "[1]: over 100 nested lists and objects; simplify it"),
     ],
 )
 def test_a_damaged_array_is_refused_at_its_first_bad_element(tmp_path, array, expected):
     path = write(tmp_path, array.replace(b"%s", GOOD), "data.json")
     assert refusal(path) == f"{path}{expected}"
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"a": NUL}',
+        b'{"a": "\\d ]"}',
+        b"{'a': 1}",
+        b'{"a": 1]',
+        b'{"a": "\xe9"}',
+        b'{"n": ' + b"1" * 5000 + b"}",
+        b"[{}]",
+    ],
+    ids=["no value", "unknown escape", "other quotes", "other bracket", "Latin-1", "huge number", "list"],
+)
+def test_elements_after_one_that_is_not_json_are_still_found(tmp_path, monkeypatch, bad, chunk):
+    monkeypatch.setattr("data_prep.sources.json_array._CHUNK", chunk)
+    path = write(tmp_path, b"[" + b",\n".join([GOOD, bad, GOOD]) + b"]", "data.json")
+    first, second, third = rows_of(path)
+    assert places([first, third]) == ["[0]", "[2]"]
+    assert str(second).startswith(f"{path}[1]: ")
 
 
 def test_an_array_holds_half_surrogates_as_lines_do(tmp_path):
@@ -182,7 +204,7 @@ def test_an_array_is_read_in_the_memory_of_few_records():
     record = json.dumps({"instruction": "a" * 1000, "output": "b" * 1000}).encode()
 
     class Array(io.RawIOBase):
-        """Ten megabytes, made while they are read."""
+        """Ten megabytes, generated while they are read."""
 
         left = 5000
 
@@ -198,7 +220,7 @@ def test_an_array_is_read_in_the_memory_of_few_records():
             return len(piece)
 
     tracemalloc.start()
-    count = sum(1 for _ in json_array(io.BufferedReader(Array()), "made"))
+    count = sum(1 for _ in read_json_array(io.BufferedReader(Array()), "made"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 5000
@@ -225,7 +247,7 @@ def test_a_table_reads_as_it_was_written(tmp_path, name, delimiter):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
-def test_blank_lines_of_a_table_are_passed_over_and_counted(tmp_path, end):
+def test_blank_lines_of_a_table_are_skipped_but_counted(tmp_path, end):
     path = write(tmp_path, end.join(["", "instruction,output", "", "a,1", "", "b,2"]).encode(), "a.csv")
     documents = read(path)
     assert texts(documents) == [["a", "1"], ["b", "2"]]
@@ -240,7 +262,7 @@ def test_columns_can_hold_json(tmp_path):
     assert document.messages == turns
 
 
-def test_bad_rows_of_a_table_are_told_and_the_others_read(tmp_path):
+def test_bad_rows_of_a_table_are_reported_and_the_others_read(tmp_path):
     rows = [b"a" * 64 + b",1", b"b,2,3", b"c", b"caf\xe9,4", b'"d\nd",\0', b"e,5"]
     path = write(tmp_path, b"\n".join([b"instruction,output", *rows]), "a.csv")
     assert [str(row) if isinstance(row, UserError) else texts([row])[0] for row in rows_of(path)] == [
@@ -248,7 +270,7 @@ def test_bad_rows_of_a_table_are_told_and_the_others_read(tmp_path):
         f"{path}:3: 3 values in 2 columns; correct the row or its quotes",
         f"{path}:4: 1 values in 2 columns; correct the row or its quotes",
         f"{path}:5: byte e9 is not UTF-8; save the file as UTF-8",
-        f"{path}:6: holds a zero byte, so it is no text; remove the byte",
+        f"{path}:6: holds a zero byte, so it is not text; remove the byte",
         ["e", "5"],
     ]
 
@@ -258,7 +280,7 @@ def test_bad_rows_of_a_table_are_told_and_the_others_read(tmp_path):
     [
         (b'instruction,output\na,1\n"b,2\nc,3\n', ":3: not a table (unexpected end of data); correct the row or its"),
         (b'instruction,output\na,1\n"b"c,2\n', ":3: not a table (',' expected after '\"'); correct the row or its"),
-        (b"text,id,text\na,1,b\n", ":1: column 'text' is there twice; rename one"),
+        (b"text,id,text\na,1,b\n", ":1: column 'text' is repeated; rename one"),
         (b"caf\xe9,text\na,1\n", ":1: byte e9 is not UTF-8; save the file as UTF-8"),
         (b"instruction;output\na;1\n", ":2: fields ['instruction;output']; expected `messages`"),
     ],
@@ -299,7 +321,7 @@ def test_only_the_bad_pieces_of_a_text_are_refused(tmp_path, sample_by):
     assert [str(row) if isinstance(row, UserError) else row.text for row in rows_of(path, sample_by=sample_by)] == [
         one,
         f"{path}:3: byte e9 is not UTF-8; save the file as UTF-8",
-        f"{path}:5: holds a zero byte, so it is no text; remove the byte",
+        f"{path}:5: holds a zero byte, so it is not text; remove the byte",
         "Three.",
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import ReasoningGymSource, Source
-from data_prep.sources.gym import Generators
+from data_prep.sources.gym import GymProcess
 from data_prep.suite.rows import Row
 from data_prep.suite.tasks import TASKS, rows_of
 from trainer.recipe_file import load_recipe
@@ -32,7 +32,7 @@ def rows_in_recipe(task: str) -> list[Row]:
     skip_without_packages(task)
     source = SOURCES[task]
     if isinstance(source, ReasoningGymSource):
-        documents = Generators().documents(source, "data.sources.0", dict.fromkeys(range(source.count), ""))
+        documents = GymProcess().documents(source, "data.sources.0", dict.fromkeys(range(source.count), ""))
         turns = [document.messages for document in documents]
         return [Row(question["content"], question["content"], answer["content"]) for question, answer in turns]
     return list(islice(rows_of(task, source.seed), source.count))

