@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -140,8 +140,9 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
     for part in location:
         if part in SOURCES:
             section = SOURCES[part]
-        elif part in section.model_fields and is_section(section.model_fields[part].annotation):
-            section = section.model_fields[part].annotation
+        elif part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            section = annotation if is_section(annotation) else section
     return section
 
 
@@ -153,6 +154,6 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     """Whether a field's type is a section, with keys of its own."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

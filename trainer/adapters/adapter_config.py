@@ -9,11 +9,13 @@ from peft.utils import PeftType
 from trainer.recipe import AdapterConfig
 
 
-def _like_recipe(name: str) -> dict[str, Any]:
-    """Arguments of a field with the default and the description of this key in the recipe's adapter section."""
+def _like_recipe(name: str) -> Any:
+    """A dataclass field with the default and the description of this key in the recipe's adapter section."""
     key = AdapterConfig.model_fields[name]
-    default = {"default_factory": key.default.copy} if isinstance(key.default, list) else {"default": key.default}
-    return {**default, "metadata": {"help": key.description}}
+    metadata = {"help": key.description}
+    if isinstance(key.default, list):
+        return field(default_factory=key.default.copy, metadata=metadata)
+    return field(default=key.default, metadata=metadata)
 
 
 @dataclass
@@ -28,11 +30,11 @@ class ExpertLoraConfig(PeftConfig):
         ValueError: a number is out of range, or a layer selector would be ignored.
     """
 
-    num_experts: int = field(**_like_recipe("num_experts"))
-    expert_rank: int = field(**_like_recipe("expert_rank"))
-    alpha: float = field(**_like_recipe("alpha"))
-    dropout: float = field(**_like_recipe("dropout"))
-    target_modules: list[str] | str | None = field(**_like_recipe("target_modules"))
+    num_experts: int = _like_recipe("num_experts")
+    expert_rank: int = _like_recipe("expert_rank")
+    alpha: float = _like_recipe("alpha")
+    dropout: float = _like_recipe("dropout")
+    target_modules: list[str] | str | None = _like_recipe("target_modules")  # noqa: RUF009 (makes a field)
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "names, or a regular expression, to leave out of target_modules"}
     )
@@ -45,7 +47,7 @@ class ExpertLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "further modules to train whole and save with the adapter"}
     )
-    balance_loss_weight: float = field(**_like_recipe("balance_loss_weight"))
+    balance_loss_weight: float = _like_recipe("balance_loss_weight")
     init_weights: bool = field(
         default=True,
         metadata={"help": "True: B starts at 0, so the model starts unchanged; False: B ~ N(0, 0.02), for tests"},
@@ -73,7 +75,7 @@ class ExpertLoraConfig(PeftConfig):
 class TeamLoraConfig(ExpertLoraConfig):
     """TeamLoRA (arXiv 2408.09856): one shared A, k experts B_i, a router and the interaction matrix M."""
 
-    renormalize: bool = field(**_like_recipe("renormalize"))
+    renormalize: bool = _like_recipe("renormalize")
     num_router_outputs: int | None = field(
         default=None,
         metadata={"help": "entries of phi; None: one per expert; set where experts were added or removed later"},

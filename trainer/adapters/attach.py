@@ -2,12 +2,13 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from data_prep.user_error import UserError
 from trainer.adapters import EXPERT_METHODS
@@ -27,7 +28,7 @@ def peft_config(adapter: AdapterConfig) -> PeftConfig:
     if adapter.method == "lora":
         return LoraConfig(
             r=adapter.total_rank,
-            lora_alpha=adapter.alpha,
+            lora_alpha=cast(int, adapter.alpha),  # PEFT takes any number
             lora_dropout=adapter.dropout,
             target_modules=targets,
             task_type=TASK_TYPE,
@@ -38,7 +39,7 @@ def peft_config(adapter: AdapterConfig) -> PeftConfig:
     return config(**settings | {"target_modules": targets, "task_type": TASK_TYPE})
 
 
-def check_adapter(model: nn.Module, adapter: AdapterConfig) -> None:
+def check_adapter(model: PreTrainedModel, adapter: AdapterConfig) -> None:
     """Raises UserError where the adapter does not fit the model, which may be on meta."""
     head = model.get_output_embeddings()
     linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -53,7 +54,7 @@ def check_adapter(model: nn.Module, adapter: AdapterConfig) -> None:
         _check_init_from(adapter.init_from, adapter)
 
 
-def attach_adapter(model: nn.Module, adapter: AdapterConfig) -> PeftModel:
+def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig) -> PeftModel:
     """Puts the adapter into the model, in the dtype of its base layers; only the adapter is trainable then.
 
     Fresh values come from torch's global generator: use the same seed on every rank. Raises UserError where the adapter
@@ -64,7 +65,7 @@ def attach_adapter(model: nn.Module, adapter: AdapterConfig) -> PeftModel:
     return load_adapter(model, adapter.init_from, is_trainable=True, config=_continued(adapter))
 
 
-def attach_on_meta(model: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> PeftModel:
+def attach_on_meta(model: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtype) -> PeftModel:
     """The same modules around a model on meta. Their parameters are on meta too, in `dtype`, the compute dtype.
 
     PEFT does not cast adapters on meta, so this function does.

@@ -42,6 +42,10 @@ class Gate:
     renormalize: bool = False
 
 
+Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor]
+"""lora_a, router, interaction (None where there is none) and experts."""
+
+
 class BalanceTerm(Protocol):
     """The balance loss as the backward pass sees it."""
 
@@ -72,13 +76,15 @@ class RemoteParameters(Protocol):
     Autograd sees edges of its graph in their place, which hold no values.
     """
 
-    dispatcher: Dispatcher | None
+    @property
+    def dispatcher(self) -> Dispatcher | None:
+        """The exchange of this forward's tokens; None where weights travel."""
 
-    def edges(self) -> list[Tensor | None]:
-        """Stand-ins for lora_a, router, interaction (None where there is none) and experts."""
+    def edges(self) -> Parameters:
+        """Stand-ins for the parameters."""
 
-    def values(self, backward: bool) -> list[Tensor | None]:
-        """The same, as values; with an exchange the experts are this rank's own [k / n, r_B, d_out]."""
+    def values(self, backward: bool) -> Parameters:
+        """The parameters' values; with an exchange the experts are this rank's own [k / n, r_B, d_out]."""
 
 
 class GatedExperts(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.adapters.adapter_config import ExpertLoraConfig, HydraLoraConfig, MoeLoraConfig, TeamLoraConfig
-from trainer.adapters.fused import FrozenExperts, Gate, RemoteParameters, RouterObserver, gated_experts
+from trainer.adapters.fused import FrozenExperts, Gate, Parameters, RemoteParameters, RouterObserver, gated_experts
 
 
 class Experts(nn.Module):
@@ -31,17 +31,17 @@ class Experts(nn.Module):
         super().__init__()
         k, expert_rank = config.num_experts, config.expert_rank
         shared = isinstance(config, HydraLoraConfig)
-        competing = isinstance(config, TeamLoraConfig)
+        team = config if isinstance(config, TeamLoraConfig) else None
         self.lora_a = nn.Parameter(torch.empty(expert_rank if shared else config.total_rank, in_features))
-        outputs = (config.num_router_outputs if competing else None) or k
+        outputs = (team.num_router_outputs if team is not None else None) or k
         self.router = nn.Parameter(torch.empty(outputs, in_features))
-        self.interaction = nn.Parameter(torch.empty(k, outputs)) if competing else None
+        self.interaction = nn.Parameter(torch.empty(k, outputs)) if team is not None else None
         self.experts = nn.Parameter(torch.empty(k, expert_rank, out_features))
         self.gate = Gate(
             heads=1 if shared else k,
             # k slices share the output in the mean, as k omega_i does in TeamLoRA's equation; HydraLoRA has one
             scale=config.alpha / expert_rank * (1 if shared else k),
-            renormalize=competing and config.renormalize,
+            renormalize=team is not None and team.renormalize,
         )
         self.dropout = config.dropout
         self.balance_loss_weight = config.balance_loss_weight
@@ -83,7 +83,7 @@ class Experts(nn.Module):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         if self.remote is None:
-            parameters = self.lora_a, self.router, self.interaction, self.experts
+            parameters: Parameters = self.lora_a, self.router, self.interaction, self.experts
         else:
             parameters = self.remote.edges()
         return gated_experts(x, y, *parameters, self.gate, observer, self.remote)
@@ -107,7 +107,7 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: ExpertLoraConfig) -> None:
         """Adds an adapter on the base layer's device and in its dtype (for packed bases, their compute dtype)."""
-        base = self.get_base_layer()
+        base = cast(nn.Linear, self.get_base_layer())
         self.adapters[adapter_name] = Experts(base.in_features, base.out_features, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -108,7 +108,7 @@ class RouterStats:
         self._step = _Sums.zeros(layers, k, num_tasks, device)
         self._tasks = torch.arange(num_tasks, device=device)
         self._of_task: Tensor | None = None
-        self._interaction = None
+        self._interaction: Tensor | None = None
         if first is not None and first.interaction is not None:
             self._interaction = torch.zeros(layers, *first.interaction.shape, device=device)
         for index, module in enumerate(modules.values()):
@@ -166,9 +166,11 @@ class RouterStats:
         # stored, not added: a recomputed forward writes the same values again
         self._micro_batch.phi[layer] = phi.to(self.mask.dtype) @ self.mask
         if self._measure:
+            assert self._of_task is not None  # begin_micro_batch
             entropy = torch.special.entr(phi).sum(0, keepdim=True)
             self._micro_batch.by_task[layer] = torch.cat((phi, entropy)).to(self.mask.dtype) @ self._of_task
             if interaction is not None:
+                assert self._interaction is not None  # all layers have one, or none has
                 self._interaction[layer] = interaction
         if not self._balance:
             return None
@@ -233,7 +235,9 @@ class _BalanceGradient:
     mask: Tensor
 
     def add_gradient(self, grad_phi: Tensor) -> None:
-        scaled = (self.slope * self.router_stats.loss_gradient).to(grad_phi.dtype)
+        loss_gradient = self.router_stats.loss_gradient
+        assert loss_gradient is not None  # backward begins at capture_loss_grad
+        scaled = (self.slope * loss_gradient).to(grad_phi.dtype)
         grad_phi.addr_(scaled, self.mask.to(grad_phi.dtype))
 
 

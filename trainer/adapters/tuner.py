@@ -1,29 +1,30 @@
 """The tuners that put expert layers into a model; PEFT finds, saves, loads and switches them."""
 
-from typing import Any
-
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from trainer.adapters.adapter_config import ExpertLoraConfig
-from trainer.adapters.layer import HydraLoraLayer, MoeLoraLayer, TeamLoraLayer
+from trainer.adapters.layer import ExpertLayer, HydraLoraLayer, MoeLoraLayer, TeamLoraLayer
 
 
 class ExpertLoraModel(BaseTuner):
     """What the three methods have in common: each puts its kind of layer around the linears it targets."""
 
+    tuner_layer_cls: type[ExpertLayer]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (the name and form are PEFT's)
 
     def _create_and_replace(
         self,
-        config: ExpertLoraConfig,
+        config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(config, ExpertLoraConfig)  # PEFT creates a tuner with the config it is registered with
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config)
         elif isinstance(target, nn.Linear):

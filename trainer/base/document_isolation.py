@@ -7,9 +7,11 @@ logits.
 """
 
 import copy
+from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line
@@ -112,10 +114,10 @@ def _try_to_set(config: PretrainedConfig, key: str, value: object) -> None:
         return
 
 
-def _leak(model: torch.nn.Module) -> float:
+def _leak(model: PreTrainedModel) -> float:
     """Largest change in the second document's logits when the first document's tokens change."""
     first, second = DOCUMENTS
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     ids = torch.randint(1, vocabulary, (1, first + second), device=model.device)
     others = ids.clone()
     others[:, :first] = (ids[:, :first] + 7) % (vocabulary - 1) + 1

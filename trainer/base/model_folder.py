@@ -60,8 +60,12 @@ def _fetch(base: "BaseModelConfig", patterns: Sequence[str]) -> Path:
 
     code = ["*.py"] if base.trust_remote_code else []
     try:
-        wanted = {"allow_patterns": [*patterns, *code], "ignore_patterns": NOT_FROM_THE_HUB}
-        return Path(snapshot_download(base.model, revision=base.revision, **wanted))
+        allow = [*patterns, *code]
+        return Path(
+            snapshot_download(
+                base.model, revision=base.revision, allow_patterns=allow, ignore_patterns=NOT_FROM_THE_HUB
+            )
+        )
     except Exception as error:  # many kinds: no network, no such id, no access, a malformed id
         revision = f" at revision {base.revision}" if base.revision else ""
         raise UserError(

@@ -8,6 +8,7 @@ both like any frozen parameter.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import bitsandbytes.functional as bnb
 import torch
@@ -122,7 +123,8 @@ class NF4Linear(nn.Linear):
         numel = in_features * out_features
         self.weight = _frozen(torch.empty(-(-numel // 2), dtype=torch.uint8, device="meta"))
         self.absmax = _frozen(torch.empty(-(-numel // BLOCK), dtype=torch.uint8, device="meta"))
-        self.bias = _frozen(torch.empty(out_features, dtype=compute_dtype, device="meta")) if bias else None
+        values = torch.empty(out_features, dtype=compute_dtype, device="meta") if bias else None
+        self.bias = cast(nn.Parameter, None if values is None else _frozen(values))  # nn.Linear's type has no None
         self.second: SecondLevel | None = None
 
     @classmethod
@@ -137,6 +139,7 @@ class NF4Linear(nn.Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The whole weight [out_features, in_features] in `dtype`; under ZeRO-3 only while gathered."""
+        assert self.second is not None  # set where the weight is
         shape = (self.out_features, self.in_features)
         return dequantize(self.weight, self.absmax, self.second, shape, dtype)
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from data_prep.user_error import UserError
 from trainer.console.library_logs import silence_libraries
@@ -95,7 +96,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     disable_progress_bar()
     print("sample base: converting to a transformers folder (bf16)", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are now plain bf16; these attributes would mark the folder as a GGUF-quantized model.
     del model.config.quantization_config
     model.hf_quantizer = None

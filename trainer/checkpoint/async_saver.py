@@ -235,7 +235,7 @@ def _bucket(keys: list[StateKey], by_key: dict[StateKey, list[TensorSlice]]) -> 
 
 def _stored_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """File and shape of every tensor in a checkpoint, by the text of its key."""
-    found = {}
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in folder.glob("state-*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118

@@ -84,7 +84,7 @@ def _type(schema: dict[str, Any]) -> str:
         values = schema.get("additionalProperties")
         return f"mapping to {_type(values)}" if isinstance(values, dict) else "mapping"
     bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
-    return " ".join([_TYPES[kind], " and ".join(bounds)]).strip()
+    return " ".join([_TYPES[schema["type"]], " and ".join(bounds)]).strip()
 
 
 def _default(field: FieldInfo) -> str:

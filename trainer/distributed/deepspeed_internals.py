@@ -73,12 +73,13 @@ class ShardedParameterFactory:
 
         # The full shape with one element behind it: DeepSpeed reads the shape and then frees the data.
         whole = torch.empty(1, dtype=shard.dtype, device=self._init.local_device).expand(*shape)
-        parameter = nn.Parameter(whole, requires_grad=False)
+        parameter: Any = nn.Parameter(whole, requires_grad=False)
         self._init._convert_to_deepspeed_param(parameter)
-        shard.ds_numel = shard.numel()
-        shard.status = PartitionedParamStatus.AVAILABLE
-        shard.final_location = None
-        parameter.ds_tensor = shard
+        stored: Any = shard
+        stored.ds_numel = shard.numel()
+        stored.status = PartitionedParamStatus.AVAILABLE
+        stored.final_location = None
+        parameter.ds_tensor = stored
         parameter.ds_numel_aligned = self._init._aligned_size(parameter)
         assert parameter.ds_numel_aligned == shard.numel() * dist.get_world_size(), (shape, shard.numel())
         free_param(parameter)
@@ -110,13 +111,14 @@ def tag_expert_parameters(parameters: Iterable[nn.Parameter], size: int) -> None
     name = _group_name(size)
     group = groups._get_expert_data_parallel_group(name)
     for parameter in parameters:
-        parameter.allreduce = False
-        parameter.group_name = name
-        parameter.ds_zero_placement_family = "autoep_expert"
-        parameter.ds_zero_partition_group_name = name
-        parameter.ds_zero_partition_process_group = group
-        parameter.ds_zero_partition_rank = group.rank()
-        parameter.ds_zero_partition_world_size = group.size()
+        tagged: Any = parameter
+        tagged.allreduce = False
+        tagged.group_name = name
+        tagged.ds_zero_placement_family = "autoep_expert"
+        tagged.ds_zero_partition_group_name = name
+        tagged.ds_zero_partition_process_group = group
+        tagged.ds_zero_partition_rank = group.rank()
+        tagged.ds_zero_partition_world_size = group.size()
 
 
 def _group_name(size: int) -> str:
@@ -164,7 +166,7 @@ def find_optimizer_slice(
     optimizer: the basic one. copies: as `fp32_copies` returns them.
     """
     if is_sharded(parameter):  # ZeRO-3
-        zero = parameter._z3_optimizer
+        zero = _zero3_optimizer(parameter)
         group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
         flat = zero.fp32_partitioned_groups_flat[group]
         return OptimizerSlice(flat, offset, _partition_rank(parameter) * numel, numel)
@@ -185,14 +187,21 @@ def write_computed_values(parameter: nn.Parameter, values: Tensor) -> None:
     if not is_sharded(parameter):
         parameter.data.copy_(values.view(parameter.shape))
         return
-    shard = parameter.ds_tensor
+    sharded: Any = parameter
+    shard = sharded.ds_tensor
     start = _partition_rank(parameter) * shard.ds_numel
     mine = values[start : start + shard.ds_numel]
     shard.data.view(-1)[: mine.numel()].copy_(mine)
-    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small parameters persist as wholes
+    if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # small parameters persist as wholes
         parameter.data.copy_(values.view(parameter.shape))
 
 
 def _partition_rank(parameter: nn.Parameter) -> int:
     """This rank's place among those over which ZeRO-3 cuts the parameter."""
-    return parameter._z3_optimizer._get_param_partition_rank(parameter)
+    return _zero3_optimizer(parameter)._get_param_partition_rank(parameter)
+
+
+def _zero3_optimizer(parameter: nn.Parameter) -> Any:
+    """The ZeRO-3 optimizer that has the parameter."""
+    sharded: Any = parameter
+    return sharded._z3_optimizer

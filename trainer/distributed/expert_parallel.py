@@ -19,13 +19,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from trainer.adapters.fused import Parameters
 from trainer.adapters.layer import Experts
 from trainer.distributed.deepspeed_internals import register_expert_groups, tag_expert_parameters
 from trainer.distributed.expert_shard import ExpertGroups, ExpertShard, LayerGather
@@ -149,25 +151,26 @@ class _Edges(torch.autograd.Function):
 class ExpertParallelParameters:
     """Where one `Experts` module gets its parameters (trainer.adapters.fused.RemoteParameters).
 
-    positions: of lora_a, router, interaction and experts in the layer; None where there is no such parameter.
+    positions: of lora_a, router, interaction (None where there is none) and experts in the layer.
     """
 
     layer: ExpertParallelLayer
-    positions: tuple[int | None, ...]
+    positions: tuple[int, int, int | None, int]
 
     @property
     def dispatcher(self) -> TokenDispatcher | None:
         return self.layer.expert_parallel.dispatcher
 
-    def edges(self) -> list[Tensor | None]:
-        assert self.positions[0] is not None  # every method has lora_a
+    def edges(self) -> Parameters:
         return self._mine(self.layer.edges(self.positions[0]))
 
-    def values(self, backward: bool) -> list[Tensor | None]:
+    def values(self, backward: bool) -> Parameters:
         return self._mine(self.layer.expert_parallel.fetch(self.layer.index, backward))
 
-    def _mine(self, of_layer: Sequence[Tensor]) -> list[Tensor | None]:
-        return [None if position is None else of_layer[position] for position in self.positions]
+    def _mine(self, of_layer: Sequence[Tensor]) -> Parameters:
+        lora_a, router, interaction, experts = self.positions
+        mixing = None if interaction is None else of_layer[interaction]
+        return of_layer[lora_a], of_layer[router], mixing, of_layer[experts]
 
 
 class ExpertParallel:
@@ -189,7 +192,7 @@ class ExpertParallel:
         self._direction = 1
         self._ahead: tuple[int, LayerGather] | None = None
         # a hook on the decoder, not on PEFT's model, which generation does not pass through
-        decoder = model.get_base_model().get_decoder()
+        decoder = cast(PreTrainedModel, model.get_base_model()).get_decoder()
         decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
 
     @property
@@ -241,7 +244,9 @@ class ExpertParallel:
             layer = by_layer.setdefault(_decoder_layer(name), ExpertParallelLayer(self, len(by_layer)))
             by_expert = {"experts", *(["lora_a"] if module.a_by_expert else [])}
             positions = [layer.take(module, name, name in by_expert) for name in PARAMETERS]
-            module.remote = ExpertParallelParameters(layer, tuple(positions))
+            lora_a, router, interaction, experts = positions
+            assert lora_a is not None and router is not None and experts is not None  # every method has them
+            module.remote = ExpertParallelParameters(layer, (lora_a, router, interaction, experts))
         self.layers = list(by_layer.values())
 
     def _begin_forward(self, _model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -85,7 +85,9 @@ class LayerGather:
     def __init__(self, shards: Sequence[ExpertShard], travel: Sequence[bool], device: torch.device) -> None:
         self._shards, self._travel = shards, travel
         self._groups = shards[0].groups
-        self._shared = _AsyncGather([s.stored(device) for s in shards if not s.by_expert], dist.group.WORLD)
+        world = dist.group.WORLD
+        assert world is not None  # the process group is initialized
+        self._shared = _AsyncGather([s.stored(device) for s in shards if not s.by_expert], world)
         by_expert = [s.stored(device) for s in shards if s.by_expert]
         self._own: list[Tensor] | None = None
         self._cut = _AsyncGather(by_expert, self._groups.replicas) if self._groups.partitions > 1 else None

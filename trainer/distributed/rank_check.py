@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -59,7 +59,7 @@ def gather_rank_facts(recipe: Recipe) -> list[RankFacts]:
     """The facts of every rank, in the order of ranks. Collective: every rank must call it."""
     found: list[RankFacts | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own_facts(recipe))
-    return found
+    return cast(list[RankFacts], found)
 
 
 def check_ranks_agree(ranks: Sequence[RankFacts], nodes: int | None) -> None:

@@ -77,7 +77,7 @@ def build_rank_model(config: PretrainedConfig, recipe: Recipe, world_size: int) 
     return RankModel(adapted, config, DTYPES[recipe.base.dtype], placement)
 
 
-def build_base(config: PretrainedConfig, base: BaseModelConfig) -> nn.Module:
+def build_base(config: PretrainedConfig, base: BaseModelConfig) -> PreTrainedModel:
     """Builds the frozen base. sdpa replaces flash_attention_2, which needs a GPU and has the same weights."""
     attention = "sdpa" if base.attention == "flash_attention_2" else base.attention
     model = skeleton(config, base.model_copy(update={"attention": attention}))

@@ -6,10 +6,11 @@ A forward pre-hook on the output embedding selects hidden states, so whatever th
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -36,5 +37,6 @@ def labelled_logits(model: nn.Module, batch: dict[str, Any], labelled: Tensor) -
     batch: input_ids and position_ids, int64 [batch, seq], on the model's device. labelled: bool [batch, seq - 1] of
     targets batch["labels"][:, 1:].
     """
-    with head_sees(model.get_output_embeddings(), predicting(labelled)):
+    head = cast(PreTrainedModel, model).get_output_embeddings()  # PEFT's model passes it on
+    with head_sees(head, predicting(labelled)):
         return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits

@@ -18,7 +18,7 @@ def check_optimizer(train: TrainConfig) -> None:
 
 def build_optimizer(train: TrainConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """torch's AdamW, or bitsandbytes' 8-bit forms of it, whose kernels need a GPU."""
-    settings = {
+    settings: dict[str, Any] = {
         "lr": train.learning_rate,
         "betas": train.betas,
         "eps": train.epsilon,

@@ -74,14 +74,16 @@ class MetricsWriter:
         self._waiting += json.dumps(record).encode() + b"\n"
         self._flush_waiting()
         with self._warn_on_failure(TENSORBOARD):
-            for tag, value in scalars(record) if self._board is not None else ():
-                self._board.add_scalar(tag, value, record["step"])
+            if self._board is not None:
+                for tag, value in scalars(record):
+                    self._board.add_scalar(tag, value, record["step"])
 
     def show(self, pictures: dict[str, np.ndarray], step: int) -> None:
         """Pictures for TensorBoard by tag: uint8 [height, width, 3]."""
         with self._warn_on_failure(TENSORBOARD):
-            for tag, picture in pictures.items() if self._board is not None else ():
-                self._board.add_image(tag, picture, step, dataformats="HWC")
+            if self._board is not None:
+                for tag, picture in pictures.items():
+                    self._board.add_image(tag, picture, step, dataformats="HWC")
 
     def position(self) -> int:
         """Bytes of metrics.jsonl so far, those that wait included. Flushes TensorBoard's events too."""

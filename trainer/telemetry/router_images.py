@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from trainer.adapters.router_stats import RouterReport, mean_omega
 from trainer.telemetry.router_plots import as_pixels, interaction_picture, layers_picture, tasks_picture
@@ -25,8 +25,8 @@ class RouterImages:
         self._started = clock()
         self._spent, self._last = 0.0, FIRST_GUESS
         self._newest: RouterReport | None = None
-        self._phi: Tensor | float = 0.0  # sums over tokens [layers, tasks, k]
-        self._tokens: Tensor | float = 0.0  # [tasks]
+        self._phi = torch.zeros(())  # sums over tokens [layers, tasks, k]
+        self._tokens = torch.zeros(())  # [tasks]
 
     def add(self, report: RouterReport) -> None:
         """Takes a measured step."""
@@ -48,7 +48,7 @@ class RouterImages:
             return {}
         began = self._clock()
         pixels = {f"router/{name}": as_pixels(figure) for name, figure in self._figures(self._newest).items()}
-        self._newest, self._phi, self._tokens = None, 0.0, 0.0
+        self._newest, self._phi, self._tokens = None, torch.zeros(()), torch.zeros(())
         self._last = self._clock() - began
         self._spent += self._last
         return pixels

@@ -18,4 +18,5 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's notes on reproducibility ask
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # flash-attn's own switch
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # torch gives the module this attribute at run time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

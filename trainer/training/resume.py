@@ -179,7 +179,8 @@ def restore(resume_point: ResumePoint, saver: AsyncSaver, trainer: Trainer) -> N
 
 def accept_recipe_changes(old: Recipe, new: Recipe, refusal: str, remedy: str) -> list[str]:
     """Lines about changes that are allowed. Raises a UserError that begins with `refusal` and names the others."""
-    lines, refused = [], []
+    lines: list[str] = []
+    refused: list[str] = []
     for key, before, now in differences(old.model_dump(mode="json"), new.model_dump(mode="json")):
         allowed = any(key == known or key.startswith(f"{known}.") for known in MAY_CHANGE)
         (lines if allowed else refused).append(f"{key} was {before!r} and is {now!r}")
