@@ -19,8 +19,11 @@ teamlora prepare "$recipe"
 
 # Two ranks: on two GPUs, or on the CPU where there is none. One on a single GPU.
 ranks="$(python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')"
-say "4. train: 4-bit base sharded by ZeRO-3, ranks: $ranks"
-bash launch/train.sh num_gpus="$ranks" "$recipe"
+# bf16, or fp32 on a CPU that only emulates bf16, which takes twenty times as long.
+dtype="$(python -c 'import torch as t; from trainer.training.run_plan import cpu_has_fast_bf16 as fast
+print("bf16" if t.cuda.is_available() or fast() else "fp32")')"
+say "4. train: 4-bit base sharded by ZeRO-3, ranks: $ranks, base.dtype: $dtype"
+bash launch/train.sh num_gpus="$ranks" "$recipe" base.dtype="$dtype"
 
 say "5. what was learned"
 OMP_NUM_THREADS=2 teamlora evaluate runs/quickstart --batch-size 100

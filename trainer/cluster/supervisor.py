@@ -192,4 +192,4 @@ def check(options: LaunchOptions, nodes: Sequence[Node]) -> None:
     errors = [finding for finding in report.errors if finding.host not in spared]
     print(report if report.errors or report.warnings else f"check           {report.summary}", flush=True)
     if errors:
-        raise UserError("nothing was started: fix the errors above, see launch/CLUSTER.md; check=false starts anyway")
+        raise UserError("nothing was started: fix the errors above, see docs/launching.md; check=false starts anyway")

@@ -19,7 +19,7 @@ Only LIBRARIES, the bytes that libraries allocate once they work, beyond those a
 it was fitted to one configuration of `python -m benchmarks.estimate`, FITTED_ON, and checked there on all others. For a
 GPU nothing was measured: it is an allowance for CUDA's context, the buffers of cuBLAS and NCCL, and the caching
 allocator's losses. Not included is what glibc's malloc keeps of freed blocks below 32 MB, which it often cannot reuse
-for tensors before glibc 2.38: the run does not need it and it varies between runs (README, "Will it fit?").
+for tensors before glibc 2.38: the run does not need it and it varies between runs (docs/memory.md).
 """
 
 from collections.abc import Callable, Iterable, Iterator

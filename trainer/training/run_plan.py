@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from data_prep.reader import PreparedSet, open_prepared
@@ -63,14 +64,25 @@ def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
 
 
 def warnings_about(recipe: Recipe, opened: OpenedBase) -> list[str]:
-    """Lines about what a run may do, and probably should not."""
+    """Lines about settings that are allowed, and probably not meant."""
+    lines = []
     longest = getattr(opened.model.config, "max_position_embeddings", None)
-    if longest is None or recipe.data.seq_len <= longest:
-        return []
-    return [
-        f"warning: data.seq_len={recipe.data.seq_len}, but base.model was made for {longest} positions "
-        "(max_position_embeddings); later ones may make no sense to it"
-    ]
+    if longest is not None and recipe.data.seq_len > longest:
+        lines.append(
+            f"warning: data.seq_len={recipe.data.seq_len}, but base.model was made for {longest} positions "
+            "(max_position_embeddings); later ones may make no sense to it"
+        )
+    if recipe.base.dtype == "bf16" and not torch.cuda.is_available() and not cpu_has_fast_bf16():
+        lines.append(
+            "warning: base.dtype=bf16: this CPU has no fast bf16 arithmetic, so steps take many times as long as with "
+            "base.dtype=fp32"
+        )
+    return lines
+
+
+def cpu_has_fast_bf16() -> bool:
+    """False where oneDNN emulates bf16 matrix products: on x86 without AVX-512. Of other processors nothing is known."""
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
 def _check_warm_up(train: TrainConfig, steps: int) -> None:
