@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from setuptools import find_packages
 
-from tests.e2e.conftest import Workplace, make_workplace
+from tests.support.workplace import Workplace, make_workplace
 
 REPOSITORY = Path(__file__).parent.parent
 DISTRIBUTIONS = {"yaml": "pyyaml", "rouge_score": "rouge-score", "huggingface_hub": "huggingface-hub"}  # of a module

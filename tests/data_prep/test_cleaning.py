@@ -270,7 +270,8 @@ def test_a_missing_library_is_reported_before_any_work(config_of, tokenizer, mon
     for run in (lambda: prepare(config, tokenizer), lambda: find_unchanged_set(config, [])):
         with pytest.raises(
             UserError,
-            match=r"^data\.cleaning\.near_duplicates: needs the package datasketch, .*install\.sh near-duplicates`",
+            match=r"^data\.cleaning\.near_duplicates: needs the package datasketch, .*"
+            r"`pip install 'teamlora\[near-duplicates\]'`",
         ) as caught:
             run()
         assert "\n" not in str(caught.value)

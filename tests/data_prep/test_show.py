@@ -133,7 +133,7 @@ def test_an_invalid_count_is_refused(tmp_path, capsys, count):
     with pytest.raises(SystemExit) as ended:
         main(["prepare", str(tmp_path / "recipe.yaml"), "--show", count])
     assert ended.value.code == 2
-    assert f"'{count}' is no whole number above 0" in capsys.readouterr().err
+    assert f"'{count}': expected a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_a_split_document_is_shown_piece_by_piece(config_of, tokenizer, capsys):

@@ -24,12 +24,12 @@ def memory_size(text: str) -> int:
     from pydantic import ByteSize, TypeAdapter, ValidationError  # takes 0.1 s, which a rank's start has no use for
 
     try:
-        size: int = TypeAdapter(ByteSize).validate_python(text)
+        size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
         size = 0
     if size <= 0 or not text.rstrip().lower().endswith("b"):  # ByteSize also takes a number without a unit
         raise argparse.ArgumentTypeError(f"{text!r}: expected an amount of memory such as 24GiB or 80GB")
-    return int(size)
+    return size
 
 
 def names(text: str) -> list[str]:

