@@ -81,7 +81,7 @@ def warnings_about(recipe: Recipe, opened: OpenedBase) -> list[str]:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """False where oneDNN emulates bf16 matrix products: on x86 without AVX-512. Of other processors nothing is known."""
+    """False where oneDNN emulates bf16 matrix products: on x86 without AVX-512. Of others nothing is known."""
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
