@@ -56,11 +56,18 @@ def sweep(folder: Path, locked: bool = False) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a UTF-8 file with one rename. Raises OSError if writing fails, and then leaves an older file as it was."""
+def write_atomically(path: Path, content: str | bytes, sync: bool = False) -> None:
+    """Writes a file under one rename; text in UTF-8. sync: to the disk before the rename.
+
+    Raises OSError where the disk refuses; an older file then stays as it is.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -135,11 +135,8 @@ def _publish(built: Path, folder: Path) -> None:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    found = digest.hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise UserError(
             f"{path.name}: sha256 {found[:16]}... where {expected[:16]}... was expected; the package index "

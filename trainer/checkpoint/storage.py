@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.publish import write_atomically
+
 INDEX = "index.json"
 LATEST, BEST = "latest", "best"
 _FOLDER = re.compile(r"step-(\d{6,})")
@@ -60,9 +62,7 @@ class CheckpointWriter:
 
 def point(checkpoints: Path, pointer: str, name: str) -> None:
     """Sets `latest` or `best` to a folder's name, atomically."""
-    partial = checkpoints / f".{pointer}.partial"
-    _write(partial, f"{name}\n".encode())
-    partial.rename(checkpoints / pointer)
+    write_atomically(checkpoints / pointer, f"{name}\n", sync=True)
     _sync(checkpoints)
 
 

@@ -36,10 +36,9 @@ class Ending:
 def write_ending(ending: Ending) -> None:
     """Writes this rank's ending to the folder its launcher named; without one, writes nothing."""
     if ENDINGS in os.environ and "RANK" in os.environ:
-        path = Path(os.environ[ENDINGS]) / os.environ["RANK"]
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(ending)))
-        part.rename(path)  # so that it is never read half-written
+        from data_prep.publish import write_atomically  # imports what a rank's start has no use for
+
+        write_atomically(Path(os.environ[ENDINGS]) / os.environ["RANK"], json.dumps(asdict(ending)))
 
 
 def read_endings(folder: Path) -> dict[int, Ending]:
