@@ -26,7 +26,7 @@ def test_mistakes_give_a_table_and_status_2(workplace):
         port = taken.getsockname()[1]
         done = workplace.teamlora("check", "recipe.yaml", "data.seed=3", "--master-port", str(port))
     assert done.returncode == MISTAKE
-    assert done.stderr == "error: the check found 2 errors; correct what it tells on stdout\n"
+    assert done.stderr == "error: the check found 2 errors; fix what it reports on stdout\n"
     errors = [line for line in done.stdout.splitlines() if line.startswith("error")]
     assert [line.split()[2] for line in errors] == ["prepared", "port"]
     assert "data.seed: the recipe says 3, but prepared was prepared with 0" in errors[0]
