@@ -22,8 +22,8 @@ from trainer.cluster.preflight_checks import run_checks
 from trainer.cluster.preflight_facts import ALL, GIB, ClusterFacts, Finding, Need
 from trainer.cluster.probe import Facts, Gpu, Request, collect_facts, connect, parse_gpus
 from trainer.cluster.probe_client import Answer, ClockOffset, Failure, probe_all, probe_this_machine
-from trainer.cluster.ssh import REPOSITORY
 from trainer.recipe import Recipe
+from trainer.run.resources import PACKAGE_ROOT
 
 RECIPE = Recipe.model_validate(yaml.safe_load(MINIMAL))
 FIRST = Facts(
@@ -126,7 +126,7 @@ def test_a_mistake_on_one_node_is_an_error_of_that_node(what, change, text):
         (255, "ssh: Could not resolve hostname b: Name", "not reached: ssh: Could not", "correct the name"),
         (255, "root@b: Permission denied (publickey).", "not reached: root@b", "ssh-copy-id b"),
         (255, "ssh: connect to host b port 22: No route to host", "not reached: ssh: c", "`ssh b` works without"),
-        (1, f"bash: line 1: cd: {REPOSITORY}/trainer: No such file", "no checkout at", "bash launch/install.sh"),
+        (1, f"bash: line 1: cd: {PACKAGE_ROOT}/trainer: No such file", "no checkout at", "bash launch/install.sh"),
         (1, "ModuleNotFoundError: No module named 'trainer.cluster'", "no checkout at", "bash launch/install.sh"),
         (127, "bash: line 1: exec: /x/python: not found", f"no interpreter at {sys.executable}", "install.sh"),
         (1, "ModuleNotFoundError: No module named 'pydantic'", f"no interpreter at {sys.executable}", "install.sh"),
@@ -314,7 +314,7 @@ def test_gpus_of_unknown_memory_pass():
 
 def test_the_probe_imports_nothing_heavy():
     program = "import sys, trainer.cluster.probe, trainer.base.base_fingerprint, data_prep.reader; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE_ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "datasets", "pyarrow"} & set(done.stdout.split())
 
 

@@ -22,10 +22,11 @@ from trainer.cluster.preflight_checks import run_checks
 from trainer.cluster.preflight_facts import ALL, ClusterFacts, Finding, Level, Need, counted
 from trainer.cluster.probe import Request
 from trainer.cluster.probe_client import Answer, probe_hosts, probe_this_machine
-from trainer.cluster.ssh import REPOSITORY, launch_folder
+from trainer.cluster.ssh import launch_folder
 from trainer.recipe import CheckpointConfig
 from trainer.recipe_file import load_recipe
 from trainer.run.launch_protocol import MISTAKE
+from trainer.run.resources import PROGRAM
 
 SILENCE = 12.0  # seconds after which a machine is given up
 LIMIT = 12.0  # seconds after which the estimate is given up
@@ -123,9 +124,8 @@ def _probe(nodes: Sequence[Node], request: Request, over_ssh: bool) -> tuple[lis
 @contextmanager
 def _started_estimate(recipe: Path, overrides: Sequence[str], ranks: int) -> Iterator[subprocess.Popen]:
     """`teamlora estimate` as a separate process: it imports torch while nodes are probed, and can be given up."""
-    command = [sys.executable, "-m", "trainer", "estimate", str(recipe), *overrides, f"--world-size={ranks}", "--json"]
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(PROGRAM), "estimate", str(recipe), *overrides, f"--world-size={ranks}", "--json"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:

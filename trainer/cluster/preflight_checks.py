@@ -13,12 +13,12 @@ from trainer.base.model_folder import may_be_of_the_hub
 from trainer.cluster.preflight_facts import ALL, GIB, ClusterFacts, Finding, Level, counted, gib
 from trainer.cluster.probe import SAMPLED
 from trainer.cluster.probe_client import Failure
-from trainer.cluster.ssh import REPOSITORY
+from trainer.run.resources import PACKAGE_ROOT
 
 LEAST_DISK = 2**27  # bytes for what a run writes besides checkpoints
 CLOCK = 5.0  # seconds that clocks may differ
 BASE_COMPARED = f"compared: configuration, tokenizer, tensor names and shapes, some bytes of up to {SAMPLED} tensors"
-INSTALL = f"create the checkout and its .venv at the same path on that node ({REPOSITORY}): bash launch/install.sh"
+INSTALL = f"create the checkout and its .venv at the same path on that node ({PACKAGE_ROOT}): bash launch/install.sh"
 
 _SSH_REMEDIES = {  # by what ssh prints
     "Could not resolve hostname": "correct the name in the hostfile, or add it to /etc/hosts or ~/.ssh/config",
@@ -74,7 +74,7 @@ def _explain(host: str, failure: Failure) -> tuple[str, str]:
         remedy = next(known, "check that it is up and that `ssh {host}` works without a prompt")
         return f"not reached: {output}", remedy.format(host=host)
     if re.search(r"\bcd\b", output) or "No module named 'trainer" in output:
-        return f"no checkout at {REPOSITORY} ({output})", INSTALL
+        return f"no checkout at {PACKAGE_ROOT} ({output})", INSTALL
     if failure.status in (126, 127) or "No module named" in output:
         return f"no interpreter at {sys.executable} with this project's packages ({output})", INSTALL
     return f"the check failed there ({output})", f"bring it to the same commit; {INSTALL}"
@@ -309,7 +309,7 @@ _CHECKS = (
     _Check("slots", _find_bad_slots, _describe_slots),
     _Check("folder", _problems_named("folder", "create it there, with all that the recipe names")),
     _Check("packages", _find_other_packages, _describe_packages),
-    _Check("code", _find_other_code, lambda cluster: f"the same at {REPOSITORY}"),
+    _Check("code", _find_other_code, lambda cluster: f"the same at {PACKAGE_ROOT}"),
     _Check("recipe", _find_other_recipe, _known_everywhere("recipe", "the same, as resolved")),
     _Check("deepspeed", _find_other_deepspeed_config, _known_everywhere("deepspeed", "the same file")),
     _Check("base", _find_other_base, _known_everywhere("base", f"the same ({BASE_COMPARED})")),

@@ -27,12 +27,11 @@ import psutil
 
 from data_prep.fingerprint import code_hash, file_states, tokenizer_files
 from trainer.cluster.local_ranks import visible_gpus
-from trainer.cluster.ssh import REPOSITORY
 from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
 from trainer.run.provenance import PACKAGES
-from trainer.run.resources import find_deepspeed_config
+from trainer.run.resources import PACKAGE_ROOT, find_deepspeed_config
 
 SAMPLED = 1000  # tensors of the base whose bytes are compared: a few seconds of reads from a slow file system
 CONNECT = 3.0  # seconds to reach the first node's port
@@ -102,7 +101,7 @@ def collect_facts(request: Request) -> Facts:
         address=reached_at(),
         python=platform.python_version(),
         versions={name: _version(name) for name in PACKAGES},
-        code=code_hash() + code_hash(REPOSITORY / "trainer"),
+        code=code_hash() + code_hash(PACKAGE_ROOT / "trainer"),
         cores=len(os.sched_getaffinity(0)),
         memory=psutil.virtual_memory().available,
     )

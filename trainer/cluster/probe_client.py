@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.cluster.probe import Facts, Request
-from trainer.cluster.ssh import REPOSITORY, allow_many_files, parse_json, ssh_command
+from trainer.cluster.ssh import allow_many_files, parse_json, ssh_command
+from trainer.run.resources import PACKAGE_ROOT
 
 PROBE = "trainer.cluster.probe"
 
@@ -98,7 +99,7 @@ class _Probe:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command,
-            cwd=REPOSITORY,
+            cwd=PACKAGE_ROOT,
             stdin=pipe,
             stdout=pipe,
             stderr=subprocess.STDOUT,  # one pipe for both: hundreds of hosts come near the limit of open files

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.user_error import UserError
+from trainer.run.resources import PACKAGE_ROOT
 
-# Symbolic links are kept: another machine may have this path, but not what a link points to here.
-REPOSITORY = Path(os.path.abspath(__file__)).parent.parent.parent
 CONNECT_TIMEOUT = 10  # seconds to reach a node's sshd
 
 
 def launch_folder() -> Path:
-    """The current folder by the name under which the shell entered it, with symbolic links kept as in REPOSITORY."""
+    """The current folder by the name under which the shell entered it, with symbolic links kept as in PACKAGE_ROOT."""
     named = os.environ.get("PWD", "")
     same = os.path.isabs(named) and os.path.exists(named) and os.path.samefile(named, os.curdir)
     return Path(named) if same else Path.cwd()
@@ -44,7 +43,7 @@ def ssh_command(host: str, module: str, arguments: Sequence[str] = (), silence: 
     settings = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     remote = shlex.join([sys.executable, "-m", module, *arguments])
     # by way of trainer/, so that an empty folder in place of the checkout fails as a missing checkout
-    entered = f"cd {shlex.quote(str(REPOSITORY / 'trainer'))} && cd .. && exec {remote}"
+    entered = f"cd {shlex.quote(str(PACKAGE_ROOT / 'trainer'))} && cd .. && exec {remote}"
     return ["ssh", *settings, host, entered]
 
 

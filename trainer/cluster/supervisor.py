@@ -26,10 +26,8 @@ from trainer.distributed.network import free_port
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
 from trainer.run.launch_protocol import AGAIN, FAULT, INTERRUPTED, LAUNCH_ID, MISTAKE, STOPPED
-from trainer.run.resources import PACKAGE_ROOT
+from trainer.run.resources import PROGRAM
 
-# A file, not `-m trainer`, which would import a folder named trainer in the user's current directory.
-PROGRAM = PACKAGE_ROOT / "trainer" / "__main__.py"
 POLL_EVERY = 0.2  # seconds
 NODE_WAIT, NODE_WAIT_POLL = 60.0, 5.0  # seconds: how long, and how often, a restart asks nodes that do not answer
 

@@ -7,6 +7,9 @@ from data_prep.user_error import UserError
 
 # Symbolic links are kept: another machine may know this path, and not what a link on it leads to here.
 PACKAGE_ROOT = Path(os.path.abspath(__file__)).parent.parent.parent
+# What other processes are started by: a file, since `-m trainer` would import a folder named trainer in the user's
+# current directory.
+PROGRAM = PACKAGE_ROOT / "trainer" / "__main__.py"
 
 
 def recipes() -> dict[str, Path]:

@@ -17,7 +17,7 @@ import yaml
 from tests.support.cluster.emulated import ALIAS, Cluster, Host
 from tests.support.tiny_models import tiny_llama
 from tests.support.workplace import Workplace
-from trainer.cluster.ssh import REPOSITORY
+from trainer.run.resources import PACKAGE_ROOT
 
 PORT = 29650
 MANY = len(os.sched_getaffinity(0)) + 1  # slots, one more than cores
@@ -77,7 +77,7 @@ def _other_package(cluster: Cluster, _place: Workplace, folder: Path) -> Abstrac
 
 
 def _other_code(cluster: Cluster, _place: Workplace, folder: Path) -> AbstractContextManager[None]:
-    changed = REPOSITORY / "trainer" / "errors.py"
+    changed = PACKAGE_ROOT / "trainer" / "errors.py"
     return cluster.nodes["node-b"].replaced(changed, changed.read_text() + "\nELSEWHERE = True\n", folder)
 
 
@@ -171,10 +171,10 @@ BAD_SETUPS = {
         "base.model=base is missing, but node-a has it",
     ),
     "empty checkout": BadSetup(
-        lambda cluster, _place, _folder: _emptied(cluster.nodes["node-b"], REPOSITORY),
+        lambda cluster, _place, _folder: _emptied(cluster.nodes["node-b"], PACKAGE_ROOT),
         "node-b",
         "reached",
-        f"no checkout at {REPOSITORY} (",
+        f"no checkout at {PACKAGE_ROOT} (",
     ),
     "missing job folder": BadSetup(
         lambda cluster, place, _folder: _emptied(cluster.nodes["node-b"], place.folder.parent),
