@@ -86,7 +86,7 @@ def test_other_code_on_one_node_is_refused(cluster, train, tmp_path):
     changed = REPOSITORY / "trainer" / "errors.py"
     with cluster.nodes["node-b"].replaced(changed, changed.read_text() + "\nELSEWHERE = True\n", tmp_path):
         line = refused(train(*NODES, run__name="other_code"), cluster)
-    assert line.startswith("error: rank 1 on node-b runs other code of this trainer than rank 0 on node-a; bring")
+    assert line.startswith("error: rank 1 on node-b runs other code of this trainer than rank 0 on node-a; check out")
 
 
 def test_another_recipe_on_one_node_is_refused(shared, cluster, train, tmp_path):
