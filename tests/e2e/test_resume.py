@@ -43,7 +43,7 @@ class Launched:
             self.process.stdout.close()
             self.process.stderr.close()
 
-    def status(self, limit: float = 120) -> int:
+    def status(self, limit: float = 300) -> int:
         return self.process.wait(limit)
 
     def come_to(self, step: int) -> None:

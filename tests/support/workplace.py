@@ -68,7 +68,7 @@ def make_workplace(folder: Path) -> Workplace:
 
 
 def wait_for_steps(metrics: Path, count: int) -> None:
-    ending = time.monotonic() + 120
+    ending = time.monotonic() + 300
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
         assert time.monotonic() < ending, f"{metrics} never came to {count} steps"
         time.sleep(0.1)
