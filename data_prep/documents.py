@@ -33,7 +33,7 @@ class Document:
         return turns[-1:] if last_only else turns
 
     def learned_mark(self, last_only: bool) -> int:
-        """A number below 2**32 that tells apart equal conversations with different turns to learn."""
+        """A number below 2**32; it differs where equal conversations have different turns to learn."""
         learned = self.learned_turns(last_only)
         return zlib.crc32(bytes(i in learned for i, turn in enumerate(self.messages) if turn["role"] == "assistant"))
 

@@ -20,7 +20,7 @@ METRICS = ("exact_match", "token_f1", "rouge_l", "choices", "choices_by_length",
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Workplace:
-    """Three tasks, one of them with choices, and two runs of different methods that have learnt a little."""
+    """Three tasks, one of them with choices, and two runs of different methods that have learned a little."""
     place = make_workplace(tmp_path_factory.mktemp("evaluated"))
     colours = ["red", "green", "blue"]
     rows = [

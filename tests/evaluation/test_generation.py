@@ -68,9 +68,9 @@ def test_reasoning_is_asked_for_and_scored_as_it_is_learnt_and_choices_stand_whe
     asked = build_questions([{**item(), **wanted}], tokenizer, data_config())
     before = PROMPTS[CHATML_TEMPLATE]
     assert tokenizer.decode(asked.prompts[0]) == before
-    learnt = asked.references[0]
-    assert tokenizer.decode(learnt.ids[: learnt.start]) == before
-    assert tokenizer.decode(learnt.ids[learnt.start :]) == "<think>\nletter\n</think>\n\nword<|im_end|>"
+    learned = asked.references[0]
+    assert tokenizer.decode(learned.ids[: learned.start]) == before
+    assert tokenizer.decode(learned.ids[learned.start :]) == "<think>\nletter\n</think>\n\nword<|im_end|>"
     for text, choice in zip(asked.choices[0], item()["choices"], strict=True):
         assert tokenizer.decode(text.ids) == PROMPTS[THINKING] + choice
 
