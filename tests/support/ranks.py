@@ -14,7 +14,7 @@ from typing import TextIO
 def run_ranks(
     world: int,
     arguments: Sequence[str],
-    limit: float = 600,
+    limit: float = 1800,
     within: Sequence[Sequence[str]] | None = None,
     master: str = "127.0.0.1",
     environment: Mapping[str, str] | None = None,

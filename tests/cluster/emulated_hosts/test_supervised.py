@@ -26,6 +26,7 @@ ENDLESS = {
     "run__start_timeout": 60,
     "checkpoint__save_every": 5,
 }
+SHORT = {"train__steps": 80, "checkpoint__save_every": 10}  # with time for a fault after step 30
 
 
 def cause(told: str) -> str:
@@ -92,10 +93,10 @@ def test_a_supervised_run_goes_on_after_a_fault(shared, cluster, train, fault):
     run = f"goes_on_{fault.replace(' ', '_')}"
     options = ["retries=1", "min_nodes=1"]
     launched = train.begin_supervised(
-        *NODES, options=options, run__name=run, **{**ENDLESS, "train__steps": 150, "checkpoint__save_every": 25}
+        *NODES, options=options, run__name=run, **ENDLESS | SHORT
     )
     with ExitStack() as cut:
-        wait_for_steps(train.metrics(run), 60)
+        wait_for_steps(train.metrics(run), 30)
         if fault == "killed":
             cluster.nodes["node-b"].ranks()[1].kill()
         else:
@@ -104,20 +105,19 @@ def test_a_supervised_run_goes_on_after_a_fault(shared, cluster, train, fault):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "starting again, retry 1 of 1" in done.stdout
     assert ("launch          without node-b" in done.stdout) == (fault == "cut off")
-    assert [record["step"] for record in shared.records(run)] == list(range(1, 151))
+    assert [record["step"] for record in shared.records(run)] == list(range(1, 81))
     assert (shared.folder / "runs" / run / ADAPTER).is_file()
 
 
 def test_a_node_that_is_away_for_a_while_is_waited_for_by_retries(shared, cluster, train):
     """All nodes are needed, and a retry finds one of two: it asks again."""
-    options = {**ENDLESS, "train__steps": 150, "checkpoint__save_every": 25}
-    launched = train.begin_supervised(*NODES, options=["retries=1"], run__name="waited_for", **options)
-    wait_for_steps(train.metrics("waited_for"), 60)
+    launched = train.begin_supervised(*NODES, options=["retries=1"], run__name="waited_for", **ENDLESS | SHORT)
+    wait_for_steps(train.metrics("waited_for"), 30)
     with cluster.cut_off("node-b"):
         told = next((line for line in launched.stdout if "waiting for nodes: 1 of 2 nodes answer" in line), "")
     done = ended(launched)
     assert told and done.returncode == 0, done.stdout + done.stderr
-    assert [record["step"] for record in shared.records("waited_for")] == list(range(1, 151))
+    assert [record["step"] for record in shared.records("waited_for")] == list(range(1, 81))
 
 
 def test_a_signal_to_the_supervisor_saves_the_run_of_both_hosts(shared, cluster, train):

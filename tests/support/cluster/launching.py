@@ -13,7 +13,7 @@ from tests.support.cluster.emulated import Cluster, ended
 from tests.support.workplace import REPOSITORY, SCRIPT, ZERO3, Workplace, make_workplace
 from trainer.distributed.network import free_port
 
-LIMIT = 240  # seconds
+LIMIT = 480  # seconds
 PORTS = itertools.count(29700)  # a port of its own for each launch: ranks left behind would meet the next at theirs
 PASSED_ON = {
     "GLOO_SOCKET_IFNAME": "eth0",
