@@ -92,9 +92,7 @@ def test_a_supervised_run_goes_on_after_a_fault(shared, cluster, train, fault):
     """After a kill on both nodes; without the node that does not answer."""
     run = f"goes_on_{fault.replace(' ', '_')}"
     options = ["retries=1", "min_nodes=1"]
-    launched = train.begin_supervised(
-        *NODES, options=options, run__name=run, **ENDLESS | SHORT
-    )
+    launched = train.begin_supervised(*NODES, options=options, run__name=run, **ENDLESS | SHORT)
     with ExitStack() as cut:
         wait_for_steps(train.metrics(run), 30)
         if fault == "killed":
