@@ -90,7 +90,7 @@ def _type(schema: dict[str, Any]) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, float):
         return f"`{value:g}`"
     return f"`{value}`" if isinstance(value, str | Path) else f"`{json.dumps(value)}`"
