@@ -159,8 +159,8 @@ def test_a_mount_point_is_refused_before_the_work_and_a_folder_in_it_works(tmp_p
         text=True,
     )
     assert done.stdout.splitlines() == [
-        f"--to: cannot write {folder} (it cannot be renamed: Device or resource busy); it is a mount point, which cannot "
-        f"be replaced; give a folder in it, such as {folder / 'new'}",
+        f"--to: cannot write {folder} (it cannot be renamed: Device or resource busy); it is a mount point, which "
+        f"cannot be replaced; give a folder in it, such as {folder / 'new'}",
         "new",
     ]
 

@@ -86,7 +86,6 @@ def find_resume_point(recipe: Recipe) -> ResumePoint:
 def _find_resume_point(recipe: Recipe) -> ResumePoint:
     found = run_dir.find(recipe)
     resume, directory = recipe.train.resume, recipe.run.directory
-    _refuse_broken_link(directory / FOLDER)
     if resume == "never" and AGAIN in os.environ:  # the first start of this launch made it
         resume = "auto"
     notes: list[str] = []
@@ -96,6 +95,7 @@ def _find_resume_point(recipe: Recipe) -> ResumePoint:
         )
         if (directory / run_dir.ADAPTER).is_dir():
             return ResumePoint(finished=True)
+    _refuse_broken_link(directory / FOLDER)
     if resume == "never":
         if found is not None:
             raise UserError(
