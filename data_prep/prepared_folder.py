@@ -1,11 +1,11 @@
 """The folder of a prepared set: its rows and items, and the lock that lets one process at a time write it."""
 
 import contextlib
+import fcntl
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from data_prep.config import DataConfig
 from data_prep.encode import labels_of
@@ -34,22 +34,42 @@ def refuse_foreign_folder(directory: Path) -> None:
 def exclusive_preparation(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Keeps other processes from preparing `directory` while the block runs; waits, and says so, if one already does.
 
-    Removes what killed preparations have left beside the folder. Raises UserError if the lock cannot be written.
+    Removes what killed preparations have left beside the folder. Where the file system has no locks, says so and goes
+    on. Raises UserError if the file of the lock cannot be written.
     """
     directory = directory.resolve()
-    lock = FileLock(directory.with_name(f".{directory.name}.lock"))  # the system releases it when a process is killed
-    with blame_option("data.prepared_dir", directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout):
-            lock.acquire(blocking=False)
-    if not lock.is_locked:
-        say(f"waiting: another process prepares {directory}")
-        lock.acquire()
+    path = directory.with_name(f".{directory.name}.lock")
+    with contextlib.ExitStack() as files:
+        with blame_option("data.prepared_dir", directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            file = files.enter_context(path.open("ab"))
+        locked = _lock(file.fileno(), directory, say)
+        try:
+            sweep(directory, locked)
+            yield
+        finally:
+            if locked:
+                fcntl.flock(file, fcntl.LOCK_UN)  # workers that still end have the file open too
+
+
+def _lock(file: int, directory: Path, say: Callable[[str], None]) -> bool:
+    """Waits for the lock, which the system releases when a process is killed; False where there are no locks.
+
+    NFS without its lock service, Lustre mounted without `flock` and some FUSE file systems have none.
+    """
     try:
-        sweep(directory, locked=True)
-        yield
-    finally:
-        lock.release()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the latter is how some NFS clients say it
+            say(f"waiting: another process prepares {directory}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        say(
+            f"warning: {directory}: its file system has no locks ({error.strerror or error}), so two preparations at "
+            "once are not kept apart; run one at a time"
+        )
+        return False
+    return True
 
 
 def write_rows(spool: Spool, order: np.ndarray, config: DataConfig, directory: Path) -> WrittenRows:

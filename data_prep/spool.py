@@ -63,6 +63,7 @@ class Spool:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._files.close()
+        self._input_ids = self._scored = np.zeros(0)  # closes the maps: NFS removes no folder with files in use
 
     def add(self, encoded: EncodedBlock) -> None:
         """Adds the documents of a block. Raises OSError if the disk is full."""

@@ -24,6 +24,7 @@ from data_prep.documents import Document
 from data_prep.duplicates import MinHasher
 from data_prep.encode import BAD_ROW, Encoded, Encoder, Removed
 from data_prep.items import held_out_item
+from data_prep.resource_limits import usable_cpus
 from data_prep.sources.blocks import Block
 from data_prep.sources.read import DocumentMaker
 from data_prep.split import may_be_held_out
@@ -156,7 +157,7 @@ def encode_blocks(blocks: Iterator[Block], config: DataConfig, tokenizer: Any) -
 
     Raises UserError for bad rows, and if a worker is killed.
     """
-    count = len(os.sched_getaffinity(0))
+    count = usable_cpus()
     # Workers are forked before anything is tokenized here, so they share the tokenizer's memory and start at once.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(count, context, _start, (config, tokenizer)) as pool:

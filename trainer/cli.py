@@ -15,6 +15,7 @@ from trainer.console.streams import survive_closed_streams
 from trainer.errors import LostRank, Stopped, TrainingFault
 from trainer.run.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
 from trainer.run.stop_signal import StopSignal
+from trainer.run.user_home import ensure_home
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Ending:
+    ensure_home()
     silence_libraries()
     try:
         status = options.run(options)

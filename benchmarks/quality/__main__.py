@@ -24,14 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from benchmarks.quality import results
 from benchmarks.quality.page import write_page
 from benchmarks.quality.plan import compared_cells, trial_cells, tuning_cells
 from benchmarks.quality.prepared import prepare_for
 from benchmarks.quality.settings import TRAINED, Cell
 from benchmarks.quality.tables import Compared, all_tables, numbers
+from data_prep.resource_limits import available_memory, usable_cpus
 from data_prep.user_error import UserError
 
 DEFAULT_BASE = "bases/smollm2-135m-instruct"
@@ -69,7 +68,7 @@ def run_missing(base: str, minutes: float, jobs: int) -> bool:
 
 def jobs_here() -> int:
     """As many as there are cores for this process, and memory."""
-    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // CELL_BYTES))
+    return max(1, min(usable_cpus(), available_memory() // CELL_BYTES))
 
 
 def run_and_save(cell: Cell, base: str, ending: float) -> Literal["done", "left", "failed"]:

@@ -90,3 +90,36 @@ def test_damaged_ones_that_were_passed_over_take_no_new_ones_place(tmp_path):
         publish(tmp_path, step)
     storage.prune(tmp_path, 130, keep_last=1, keep_every=None, keep=[])
     assert storage.steps_in(tmp_path) == [130, 150]
+
+
+def test_links_to_checkpoints_are_checkpoints_and_are_removed_as_links(tmp_path):
+    checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for step in (1, 2):
+        publish(checkpoints, step)
+    (checkpoints / "step-000001").rename(elsewhere)
+    (checkpoints / "step-000001").symlink_to(elsewhere)
+    assert storage.steps_in(checkpoints) == [1, 2]
+    storage.prune(checkpoints, 2, keep_last=1, keep_every=None, keep=[])
+    assert storage.steps_in(checkpoints) == [2] and storage.verify(elsewhere) is None
+    (checkpoints / "step-000003").symlink_to(tmp_path / "not mounted")
+    (newest, problem), (older, intact) = storage.newest_intact(checkpoints)
+    assert newest.name == "step-000003" and "cannot be read" in problem
+    assert older.name == "step-000002" and intact is None
+    assert storage.verify(publish(checkpoints, 3)) is None, "saved in place of the link"
+
+
+def test_a_pointer_may_be_a_link(tmp_path):
+    publish(tmp_path, 7)
+    (tmp_path / "best").symlink_to("step-000007")
+    assert storage.read_pointer(tmp_path, storage.BEST) == 7
+
+
+def test_only_files_of_the_index_are_read(checkpoint):
+    (checkpoint / "state-00001.bak.safetensors").write_bytes(b"a copy by hand")
+    assert storage.tensor_files(checkpoint) == [checkpoint / "state-00001.safetensors"]
+
+
+def test_a_partial_save_that_cannot_be_removed_is_in_no_later_ones_way(tmp_path, monkeypatch):
+    storage.CheckpointWriter(tmp_path, 1).add("run.json", b"half")
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    assert storage.verify(publish(tmp_path, 1)) is None

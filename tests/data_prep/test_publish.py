@@ -1,7 +1,10 @@
+import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +92,98 @@ def test_a_failure_to_write_names_the_option(tmp_path):
         blame_option("--to", tmp_path / "file" / "folder"),
     ):
         write(tmp_path / "file" / "folder")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EMFILE, errno.EPERM])
+def test_a_disk_that_renames_no_folders_is_refused_before_the_work(tmp_path, monkeypatch, number):
+    """As object stores: they rename empty folders only, or none."""
+    rename = os.rename
+
+    def fail(source, target):
+        if any(Path(source).iterdir()):
+            raise OSError(number, os.strerror(number), str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    line = (
+        rf"^--to: cannot write {tmp_path}/folder \(its file system cannot rename folders: .*\); give a folder that can"
+    )
+    with pytest.raises(UserError, match=line), blame_option("--to", tmp_path / "folder"):  # noqa: SIM117
+        with publish_atomically(tmp_path / "folder"):
+            pytest.fail("the work was begun")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_a_layer_of_an_image_is_refused_before_the_work(tmp_path, monkeypatch):
+    write(tmp_path / "folder", "old")
+    rename = os.rename
+
+    def fail(source, target):
+        if source == tmp_path / "folder":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="it cannot be renamed: Invalid cross-device link"):
+        write(tmp_path / "folder", "new")
+    assert (tmp_path / "folder" / "one").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+MOUNTED = """
+import sys
+from pathlib import Path
+from data_prep.publish import blame_option, publish_atomically
+folder = Path(sys.argv[1])
+try:
+    with blame_option("--to", folder), publish_atomically(folder):
+        print("the work was begun")
+except ValueError as error:
+    print(error)
+with publish_atomically(folder / "new") as staging:
+    (staging / "one").touch()
+print(*sorted(path.name for path in folder.iterdir()))
+"""
+
+
+def test_a_mount_point_is_refused_before_the_work_and_a_folder_in_it_works(tmp_path):
+    folder = tmp_path / "mount point"
+    folder.mkdir()
+    bind = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$0" && exec "$@"', str(folder)]
+    if subprocess.run([*bind, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    done = subprocess.run(
+        [*bind, sys.executable, "-c", MOUNTED, str(folder)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [
+        f"--to: cannot write {folder} (it cannot be renamed: Device or resource busy); it is a mount point, which "
+        f"cannot be replaced; give a folder in it, such as {folder / 'new'}",
+        "new",
+    ]
+
+
+def test_leftovers_that_cannot_be_removed_are_named_and_in_nobodys_way(tmp_path, monkeypatch, capsys):
+    """As on NFS while another process has files of the old folder open; in containers a later pid is often the same."""
+    write(tmp_path / "folder", "1")
+    remove = shutil.rmtree
+
+    def fail(path, *arguments, **options):
+        if not str(path).endswith(".old"):
+            return remove(path, *arguments, **options)
+        if not options.get("ignore_errors"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        write(tmp_path / "folder", "2")
+        write(tmp_path / "folder", "3")
+    left = [tmp_path / f".folder.{HOST}.{os.getpid()}{number}.old" for number in ("", "-2")]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {path} could not be removed (Directory not empty)" for path in left
+    ]
+    write(tmp_path / "folder", "4")
+    assert (tmp_path / "folder" / "one").read_text() == "4"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

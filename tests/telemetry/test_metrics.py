@@ -42,3 +42,15 @@ def test_a_later_part_begins_after_whole_lines(tmp_path):
     later.write({"step": 3})
     later.close()
     assert steps(tmp_path / METRICS) == [1, 2, 3]
+
+
+def test_metrics_of_steps_that_are_trained_again_from_the_first_are_kept(tmp_path, capsys):
+    for start in (1, 2, 3):
+        writer = MetricsWriter(tmp_path, tensorboard=False)
+        for step in range(1, start + 1):
+            writer.write({"step": step})
+        writer.close()
+    assert steps(tmp_path / METRICS) == [1, 2, 3]
+    assert steps(tmp_path / "metrics-earlier.jsonl") == [1]
+    assert steps(tmp_path / "metrics-earlier-2.jsonl") == [1, 2]
+    assert "metrics.jsonl of an earlier start (2 steps) is kept as metrics-earlier-2.jsonl" in capsys.readouterr().out

@@ -80,6 +80,26 @@ def test_a_run_is_recognised_by_whatever_path_its_checkpoint_is_given(run, monke
     assert begin(run, "test", name="fork").metrics_bytes(Path("fork")) == 0
 
 
+def test_a_checkpoint_is_the_runs_own_by_any_path_through_links(run, tmp_path):
+    disk = tmp_path / "disk"
+    (run / FOLDER).rename(disk)
+    (run / FOLDER).symlink_to(disk)
+    assert begin(run, "auto").metrics_bytes(run) == begin(run, disk / "step-000004").metrics_bytes(run) == 40
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    assert begin(run, link).metrics_bytes(link) == 40
+    assert begin(run, link, name="fork").metrics_bytes(run.parent / "fork") == 0
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_is_refused(run, tmp_path):
+    (run / FOLDER).rename(tmp_path / "away")
+    (run / FOLDER).symlink_to(tmp_path / "disk")
+    with pytest.raises(
+        UserError, match=rf"^{run / FOLDER} is a link to {tmp_path / 'disk'}, which is no folder here; "
+    ):
+        begin(run, "auto")
+
+
 def test_going_back_within_a_run_is_refused_and_works_in_another(run):
     earlier = run / FOLDER / "step-000002"
     with pytest.raises(UserError, match="has a later checkpoint, of step 4; remove it, or go on in a run of its own"):
@@ -127,6 +147,29 @@ def test_a_start_that_was_killed_at_once_is_in_no_later_ones_way(tmp_path):
     (recipe.run.directory / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files that belong to no run"):
         run_dir.find(recipe)
+
+
+def test_a_new_volume_and_folders_to_mount_on_hold_no_run(tmp_path):
+    recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
+    for name in ("lost+found", "checkpoints", "checkpoints/lost+found"):
+        (recipe.run.directory / name).mkdir(parents=True)
+    assert run_dir.find(recipe) is None
+    run_dir.create(recipe, {})
+    assert run_dir.find(recipe) == recipe
+
+
+def test_a_disk_that_could_not_take_the_adapter_is_refused_at_the_start(tmp_path, monkeypatch):
+    recipe = scene.recipe(BASE, run__output_dir=str(tmp_path))
+
+    def fail(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("os.rename", fail)
+    with pytest.raises(
+        UserError, match=r"^run\.output_dir=.*: cannot write .* \(its file system cannot rename folders"
+    ):
+        run_dir.create(recipe, {})
+    assert list(recipe.run.directory.iterdir()) == []
 
 
 def test_differences_are_found_at_any_depth():

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.checkpoint.storage import CheckpointWriter
+from trainer.checkpoint.storage import CheckpointWriter, tensor_files
 from trainer.checkpoint.trained_state import StateKey, TrainedState
 
 BUCKET_BYTES = 128 * 2**20  # of whole tensors that rank 0 puts together at once
@@ -236,7 +236,7 @@ def _bucket(keys: list[StateKey], by_key: dict[StateKey, list[TensorSlice]]) -> 
 def _stored_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """File and shape of every tensor in a checkpoint, by the text of its key."""
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for path in folder.glob("state-*.safetensors"):
+    for path in tensor_files(folder):
         with safe_open(path, "pt") as file:
             found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
     return found

@@ -4,20 +4,20 @@ checkpoints/step-000123/    state-00001.safetensors ..., run.json, and index.jso
 checkpoints/latest, best    names of folders, for users and scripts
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import write_atomically
+from data_prep.publish import remove_folder, sync_folder, unused_path, write_atomically
 
 INDEX = "index.json"
 LATEST, BEST = "latest", "best"
+PARTIAL, OLD = ".partial", ".old"  # endings of hidden folders, of a save and of a removal
 _FOLDER = re.compile(r"step-(\d{6,})")
 
 
@@ -30,9 +30,10 @@ class CheckpointWriter:
 
     def __init__(self, checkpoints: Path, step: int) -> None:
         self._final = checkpoints / folder_name(step)
-        self._staging = checkpoints / f".{self._final.name}.partial"
         self._files: dict[str, dict[str, Any]] = {}
-        shutil.rmtree(self._staging, ignore_errors=True)
+        staging = checkpoints / f".{self._final.name}{PARTIAL}"
+        remove_folder(staging, quietly=True)
+        self._staging = unused_path(staging)
         self._staging.mkdir(parents=True)
 
     def add(self, name: str, content: bytes) -> None:
@@ -49,38 +50,48 @@ class CheckpointWriter:
         _write(self._staging / INDEX, json.dumps(index, indent=1).encode())
         if problem := verify(self._staging):
             raise OSError(f"{self._staging}: {problem} right after it was written")
-        _sync(self._staging)
-        if self._final.exists():  # the run went back behind this step, and has come to it again
-            shutil.rmtree(self._final)
+        sync_folder(self._staging)
+        replaced = None
+        if os.path.lexists(self._final):  # the run went back behind this step, and has come to it again
+            replaced = _set_aside(self._final)
         self._staging.rename(self._final)
         point(self._final.parent, LATEST, self._final.name)
+        if replaced is not None:
+            remove_folder(replaced)
         return self._final
 
     def discard(self) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
+        remove_folder(self._staging)
 
 
 def point(checkpoints: Path, pointer: str, name: str) -> None:
     """Sets `latest` or `best` to a folder's name, atomically."""
     write_atomically(checkpoints / pointer, f"{name}\n", sync=True)
-    _sync(checkpoints)
+    sync_folder(checkpoints)
 
 
 def read_pointer(checkpoints: Path, pointer: str) -> int | None:
-    """The step of the folder that `latest` or `best` names; None without a pointer."""
+    """The step of the folder that `latest` or `best` names; None without a pointer. It may be a link to the folder."""
+    path = checkpoints / pointer
     try:
-        match = _FOLDER.fullmatch((checkpoints / pointer).read_text().strip())
-    except FileNotFoundError:
+        match = _FOLDER.fullmatch(path.readlink().name if path.is_symlink() else path.read_text().strip())
+    except (FileNotFoundError, IsADirectoryError):
         return None
     return int(match[1]) if match else None
 
 
 def steps_in(checkpoints: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending."""
+    """Steps of the published checkpoints, ascending. Links to folders count, also those that lead nowhere just now."""
     if not checkpoints.is_dir():
         return []
-    found = (_FOLDER.fullmatch(path.name) for path in checkpoints.iterdir() if path.is_dir())
+    found = (_FOLDER.fullmatch(path.name) for path in checkpoints.iterdir() if path.is_dir() or path.is_symlink())
     return sorted(int(match[1]) for match in found if match)
+
+
+def tensor_files(checkpoint: Path) -> list[Path]:
+    """Its safetensors files as the index lists them; others beside them, such as copies, are not part of it."""
+    index = json.loads((checkpoint / INDEX).read_text())
+    return [checkpoint / name for name in index["files"] if name.endswith(".safetensors")]
 
 
 def verify(folder: Path) -> str | None:
@@ -117,24 +128,34 @@ def newest_intact(checkpoints: Path) -> Iterator[tuple[Path, str | None]]:
 def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None, keep: Iterable[int]) -> None:
     """Removes all except the newest `keep_last` up to `step`, the multiples of `keep_every` and those in `keep`.
 
+    What cannot be removed is named in a warning, and tried again after the next save: the save itself is done.
     step: of the checkpoint that was just saved. Later ones stay: they were damaged, and the run resumed before them.
     """
     steps = [each for each in steps_in(checkpoints) if each <= step]
     kept = {*steps[-keep_last:], *keep, *(s for s in steps if keep_every and s % keep_every == 0)}
-    for step in set(steps) - kept:
+    sweep(checkpoints, (OLD,))
+    for step in sorted(set(steps) - kept):
         folder = checkpoints / folder_name(step)
-        doomed = (
-            checkpoints / f".{folder.name}.old"
-        )  # renamed first, so that no half of it is ever taken for a checkpoint
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        try:
+            doomed = _set_aside(folder)
+        except OSError as error:
+            print(f"warning: {folder} could not be removed ({error.strerror or error})", file=sys.stderr, flush=True)
+        else:
+            remove_folder(doomed)
 
 
-def sweep(checkpoints: Path) -> None:
-    """Removes what interrupted saves and removals left behind."""
-    for pattern in (".step-*.partial", ".step-*.old"):
-        for path in checkpoints.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+def sweep(checkpoints: Path, endings: Iterable[str] = (PARTIAL, OLD)) -> None:
+    """Removes what interrupted saves and removals left behind, where it can."""
+    for ending in endings:
+        for path in checkpoints.glob(f".step-*{ending}"):
+            remove_folder(path, quietly=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Renames a checkpoint that is to be removed, so that no half of it is ever taken for one."""
+    doomed = unused_path(folder.with_name(f".{folder.name}{OLD}"))
+    folder.rename(doomed)
+    return doomed
 
 
 def _digest(files: dict[str, Any]) -> str:
@@ -146,13 +167,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Syncs renames and new names in a folder; some file systems cannot, and need not."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from data_prep.fingerprint import code_hash, file_states, tokenizer_files
+from data_prep.resource_limits import available_memory, usable_cpus
 from trainer.cluster.local_ranks import visible_gpus
 from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe
@@ -74,7 +75,7 @@ class Facts:
     versions: dict[str, str | None]
     code: str
     cores: int
-    memory: int  # available bytes of host memory
+    memory: int  # available bytes of host memory, within the limits of a container
     gpus: list[Gpu] | None = None
     recipe: dict[str, Any] | None = None  # as resolved
     deepspeed: str | None = None  # sha256 of the file that deepspeed.config names
@@ -102,8 +103,8 @@ def collect_facts(request: Request) -> Facts:
         python=platform.python_version(),
         versions={name: _version(name) for name in PACKAGES},
         code=code_hash() + code_hash(PACKAGE_ROOT / "trainer"),
-        cores=len(os.sched_getaffinity(0)),
-        memory=psutil.virtual_memory().available,
+        cores=usable_cpus(),
+        memory=available_memory(),
     )
     with _record_problem(facts, "gpus"):
         facts.gpus = list_gpus()

@@ -3,11 +3,11 @@
 import copy
 from pathlib import Path
 
-import psutil
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from data_prep.resource_limits import available_memory
 from trainer.base.loader import set_generation
 from trainer.base.weight_map import DTYPES
 from trainer.evaluation.loaded_models import CausalLM, LoadedRun
@@ -35,4 +35,4 @@ def load_merged(run: LoadedRun, folder: Path) -> CausalLM:
 
 def free_bytes(device: torch.device) -> int:
     """Memory available for another model on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import write_atomically
+from data_prep.publish import check_publishable, write_atomically
 from data_prep.user_error import UserError
 from trainer.recipe import Recipe
 from trainer.recipe_file import dump_recipe, load_recipe
@@ -23,8 +23,8 @@ def find(recipe: Recipe) -> Recipe | None:
     """
     directory = recipe.run.directory
     try:
-        if not directory.exists() or (directory.is_dir() and all(p.name.startswith(".") for p in directory.iterdir())):
-            return None  # a start that was killed early may leave a hidden, partly written file
+        if not directory.exists() or (directory.is_dir() and _is_unused(directory)):
+            return None
     except OSError as error:
         raise UserError(
             f"run.output_dir={recipe.run.output_dir}: cannot read {directory} ({error.strerror}); give another folder"
@@ -36,6 +36,16 @@ def find(recipe: Recipe) -> Recipe | None:
     return load_recipe(directory / RECIPE)
 
 
+def _is_unused(directory: Path) -> bool:
+    """Whether it holds no files, at most empty folders, such as a mount point for checkpoints/."""
+    return all(path.is_dir() and not _visible(path) for path in _visible(directory))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Without hidden, partly written files of a start that was killed early, and what a new ext4 volume holds."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "lost+found"]
+
+
 def name_another(recipe: Recipe) -> str:
     """The remedy to suggest when a run directory is already in use."""
     return f"give another run.name, such as run.name={recipe.run.name}-2"
@@ -44,11 +54,12 @@ def name_another(recipe: Recipe) -> str:
 def create(recipe: Recipe, environment: dict[str, Any]) -> None:
     """Writes the resolved recipe.yaml, and environment.json with one entry per start. Call it on rank 0 only.
 
-    Raises UserError if the directory cannot be written.
+    Raises UserError if the directory cannot be written, or no adapter could be published there in the end.
     """
     directory = recipe.run.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        check_publishable(directory / ADAPTER)
         starts = [*_earlier_starts(directory / ENVIRONMENT), {**_environment(), **environment}]
         write_atomically(directory / RECIPE, dump_recipe(recipe))  # first: `find` recognizes a run by it
         write_atomically(directory / ENVIRONMENT, json.dumps(starts, indent=2) + "\n")

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.publish import unused_path
 from trainer.objective.loss import TaskLosses
 from trainer.telemetry.router_numbers import router_record
 from trainer.telemetry.step_report import StepReport
 
 METRICS = "metrics.jsonl"
+EARLIER = "metrics-earlier.jsonl"
 TENSORBOARD = "tensorboard"
 
 
@@ -54,11 +56,13 @@ class MetricsWriter:
     """Writes each record at once, so that a run that dies leaves all its finished steps.
 
     step: steps that are done, where the run resumes. keep: bytes of metrics.jsonl that belong to them; what lies beyond
-    is cut off, and purged from TensorBoard.
+    is cut off, and purged from TensorBoard. Where nothing of it belongs to them, the file is renamed, not emptied.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, step: int = 0, keep: int = 0) -> None:
         path = directory / METRICS
+        if not keep:
+            _set_aside(path)
         path.touch()
         _cut(path, keep)
         self._file = path.open("ab", buffering=0)
@@ -115,6 +119,14 @@ class MetricsWriter:
             )
             if what == TENSORBOARD:
                 self._board = None
+
+
+def _set_aside(path: Path) -> None:
+    """Keeps the file of earlier starts under another name, and says so, if any step is in it."""
+    steps = path.read_bytes().count(b"\n") if path.is_file() else 0
+    if steps:
+        kept = path.rename(unused_path(path.with_name(EARLIER)))
+        print(f"metrics         {path.name} of an earlier start ({steps} steps) is kept as {kept.name}", flush=True)
 
 
 def _cut(path: Path, keep: int) -> None:

@@ -56,13 +56,14 @@ class ResumePoint:
         return self.facts.get("step", 0)
 
     def metrics_bytes(self, directory: Path) -> int:
-        """Bytes of the directory's metrics.jsonl that belong to those steps; 0 for another run's checkpoint."""
-        own = self.checkpoint is not None and _within(self.checkpoint, directory)
-        return self.facts["metrics_bytes"] if own else 0
+        """Bytes of the directory's metrics.jsonl that belong to those steps; 0 for another run's checkpoint.
 
-
-def _within(path: Path, directory: Path) -> bool:
-    return path.resolve().is_relative_to(directory.resolve())
+        The directory, its checkpoints/ and every checkpoint may be links to folders elsewhere.
+        """
+        if self.checkpoint is None:
+            return 0
+        own = directory / FOLDER / storage.folder_name(self.step)
+        return self.facts["metrics_bytes"] if own.exists() and own.samefile(self.checkpoint) else 0
 
 
 def find_resume_point(recipe: Recipe) -> ResumePoint:
@@ -94,6 +95,7 @@ def _find_resume_point(recipe: Recipe) -> ResumePoint:
         )
         if (directory / run_dir.ADAPTER).is_dir():
             return ResumePoint(finished=True)
+    _refuse_broken_link(directory / FOLDER)
     if resume == "never":
         if found is not None:
             raise UserError(
@@ -108,6 +110,15 @@ def _find_resume_point(recipe: Recipe) -> ResumePoint:
         if own.checkpoint is not None:
             return own
     return _given(Path(resume), recipe, notes)
+
+
+def _refuse_broken_link(checkpoints: Path) -> None:
+    """Raises UserError for a link to a folder that is not there, as while a disk is not mounted."""
+    if checkpoints.is_symlink() and not checkpoints.is_dir():
+        raise UserError(
+            f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder here; mount or make it, or "
+            "remove the link to begin without checkpoints"
+        )
 
 
 def find_newest_checkpoint(checkpoints: Path, notes: list[str]) -> ResumePoint:
