@@ -27,6 +27,7 @@ import psutil
 
 from data_prep.fingerprint import code_hash, file_states, tokenizer_files
 from trainer.cluster.local_ranks import visible_gpus
+from trainer.distributed.deepspeed_file import read_deepspeed_file
 from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
@@ -167,6 +168,7 @@ def _find_gpu(name: int | str, by_uuid: Mapping[str, Gpu]) -> Gpu:
 def _add_recipe_facts(facts: Facts, recipe: Recipe) -> None:
     facts.recipe = recipe.model_dump(mode="json")
     with _record_problem(facts, "deepspeed"):
+        read_deepspeed_file(recipe.deepspeed.config)
         facts.deepspeed = sha256(find_deepspeed_config(recipe.deepspeed.config).read_bytes()).hexdigest()
     with _record_problem(facts, "base"):
         facts.base, facts.base_in_folder = _base(recipe)
