@@ -134,7 +134,7 @@ def list_gpus() -> list[Gpu]:
         return []
     command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=DRIVER)
     except subprocess.TimeoutExpired:
         raise OSError(f"nvidia-smi did not answer in {DRIVER:.0f} s") from None
     if done.returncode != 0:
