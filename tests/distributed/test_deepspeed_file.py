@@ -12,8 +12,9 @@ import pytest
 from pydantic import BaseModel
 
 from data_prep.user_error import UserError
-from trainer.distributed import deepspeed_file
-from trainer.distributed.deepspeed_file import DeepSpeedFile, read_deepspeed_file
+from trainer.distributed import deepspeed_sections
+from trainer.distributed.deepspeed_file import read_deepspeed_file
+from trainer.distributed.deepspeed_sections import DeepSpeedFile
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SHIPPED = [*sorted((REPOSITORY / "ds_configs").glob("*.json")), REPOSITORY / "tests" / "golden" / "zero3.json"]
@@ -234,7 +235,7 @@ REMOVED = {"mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_pa
 @pytest.mark.parametrize("name", ["Zero", "OffloadParam", "OffloadOptimizer", "LeafModule", "Bf16", "Fp16",
                                   "CommsLogger", "EventFiles", "Wandb", "Comet", "ThroughputTimer"])  # fmt: skip
 def test_a_section_has_the_keys_and_defaults_of_deepspeeds(name):
-    ours, theirs = getattr(deepspeed_file, name), sections_of_deepspeed()[name]
+    ours, theirs = getattr(deepspeed_sections, name), sections_of_deepspeed()[name]
     fields = {field.alias or key: field for key, field in theirs.model_fields.items()}
     assert ours.model_fields.keys() | ours.refused.keys() - REMOVED == fields.keys()
     for key, field in ours.model_fields.items():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.distributed.deepspeed_file import Zero
+from trainer.distributed.deepspeed_sections import Zero
 
 
 @dataclass(frozen=True)
