@@ -3,10 +3,11 @@
 Imports only pydantic, so that a recipe can be read and refused before anything heavy is imported.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from data_prep.user_path import UserPath
 
 QUESTION = "{question}"
 
@@ -42,7 +43,7 @@ class FilesSource(Section):
 
     type: Literal["files"] = Field(description="kind of source: files on this machine")
     task: Task
-    path: Path = Field(description="file, pattern (data/*.jsonl.gz) or folder; relative to the working directory")
+    path: UserPath = Field(description="file, pattern (data/*.jsonl.gz) or folder; relative to the working directory")
     format: Literal["json", "csv", "tsv", "parquet", "arrow", "text"] | None = Field(
         default=None, description="file format; null: by the file's ending"
     )
@@ -168,7 +169,7 @@ class MixingConfig(Section):
 class DataConfig(Section):
     """Everything that decides the content of a prepared set, apart from the tokenizer."""
 
-    prepared_dir: Path = Field(description="folder of the prepared set, written by `teamlora prepare`")
+    prepared_dir: UserPath = Field(description="folder of the prepared set, written by `teamlora prepare`")
     sources: list[Source] = Field(min_length=1, description="raw data; sources with the same task are merged")
     seq_len: int = Field(ge=2, description="maximum tokens per row")
     over_long: Literal["cut_right", "cut_left", "split", "drop"] = Field(
@@ -184,7 +185,7 @@ class DataConfig(Section):
         default=None,
         description="system message for conversations without one; null: the chat template's default",
     )
-    chat_template: Path | None = Field(
+    chat_template: UserPath | None = Field(
         default=None, description="Jinja file to use instead of the tokenizer's chat template"
     )
     mask_history: bool = Field(default=False, description="learn only the last answer of each conversation")

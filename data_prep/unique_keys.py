@@ -1,11 +1,30 @@
-"""YAML without repeated keys: PyYAML keeps the last value of a key and drops the others silently."""
+"""YAML as recipes are written: no key twice, and numbers that mean the same to everybody.
 
+PyYAML keeps the last value of a key and drops the others silently, takes 5e-2 for text, 010 for 8 and 1:30 for 90.
+"""
+
+import re
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
 _SPECIAL_KEYS = {"tag:yaml.org,2002:merge", "tag:yaml.org,2002:value"}  # << and =, which have no constructor
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_EXPONENT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")  # YAML 1.1 wants a point and a sign
+_UNCLEAR = re.compile(r"[-+]?0[\d_]+$|.*:")  # octal to YAML 1.1, decimal to people and YAML 1.2; and base 60
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that takes 5e-2 and 1e5 for numbers, as YAML 1.2 does."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts text which _Loader takes for a number in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+.0123456789"))
 
 
 class RepeatedKey(Exception):
@@ -16,13 +35,21 @@ class RepeatedKey(Exception):
         self.key, self.first, self.second = key, first, second
 
 
-def load_yaml(text: str, at: str = "") -> Any:
-    """What yaml.safe_load returns. at: the dotted key that the text is the value of.
+class UnclearNumber(Exception):
+    """The number at the dotted `key`, on `line`, means one thing to YAML and another to many who write it."""
 
-    Raises RepeatedKey where safe_load would drop a value, and yaml.YAMLError and ValueError as it does. Keys are
-    checked before merge keys (<<) are expanded, since a mapping may override what it merges.
+    def __init__(self, key: str, line: int, text: str, value: float) -> None:
+        super().__init__(f"{key}: YAML reads {text} as {value}; write the number that you mean, or put text in quotes")
+        self.line = line
+
+
+def load_yaml(text: str, at: str = "") -> Any:
+    """What yaml.safe_load returns, with 5e-2 as a number. at: the dotted key that the text is the value of.
+
+    Raises RepeatedKey where safe_load would drop a value, UnclearNumber, and yaml.YAMLError and ValueError as it does.
+    Keys are checked before merge keys (<<) are expanded, since a mapping may override what it merges.
     """
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         root = loader.get_single_node()
         if root is None:
@@ -33,11 +60,19 @@ def load_yaml(text: str, at: str = "") -> Any:
         loader.dispose()
 
 
+def dump_yaml(values: Any) -> str:
+    """YAML that load_yaml reads back to equal values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
 def _check(loader: yaml.SafeLoader, node: yaml.Node, path: str, checked: set[int]) -> None:
     if id(node) in checked:  # an alias, of a parent even
         return
     checked.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in (_INT, _FLOAT) and _UNCLEAR.match(node.value):
+            raise UnclearNumber(path, node.start_mark.line + 1, node.value, loader.construct_object(node))
+    elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _check(loader, item, f"{path}[{index}]", checked)
     elif isinstance(node, yaml.MappingNode):

@@ -12,6 +12,7 @@ from data_prep.user_error import UserError
 from trainer.console import options as options_of
 from trainer.console.library_logs import silence_libraries
 from trainer.console.streams import survive_closed_streams
+from trainer.console.utf8_mode import restart_in_utf8_mode
 from trainer.errors import LostRank, Stopped, TrainingFault
 from trainer.run.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
 from trainer.run.stop_signal import StopSignal
@@ -55,7 +56,12 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status. A user's mistake is one line, on the first rank of each machine."""
+    """Runs one command and returns its exit status. A user's mistake is one line, on the first rank of each machine.
+
+    arguments: None for those of this process, which is then the command's own.
+    """
+    if arguments is None:
+        restart_in_utf8_mode()
     with survive_closed_streams():
         try:
             ending = _run(_parse(arguments))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_prep.config import DataConfig, Section
+from data_prep.user_path import UserPath, UserPathOrName
 
 NUM_EXPERTS, EXPERT_RANK = 4, 16
 
@@ -16,7 +17,7 @@ class RunConfig(Section):
     """Where a run is stored and what makes it repeatable."""
 
     name: str = Field(pattern=r"^[\w-][\w.-]*$", description="folder of the run inside output_dir")
-    output_dir: Path = Field(Path("runs"), description="parent folder of all runs")
+    output_dir: UserPath = Field(Path("runs"), description="parent folder of all runs")
     seed: int = Field(0, ge=0, description="seed of adapter initialization, dropout and row order")
     deterministic: bool = Field(False, description="use only kernels that give the same bits in every rerun; slower")
     nodes: PositiveInt | None = Field(
@@ -38,7 +39,7 @@ class RunConfig(Section):
 class BaseModelConfig(Section):
     """The frozen language model under the adapter."""
 
-    model: str = Field(description="folder of a transformers causal LM, or its Hub id")
+    model: UserPathOrName = Field(description="folder of a transformers causal LM, or its Hub id")
     revision: str | None = Field(None, description="commit, tag or branch of a Hub id; null: the default branch")
     quantization: Literal["nf4", "none"] = Field(
         "nf4", description="storage of the decoder's linear layers: nf4 (4 bits), or none (as dtype)"
@@ -84,7 +85,7 @@ class AdapterConfig(Section):
     renormalize: bool = Field(
         False, description="teamlora: divide the weights after competition by their sum; the paper does not"
     )
-    init_from: Path | None = Field(None, description="folder of an adapter to start from; null: a fresh one")
+    init_from: UserPath | None = Field(None, description="folder of an adapter to start from; null: a fresh one")
 
     @model_validator(mode="before")
     @classmethod
@@ -178,7 +179,7 @@ class TrainConfig(Section):
     early_stopping_patience: PositiveInt | None = Field(
         None, description="stop after this many held-out losses in a row that do not improve on the best; null: never"
     )
-    resume: str = Field(
+    resume: UserPathOrName = Field(
         "auto", description="auto: continue where this run stopped; never; or the folder of a checkpoint"
     )
 
@@ -199,7 +200,7 @@ class TrainConfig(Section):
 class DeepSpeedConfig(Section):
     """How DeepSpeed shards the run."""
 
-    config: Path = Field(
+    config: UserPath = Field(
         description='DeepSpeed JSON file, or a name in ds_configs such as zero3; the recipe fills its "auto" values'
     )
 

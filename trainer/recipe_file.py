@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeGuard, get_args
 
@@ -9,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from data_prep.config import Source
-from data_prep.unique_keys import RepeatedKey, load_yaml
+from data_prep.unique_keys import RepeatedKey, UnclearNumber, dump_yaml, load_yaml
 from data_prep.user_error import UserError
 from trainer.recipe import Recipe
 
@@ -29,19 +30,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         values = _override(values, override)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+        raise UserError(f"{path}: {explain(error, Recipe)}") from None
+    for key in _booleans_as_numbers(values, recipe.model_dump(), ""):
+        raise UserError(f"{path}: {key}: expected a number, but YAML reads yes, on and true as a boolean; write one")
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; load_recipe reads it back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = load_yaml(path.read_text())
+        values = load_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"recipe {path}: {reason}; give the path of a YAML recipe, see launch/recipes/") from None
@@ -49,6 +53,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"recipe {path}: key {error.key} is given twice, on lines {error.first} and {error.second}; remove one"
         ) from None
+    except UnclearNumber as error:
+        raise UserError(f"recipe {path}, line {error.line}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -65,6 +71,8 @@ def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
         value = load_yaml(text, at=key)
     except RepeatedKey as error:
         raise UserError(f"argument {override!r}: key {error.key} is given twice; remove one") from None
+    except UnclearNumber as error:
+        raise UserError(f"argument {override!r}: {error}") from None
     except (yaml.YAMLError, ValueError):
         raise UserError(f"argument {override!r}: the value is not YAML; quote it") from None
     try:
@@ -99,19 +107,45 @@ def _index(items: list[Any], part: str, at: str) -> int:
     raise LookupError(f"{at} is a list of length {len(items)}, so {part} addresses no item; use {allowed}")
 
 
-def _one_line(error: ValidationError) -> str:
-    """The first problem as `key=value: what was expected; what to do`."""
+def _booleans_as_numbers(given: Any, read: Any, at: str) -> Iterator[str]:
+    """Keys of booleans that pydantic took for 0 or 1."""
+    if isinstance(given, bool):
+        if type(read) in (int, float):
+            yield at
+    elif isinstance(given, dict) and isinstance(read, dict):
+        for key in given.keys() & read.keys():
+            yield from _booleans_as_numbers(given[key], read[key], f"{at}.{key}" if at else key)
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for index, pair in enumerate(zip(given, read, strict=False)):
+            yield from _booleans_as_numbers(*pair, f"{at}[{index}]")
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first problem as `key=value: what was expected; what to do`. root: what was validated."""
     problems = error.errors()
     # A misspelled required key is reported as missing before it is reported as unknown.
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    key = _dotted(first["loc"])
+    *parents, last = first["loc"] or [""]
+    key = _dotted((*parents, last)) if last != "[key]" else f"a key of {_dotted(parents[:-1])}"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(first['loc'])}"
+        return f"unknown key {key}{_nearest(first['loc'], root)}"
+    if first["type"] == "invalid_key":  # a key that is no text
+        return f"unknown key {_dotted((*parents, str(first['input'])))}{_nearest(first['loc'], root)}"
     if first["type"] == "missing":
         return f"missing key {key}: add it"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+    if first["type"] in ("string_type", "path_type") and isinstance(first["input"], float | int | date | None):
+        return f"{key}: expected text, but this is read as {_kind(first['input'])}; put text in quotes"
     return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change it"
+
+
+def _kind(value: float | date | None) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    return f"the {'date' if isinstance(value, date) else 'number'} {value}"
 
 
 def _dotted(location: Sequence[int | str]) -> str:
@@ -125,18 +159,20 @@ def _dotted(location: Sequence[int | str]) -> str:
     return text
 
 
-def _nearest(location: Sequence[int | str]) -> str:
+def _nearest(location: Sequence[int | str], root: type[BaseModel]) -> str:
     *parents, name = location
-    siblings = {field: _dotted((*parents, field)) for field in _section_at(parents).model_fields}
-    elsewhere = {key.rpartition(".")[2]: key for key in _known_keys(Recipe)}
+    siblings = {field: _dotted((*parents, field)) for field in _section_at(parents, root).model_fields}
+    elsewhere = {key.rpartition(".")[2]: key for key in _known_keys(root)}
+    if name in elsewhere:  # a known key in the wrong place
+        return f"; did you mean {elsewhere[name]}?"
     for keys in (siblings, elsewhere):
         if near := difflib.get_close_matches(str(name), keys, n=1, cutoff=0.6):
             return f"; did you mean {keys[near[0]]}?"
     return f"; known keys: {', '.join(siblings.values())}"
 
 
-def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
-    section: type[BaseModel] = Recipe
+def _section_at(location: Sequence[int | str], root: type[BaseModel]) -> type[BaseModel]:
+    section = root
     for part in location:
         if part in SOURCES:
             section = SOURCES[part]
@@ -148,10 +184,9 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
+        yield prefix + name
         if is_section(field.annotation):
             yield from _known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:

@@ -32,11 +32,35 @@ def test_a_hostfile_is_read_in_its_order(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbfNode-B slots=2\r\nnode-a slots=8\r\n",
+        b"Node-B Slots=2\nnode-a SLOTS=8",
+        b"Node-B slots = 2\nnode-a slots= 8 \n",
+        b"Node-B slots=2 max_slots=4\nnode-a max-slots=8 slots=8\n",
+        b"\n \t\n# all\nNode-B\tslots=2# the first\n\tnode-a\t slots=8\n",
+    ],
+    ids=["BOM and CRLF", "capitals", "spaces", "max_slots", "tabs"],
+)
+def test_hostfiles_of_other_tools_and_editors_are_read(tmp_path, text):
+    """Names keep their case."""
+    path = tmp_path / "hosts"
+    path.write_bytes(text)
+    assert read_hostfile(path) == (Node("Node-B", 2), Node("node-a", 8))
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("node-a\n", "line 1: 'node-a': expected `name slots=N`"),
         ("node-a slots=0\n", "line 1: 'node-a slots=0': expected"),
-        ("node-a slots=2\nnode-a slots=2\n", "line 2: node-a is listed twice"),
+        ("node-a slots=2\n\nnode-a slots=2\n", "line 3: node-a is listed twice, on line 1 too; use one line with"),
+        ("node-a slots=2\nNode-A slots=2\n", "line 2: Node-A is listed twice, on line 1 too"),
+        ("node-a slots=2 slots=3\n", "line 1: 'node-a slots=2 slots=3': expected"),
+        ("node-a slots=2 gpus=3\n", "line 1: 'node-a slots=2 gpus=3': expected"),
+        ("node-a slots=8 max_slots=4\n", "line 1: 'node-a slots=8 max_slots=4': expected"),
+        ("node-a slots=-1\n", "line 1: 'node-a slots=-1': expected"),
+        ("node-a:8\n", "line 1: 'node-a:8': expected"),
         ("# nothing\n", "lists no nodes"),
         (None, "No such file or directory; give a file with one line per node, such as `node-a slots=8`"),
     ],

@@ -111,5 +111,5 @@ def _config(run: Path) -> ExpertLoraConfig:
 
 
 def _last_weights(run: Path) -> list[float]:
-    records = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    records = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     return next((record["router_weight"] for record in reversed(records) if "router_weight" in record), [])

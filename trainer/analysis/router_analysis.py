@@ -51,7 +51,7 @@ def show_routers(directory: Path, items_per_task: int, examples: int, to: Path |
     with blame_option("--to", target), publish_atomically(target) as folder:
         view = measure_routers(run, documents, prepared.tasks)
         page = _page(directory, run, _pick_examples(documents, examples), prepared.tasks)
-        (folder / NUMBERS).write_text(json.dumps(as_json(view), indent=1) + "\n")
+        (folder / NUMBERS).write_text(json.dumps(as_json(view), indent=1) + "\n", encoding="utf-8")
         (folder / TOKENS).write_text(page, encoding="utf-8")
         save_plots(view, folder)
     return f"{tables(view, directory)}\n\nwritten         {target}"

@@ -40,7 +40,7 @@ def fingerprint(folder: Path, most: int | None = None) -> str:
 
     Raises OSError or ValueError where the folder cannot be read.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     with ExitStack() as files:
@@ -82,7 +82,9 @@ def _samples(stored: _Stored) -> Iterator[bytes]:
 
 def write_base_file(folder: Path, model: str, found: str) -> None:
     """Records the base in an adapter's folder: base.json, which plain PEFT leaves alone."""
-    (folder / BASE_FILE).write_text(json.dumps({"model": model, "fingerprint": found}, indent=2) + "\n")
+    (folder / BASE_FILE).write_text(
+        json.dumps({"model": model, "fingerprint": found}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def check_base_file(folder: Path, model: str, found: str) -> None:
@@ -91,7 +93,7 @@ def check_base_file(folder: Path, model: str, found: str) -> None:
     An adapter of another tool has no base.json, and is taken as it is.
     """
     try:
-        trained_on = json.loads((folder / BASE_FILE).read_text())
+        trained_on = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:

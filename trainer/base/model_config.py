@@ -82,7 +82,7 @@ def _read_template(path: Path) -> str:
 
 def _parse(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: not readable as JSON ({error})") from error
     if raw.get("auto_map") and not trust_remote_code and raw.get("model_type") not in CONFIG_MAPPING:

@@ -49,7 +49,7 @@ def files_of_model(folder: Path) -> list[Path]:
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{index}: not readable as an index ({one_line(error)}); fetch the model again") from error
     return sorted(folder / name for name in names)

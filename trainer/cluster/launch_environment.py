@@ -30,7 +30,7 @@ def forwarded_variables(environment: Mapping[str, str], folder: Path) -> dict[st
 def read_file(path: Path) -> dict[str, str]:
     """Reads NAME=VALUE lines. Raises UserError for others: DeepSpeed's launcher fails on comments and empty lines."""
     variables = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         name, equals, value = line.partition("=")
         if not equals or not name.strip() or name.lstrip().startswith("#"):
             raise UserError(

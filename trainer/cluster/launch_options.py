@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from data_prep.user_error import UserError
+from data_prep.user_path import UserPath, expand_home
 from trainer.console.arguments import LAST_PORT
 
 
@@ -30,7 +31,7 @@ class LaunchOptions(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     arguments: tuple[str, ...] = Field(description="path of the recipe and its overrides, passed on to the ranks")
-    hostfile: Path | None = Field(None, description="a file with a line `name slots=N` per node")
+    hostfile: UserPath | None = Field(None, description="a file with a line `name slots=N` per node")
     num_gpus: PositiveInt | None = Field(None, description="a whole number of at least 1")
     master_port: Annotated[int, Field(ge=1, le=LAST_PORT)] | None = Field(
         None, description=f"a whole number from 1 to {LAST_PORT}"
@@ -53,7 +54,7 @@ class LaunchOptions(BaseModel):
         paths = [argument for argument in self.arguments if "=" not in argument]
         if len(paths) != 1:
             raise UserError(f"arguments {' '.join(paths)!r}: expected the path of one recipe; see `teamlora recipes`")
-        return Path(paths[0])
+        return expand_home(Path(paths[0]))
 
     @property
     def overrides(self) -> list[str]:

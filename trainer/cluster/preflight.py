@@ -127,7 +127,9 @@ def _started_estimate(recipe: Path, overrides: Sequence[str], ranks: int) -> Ite
     command = [sys.executable, str(PROGRAM), "estimate", str(recipe), *overrides, f"--world-size={ranks}", "--json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace"
+    ) as process:
         try:
             yield process
         finally:

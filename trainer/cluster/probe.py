@@ -28,6 +28,7 @@ import psutil
 from data_prep.fingerprint import code_hash, file_states, tokenizer_files
 from data_prep.resource_limits import available_memory, usable_cpus
 from trainer.cluster.local_ranks import visible_gpus
+from trainer.distributed.deepspeed_file import read_deepspeed_file
 from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
@@ -134,7 +135,7 @@ def list_gpus() -> list[Gpu]:
         return []
     command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=DRIVER)
     except subprocess.TimeoutExpired:
         raise OSError(f"nvidia-smi did not answer in {DRIVER:.0f} s") from None
     if done.returncode != 0:
@@ -168,6 +169,7 @@ def _find_gpu(name: int | str, by_uuid: Mapping[str, Gpu]) -> Gpu:
 def _add_recipe_facts(facts: Facts, recipe: Recipe) -> None:
     facts.recipe = recipe.model_dump(mode="json")
     with _record_problem(facts, "deepspeed"):
+        read_deepspeed_file(recipe.deepspeed.config)
         facts.deepspeed = sha256(find_deepspeed_config(recipe.deepspeed.config).read_bytes()).hexdigest()
     with _record_problem(facts, "base"):
         facts.base, facts.base_in_folder = _base(recipe)

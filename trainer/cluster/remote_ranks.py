@@ -37,7 +37,7 @@ class RemoteNode:
         pipe = subprocess.PIPE
         self._ssh = subprocess.Popen(
             ssh_command(node.name, "trainer.cluster.node_agent", [str(silence), str(grace)], silence),
-            stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace",
+            stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace",
             start_new_session=True,  # so that a Ctrl-C at the terminal reaches this process only
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, args=(inbox,), daemon=True)

@@ -1,6 +1,8 @@
 """Types of command-line arguments, for argparse: each turns a word into a value or says what was expected."""
 
 import argparse
+import os
+from pathlib import Path
 
 LAST_PORT = 65535
 
@@ -19,6 +21,11 @@ def port(text: str) -> int:
     return int(text)
 
 
+def path(text: str) -> Path:
+    """A path; the shell leaves the ~ of `--to=~/folder` alone."""
+    return Path(os.path.expanduser(text))
+
+
 def memory_size(text: str) -> int:
     """Bytes, with a unit: 24GiB is 24 x 2^30, 80GB is 80 x 10^9."""
     from pydantic import ByteSize, TypeAdapter, ValidationError  # takes 0.1 s, which a rank's start has no use for
@@ -33,8 +40,8 @@ def memory_size(text: str) -> int:
 
 
 def names(text: str) -> list[str]:
-    """Names separated by commas; `none` is an empty list."""
-    return [] if text == "none" else [name for name in text.split(",") if name]
+    """Names or paths separated by commas; `none` is an empty list."""
+    return [] if text == "none" else [os.path.expanduser(name) for name in text.split(",") if name]
 
 
 def indices(text: str) -> list[int]:

@@ -1,9 +1,8 @@
 """Command-line options of each `teamlora` subcommand."""
 
 import argparse
-from pathlib import Path
 
-from trainer.console.arguments import indices, memory_size, names, port, positive_int
+from trainer.console.arguments import indices, memory_size, names, path, port, positive_int
 
 LAUNCH_NOTES = """\
 options of the launch, as key=value:
@@ -18,7 +17,7 @@ On SIGTERM, SIGUSR1 or Ctrl-C every rank saves and ends with exit status 75; the
 
 
 def recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe; `teamlora recipes` has some")
+    command.add_argument("recipe", type=path, metavar="RECIPE", help="a YAML recipe; `teamlora recipes` has some")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the recipe")
 
 
@@ -47,14 +46,14 @@ def estimate(command: argparse.ArgumentParser) -> None:
 
 def check(command: argparse.ArgumentParser) -> None:
     recipe(command)
-    command.add_argument("--hostfile", type=Path, metavar="F", help="nodes of the launch; default: this machine")
+    command.add_argument("--hostfile", type=path, metavar="F", help="nodes of the launch; default: this machine")
     command.add_argument("--master-port", type=port, metavar="N", help="where rank 0 listens; default: any free port")
     command.add_argument("--limit", type=positive_int, metavar="SECONDS", help="for the memory estimate; default: 12")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("directory", type=Path, metavar="RUN", help="directory of a finished run")
+    command.add_argument("directory", type=path, metavar="RUN", help="directory of a finished run")
 
 
 def evaluate(command: argparse.ArgumentParser) -> None:
@@ -63,9 +62,9 @@ def evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--against", type=names, default=["base"], metavar="base,RUN2", help=against)
     command.add_argument("--items-per-task", type=positive_int, default=100, metavar="N", help="default: 100")
     command.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: 32")
-    command.add_argument("--recipe", type=Path, help="names base and data when RUN is an adapter folder")
+    command.add_argument("--recipe", type=path, help="names base and data when RUN is an adapter folder")
     sharded = "a ZeRO-3 configuration, for a base too large for one rank: ds_configs/zero3.json"
-    command.add_argument("--deepspeed", type=Path, metavar="FILE", help=sharded)
+    command.add_argument("--deepspeed", type=path, metavar="FILE", help=sharded)
     command.add_argument("--json", action="store_true", help="print evaluation.json instead of the table")
 
 
@@ -79,14 +78,14 @@ def router(command: argparse.ArgumentParser) -> None:
     run(command)
     command.add_argument("--items-per-task", type=positive_int, default=25, metavar="N", help="documents; default: 25")
     command.add_argument("--examples", type=positive_int, default=8, metavar="N", help="in tokens.html; default: 8")
-    command.add_argument("--to", type=Path, metavar="FOLDER", help="default: router/ in the run")
+    command.add_argument("--to", type=path, metavar="FOLDER", help="default: router/ in the run")
 
 
 def export(command: argparse.ArgumentParser) -> None:
     run(command)
     forms = "peft: unchanged; lora: for plain PEFT, gates fixed at their mean; merged: that, added to the base"
     command.add_argument("--to", choices=("peft", "lora", "merged"), required=True, help=forms)
-    command.add_argument("--output", type=Path, metavar="FOLDER", help="default: export-lora and the like in the run")
+    command.add_argument("--output", type=path, metavar="FOLDER", help="default: export-lora and the like in the run")
     command.add_argument("--task", metavar="NAME", help="mean gates of this task only; default: of all tasks")
     rows = "rows for the mean gates and the fidelity report; default: 64"
     command.add_argument("--rows", type=positive_int, default=64, metavar="N", help=rows)
@@ -105,4 +104,4 @@ def experts(command: argparse.ArgumentParser) -> None:
     change = command.add_mutually_exclusive_group()
     change.add_argument("--keep", type=indices, metavar="I,J", help="numbers of the experts to keep; drops the others")
     change.add_argument("--add", type=positive_int, metavar="N", help="experts to add; they do not change outputs yet")
-    command.add_argument("--to", type=Path, metavar="FOLDER", help="default: adapter-Kexperts in the run")
+    command.add_argument("--to", type=path, metavar="FOLDER", help="default: adapter-Kexperts in the run")

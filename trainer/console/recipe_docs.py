@@ -102,7 +102,7 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     """Writes the page."""
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
 
 

@@ -1,6 +1,7 @@
 """Standard streams that survive their reader: a terminal or `| tee log` may end before the command does."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any, TextIO
 def survive_closed_streams() -> Iterator[None]:
     """Within this context, output that can no longer be written is dropped instead of raising.
 
-    Ctrl-C ends `tee` too while the run is saving: printing a line must not make the save fail.
+    Ctrl-C ends `tee` too while the run is saving: printing a line must not make the save fail. Characters that a
+    stream's encoding lacks are written as escapes.
     """
     streams = sys.stdout, sys.stderr
     lasting = sys.stdout, sys.stderr = _SurvivingStream(streams[0]), _SurvivingStream(streams[1])
@@ -28,6 +30,8 @@ class _SurvivingStream:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         with self._dropping():

@@ -3,7 +3,6 @@
 Imports no DeepSpeed, so that the estimate and the checks before a launch are quick.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,38 @@ from typing import Any
 import torch
 
 from data_prep.user_error import UserError
+from trainer.distributed.deepspeed_file import read_deepspeed_file
 from trainer.objective.batches import BatchPlan
 from trainer.recipe import ExpertsConfig, Recipe
-from trainer.run.resources import find_deepspeed_config
 
 # What the engine would do to a base that is loaded in shards, without a word, and the value that prevents it.
 REFUSED = {
     "zero_hpz_partition_size": 1,
     "zero_quantized_weights": False,
     "zero_quantized_nontrainable_weights": False,
-    "use_all_reduce_for_fetch_params": False,
+    "stage3_use_all_reduce_for_fetch_params": False,
 }
 
 
 def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
-    """The DeepSpeed JSON with every "auto" filled from the recipe: the only place where that happens.
+    """The DeepSpeed JSON with what the recipe decides filled in: the only place where that happens.
 
     Raises UserError where the file cannot be read or contradicts the recipe.
     """
     path = recipe.deepspeed.config
-    config = _read_json(find_deepspeed_config(path))
+    config = read_deepspeed_file(path)
     fills: dict[tuple[str, ...], tuple[Any, str]] = {
         ("train_batch_size",): (plan.global_batch_size, "train.global_batch_size"),
         ("train_micro_batch_size_per_gpu",): (plan.micro_batch_size, "train.micro_batch_size"),
         ("gradient_accumulation_steps",): (plan.gradient_accumulation_steps, "the derived accumulation"),
         ("gradient_clipping",): (recipe.train.max_grad_norm, "train.max_grad_norm"),
         ("bf16", "enabled"): (recipe.base.dtype == "bf16", f"base.dtype={recipe.base.dtype}:"),
+        # DeepSpeed would stop at an optimizer that is not its own.
+        ("zero_allow_untested_optimizer",): (True, f"train.optimizer={recipe.train.optimizer}:"),
+        ("zero_force_ds_cpu_optimizer",): (False, f"train.optimizer={recipe.train.optimizer}:"),
     }
     for keys, (value, origin) in fills.items():
         _fill(config, keys, value, origin, path)
-    _refuse_what_the_recipe_owns(config, path)
     if not torch.cuda.is_available():  # without a GPU there is nothing to pin memory for
         for section in ("offload_param", "offload_optimizer"):
             if section in config["zero_optimization"]:
@@ -56,10 +57,8 @@ def check_sharded_base(config: dict[str, Any], path: Path) -> None:
     for key, safe in REFUSED.items():
         if zero.get(key, safe) != safe:
             raise UserError(f"{path}: zero_optimization.{key}={zero[key]} corrupts a packed base; set it to {safe}")
-    if (zero.get("offload_param") or {}).get("device") == "nvme":
+    if zero.get("offload_param", {}).get("device") == "nvme":
         raise UserError(f"{path}: zero_optimization.offload_param.device=nvme cannot take a packed base; use cpu")
-    if config.get("data_types", {}).get("buffer_dtype"):
-        raise UserError(f"{path}: data_types.buffer_dtype would cast rotary buffers; remove it")
 
 
 def check_expert_parallel(
@@ -86,23 +85,6 @@ def check_expert_parallel(
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"deepspeed.config={path}: {error.strerror}; give a file such as ds_configs/zero3.json"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"deepspeed.config={path}: not JSON ({error}); compare with ds_configs/zero3.json") from None
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise UserError(
-            f"deepspeed.config={path}: expected a JSON object with a section zero_optimization; "
-            "compare with ds_configs/zero3.json"
-        )
-    return config
-
-
 def _fill(config: dict[str, Any], keys: tuple[str, ...], value: Any, origin: str, path: Path) -> None:
     *parents, last = keys
     for parent in parents:
@@ -113,11 +95,3 @@ def _fill(config: dict[str, Any], keys: tuple[str, ...], value: Any, origin: str
             f'{path}: {".".join(keys)}={given} contradicts {origin}={value} of the recipe; write "auto" in the file'
         )
     config[last] = value
-
-
-def _refuse_what_the_recipe_owns(config: dict[str, Any], path: Path) -> None:
-    for section, owner in (("optimizer", "train.optimizer"), ("scheduler", "train.lr_scheduler")):
-        if section in config:
-            raise UserError(f"{path}: section {section} is set by the recipe ({owner}); remove it from the file")
-    if config.get("fp16", {}).get("enabled"):
-        raise UserError(f"{path}: fp16.enabled=true: expected base.dtype bf16 or fp32; remove fp16 from the file")

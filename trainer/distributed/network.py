@@ -29,7 +29,10 @@ def machine() -> str:
     """The same text on the same machine only. Containers share a kernel, and differ in their network or name."""
     known = [socket.gethostname()]
     with suppress(OSError):  # sandboxes that show neither
-        known += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/net")]
+        known += [
+            Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip(),
+            os.readlink("/proc/self/ns/net"),
+        ]
     return " ".join(known)
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.distributed.deepspeed_sections import Zero
+
 
 @dataclass(frozen=True)
 class ZeroSettings:
@@ -20,25 +22,16 @@ class ZeroSettings:
 
 
 def zero_settings(config: dict[str, Any]) -> ZeroSettings:
-    """Reads a DeepSpeed configuration; missing keys get the defaults of DeepSpeed 0.19.8."""
-    zero = config["zero_optimization"]
+    """Reads a DeepSpeed configuration; what it leaves out gets DeepSpeed's defaults."""
+    zero = Zero.model_validate(config["zero_optimization"])
     return ZeroSettings(
-        stage=zero.get("stage", 0),
-        offload_param=_offloaded(zero, "offload_param"),
-        offload_optimizer=_offloaded(zero, "offload_optimizer"),
-        reduce_bucket=_elements(zero, "reduce_bucket_size", 5e8) if zero.get("contiguous_gradients", True) else 0,
-        prefetch_bucket=_elements(zero, "stage3_prefetch_bucket_size", 5e7),
-        max_live=_elements(zero, "stage3_max_live_parameters", 1e9),
-        persistence=_elements(zero, "stage3_param_persistence_threshold", 1e5),
-        sub_group=_elements(zero, "sub_group_size", 1e9),
-        overlap=zero.get("overlap_comm") or False,
+        stage=zero.stage,
+        offload_param=zero.offload_param.device != "none",
+        offload_optimizer=zero.offload_optimizer.device != "none",
+        reduce_bucket=zero.reduce_bucket_size if zero.contiguous_gradients else 0,
+        prefetch_bucket=zero.stage3_prefetch_bucket_size,
+        max_live=zero.stage3_max_live_parameters,
+        persistence=zero.stage3_param_persistence_threshold,
+        sub_group=zero.sub_group_size,
+        overlap=zero.overlap_comm or False,
     )
-
-
-def _offloaded(zero: dict[str, Any], section: str) -> bool:
-    return (zero.get(section) or {}).get("device", "none") != "none"
-
-
-def _elements(zero: dict[str, Any], key: str, default: float) -> int:
-    value = zero.get(key, "auto")
-    return int(default if value == "auto" else value)

@@ -44,5 +44,7 @@ def write_ending(ending: Ending) -> None:
 def read_endings(folder: Path) -> dict[int, Ending]:
     """{rank: ending} of the ranks that have written one."""
     return {
-        int(path.name): Ending(**json.loads(path.read_text())) for path in folder.iterdir() if path.name.isdecimal()
+        int(path.name): Ending(**json.loads(path.read_text(encoding="utf-8")))
+        for path in folder.iterdir()
+        if path.name.isdecimal()
     }

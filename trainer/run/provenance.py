@@ -37,12 +37,14 @@ def commit(root: Path = PACKAGE_ROOT) -> str | None:
 def _head_of_clone(root: Path) -> str | None:
     """HEAD, if `root` is the top level of a work tree with this project's setup.cfg."""
     setup = root / "setup.cfg"
-    if not setup.is_file() or f"name = {PROJECT}" not in setup.read_text().splitlines():
+    if not setup.is_file() or f"name = {PROJECT}" not in setup.read_text(encoding="utf-8").splitlines():
         return None
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set in hooks
     command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace", check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     top, head = done.stdout.splitlines()

@@ -81,7 +81,7 @@ def open_run(directory: Path) -> Recipe:
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
 

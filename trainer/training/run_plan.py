@@ -16,8 +16,8 @@ from trainer.base.model_config import load_tokenizer
 from trainer.base.weight_map import OpenedBase, open_base
 from trainer.distributed.deepspeed_config import check_expert_parallel, check_sharded_base, read_deepspeed_config
 from trainer.objective.batches import BatchPlan, plan_batches, steps_in
-from trainer.objective.optimizer import check_optimizer
-from trainer.recipe import Recipe, TrainConfig
+from trainer.objective.optimizer import check_optimizer, check_warm_up
+from trainer.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
         check_base_file(recipe.adapter.init_from, recipe.base.model, opened.fingerprint)
     prepared = open_prepared(recipe.data, load_tokenizer(recipe.base, recipe.data.chat_template))
     steps = train.steps or steps_in(train.epochs or 0, len(prepared.train), train.global_batch_size)
-    _check_warm_up(train, steps)
+    check_warm_up(train, steps)
     check_positions(opened.model.config, recipe.data.seq_len)
     _check_held_out(recipe, len(prepared.held_out))
     return RunPlan(batches, config, opened, prepared, steps)
@@ -83,14 +83,6 @@ def warnings_about(recipe: Recipe, opened: OpenedBase) -> list[str]:
 def cpu_has_fast_bf16() -> bool:
     """False where oneDNN emulates bf16 matrix products: on x86 without AVX-512. Of others nothing is known."""
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
-
-
-def _check_warm_up(train: TrainConfig, steps: int) -> None:
-    if train.warmup_steps is not None and train.warmup_steps >= steps:
-        raise UserError(
-            f"train.warmup_steps={train.warmup_steps}: the run has {steps} steps, so it would end before the learning "
-            "rate is reached; lower it"
-        )
 
 
 def _check_held_out(recipe: Recipe, rows: int) -> None:
