@@ -22,9 +22,23 @@ def folded(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
-def by_spelling(spellings: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Meanings by folded spelling, from spellings by meaning."""
-    return {folded(name): meaning for meaning, names in spellings.items() for name in names}
+class Spellings:
+    """What the fields of one kind of object mean, in whatever spelling. Given as spellings by meaning."""
+
+    def __init__(self, spellings: Mapping[str, Sequence[str]]) -> None:
+        self._meanings = {folded(name): meaning for meaning, names in spellings.items() for name in names}
+        self.names_by_meaning = functools.lru_cache(1024)(self._names_by_meaning)  # most objects have the same fields
+
+    def meaning(self, name: str) -> str | None:
+        """What a field of this name means, if it is known."""
+        return self._meanings.get(folded(name))
+
+    def _names_by_meaning(self, names: tuple[str, ...]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in names:
+            if (meaning := self.meaning(name)) is not None:
+                found.setdefault(meaning, []).append(name)
+        return found
 
 
 def refuse_media(record: Mapping[str, Any], where: str) -> None:
@@ -34,20 +48,20 @@ def refuse_media(record: Mapping[str, Any], where: str) -> None:
 
 
 class Fields:
-    """The fields of one object. What is never taken is left, so that it can be refused or listed.
+    """The fields of one object. What is never taken is left, so that it can be refused or listed."""
 
-    meanings: by folded spelling.
-    """
-
-    def __init__(self, values: Mapping[str, Any], meanings: Mapping[str, str], where: str) -> None:
+    def __init__(self, values: Mapping[str, Any], spellings: Spellings, where: str) -> None:
         self.values = values
         self.where = where
-        self._meanings = meanings
-        self._left = [name for name, value in values.items() if value is not None]
+        self._names = spellings.names_by_meaning(tuple(values))
+        self._taken: set[str] = set()
 
     def spelt(self, meaning: str) -> list[str]:
-        """Names of the fields that mean this and are not taken."""
-        return [name for name in self._left if self._meanings.get(folded(name)) == meaning]
+        """Names of the fields that mean this and are not taken, without nulls."""
+        names = self._names.get(meaning)
+        if names is None:
+            return []
+        return [name for name in names if name not in self._taken and self.values[name] is not None]
 
     def take(self, meaning: str) -> str | None:
         """The name of the field that means this; of several, one that is not empty. None if there is none.
@@ -55,18 +69,20 @@ class Fields:
         Raises UserError for two that differ.
         """
         names = self.spelt(meaning)
+        if not names:
+            return None
         said = [name for name in names if not is_empty(self.values[name])]
         for other in said[1:]:
             if parsed(self.values[other]) != parsed(self.values[said[0]]):
                 raise UserError(f"{self.where}: fields `{said[0]}` and `{other}` differ; keep the one that is meant")
         self.remove(*names)
-        return next(iter([*said, *names]), None)
+        return [*said, *names][0]
 
     def remove(self, *names: str) -> None:
         """Counts these as read."""
-        self._left = [name for name in self._left if name not in names]
+        self._taken.update(names)
 
     @property
     def left(self) -> list[str]:
         """Names of the fields that say something and were not taken."""
-        return [name for name in self._left if not is_empty(self.values[name])]
+        return [name for name, value in self.values.items() if name not in self._taken and not is_empty(value)]

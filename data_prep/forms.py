@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.config import FieldName
 from data_prep.documents import Document, Message, normalize_text
-from data_prep.fields import TOOLS, Fields, by_spelling, folded, refuse_media
+from data_prep.fields import TOOLS, Fields, Spellings, refuse_media
 from data_prep.tool_calls import read_tools
 from data_prep.turns import Turn, conversation, exchange, read_turns
 from data_prep.user_error import UserError
@@ -29,7 +29,7 @@ from data_prep.values import (
 _PREFERENCES = (("chosen", "rejected"), ("prompt", "completion", "label"))  # TRL's paired and unpaired preferences
 _VERDICTS = ("true", "false", "1", "0")  # values of `label` in unpaired preferences
 _OPTIONAL = ("input", "history", "system", "tools", "choices")  # fields that a record may lack
-_BESIDE = by_spelling(  # fields beside any conversation
+_BESIDE = Spellings(  # fields beside any conversation
     {
         "system": (
             "system", "system_prompt", "system_message", "system_msg", "sys_prompt", "sys_msg", "system_instruction",
@@ -77,7 +77,7 @@ def rename_fields(record: Mapping[str, Any], fields: Mapping[FieldName, str], or
     named = {}
     for name, value in record.items():
         if name not in fields.values():
-            is_replaced = name in mapped or _BESIDE.get(folded(name)) in mapped
+            is_replaced = name in mapped or _BESIDE.meaning(name) in mapped
             named[f"{name} (the recipe's `fields` name another)" if is_replaced else name] = value
     for ours, theirs in fields.items():
         if theirs in record:

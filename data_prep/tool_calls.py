@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.documents import Message
-from data_prep.fields import Fields, by_spelling
+from data_prep.fields import Fields, Spellings
 from data_prep.user_error import UserError
 from data_prep.values import as_json, as_object, is_blank, is_empty, kind_of, parsed, text_of
 
-_CALL = by_spelling(
+_CALL = Spellings(
     {
         "name": ("name", "function", "function_name", "tool", "tool_name"),
         "arguments": (

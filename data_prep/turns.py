@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_prep.documents import Message
-from data_prep.fields import TOOLS, Fields, by_spelling, folded, refuse_media
+from data_prep.fields import TOOLS, Fields, Spellings, folded, refuse_media
 from data_prep.tool_calls import in_order_of_calls, read_calls, read_tools
 from data_prep.user_error import UserError
 from data_prep.values import decoded, is_empty, kind_of, parsed, refuse_surrogates, text_of
 
-_PLAIN = {"role", "content"}
+_PLAIN_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _CALL = "tool_call"  # a turn whose content is a tool call, or a list of them
 _ROLES = {
     "system": ("system", "developer", "sys"),
@@ -24,8 +24,8 @@ _ROLES = {
     ),
     _CALL: (_CALL, "tool_calls", "function_call", "function_calls"),
 }  # fmt: skip
-_ROLE_OF = by_spelling(_ROLES)
-_MEANINGS = by_spelling(
+_ROLE_OF = Spellings(_ROLES)
+_MEANINGS = Spellings(
     {
         "tool_calls": ("tool_calls", "tool_call", "function_call", "function_calls"),
         "tool_call_id": ("tool_call_id", "call_id", "tool_use_id"),
@@ -40,7 +40,7 @@ _MEANINGS = by_spelling(
     }
 )  # fmt: skip
 _LIKE_A_FLAG = re.compile("loss|train|learn|mask|weight|supervis|ignore")
-_PART = ("type", "text")
+_PART = {"type", "text"}
 _FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -120,9 +120,11 @@ def _tools(turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> list[di
 def _read_turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, dict):
         raise UserError(f"{where} is {kind_of(turn)}; expected an object with `role` and `content`")
-    if turn.keys() == _PLAIN and turn["role"] in ("user", "assistant", "system") and isinstance(turn["content"], str):
-        refuse_surrogates(turn["content"], "content", where)
-        return Turn({"role": turn["role"], "content": turn["content"]}, where)
+    role_field, content_field = ("from", "value") if "from" in turn else ("role", "content")
+    content = turn.get(content_field)
+    if len(turn) == 2 and isinstance(content, str) and (role := _PLAIN_ROLES.get(str(turn.get(role_field)))):
+        refuse_surrogates(content, content_field, where)  # most turns are like this; it saves time
+        return Turn({"role": role, "content": content}, where)
     return _read_any_turn({name: value for name, value in turn.items() if value is not None}, where)
 
 
@@ -152,7 +154,7 @@ def _read_any_turn(turn: dict[str, Any], where: str) -> Turn:
 
 
 def _role(spelt: str, where: str) -> str:
-    role = _ROLE_OF.get(folded(spelt))
+    role = _ROLE_OF.meaning(spelt)
     if role is None:
         known = ", ".join(name for names in _ROLES.values() for name in names)
         raise UserError(
@@ -178,7 +180,7 @@ def _content(turn: dict[str, Any], name: str, where: str, unread: set[str]) -> s
         if not isinstance(part, dict) or part.get("type") != "text":
             found = f"of type {part.get('type')!r}" if isinstance(part, dict) else f"that is {kind_of(part)}"
             raise UserError(f"{where}: `{name}` has a part {found}; expected parts of text only, remove the record")
-        unread |= {f"field {name} of content parts" for name in Fields(part, {}, where).left if name not in _PART}
+        unread |= {f"field {name} of content parts" for name in part.keys() - _PART}
     return "".join(text_of(part, "text", where) for part in parts)
 
 
