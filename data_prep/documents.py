@@ -26,6 +26,7 @@ class Document:
     tools: list[dict[str, Any]] | None = None  # JSON schemas, for the chat template
     given: frozenset[int] = frozenset()  # indices of assistant turns that belong to the question and are not learned
     choices: tuple[str, ...] = ()  # possible answers; a model should rate the last turn's the likeliest
+    unread: tuple[str, ...] = ()  # what its record says beyond this, such as "column lang"
 
     def learned_turns(self, last_only: bool) -> list[int]:
         """Indices of the assistant turns to learn; with `last_only`, of the last of them."""

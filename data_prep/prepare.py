@@ -31,7 +31,7 @@ from data_prep.fingerprint import (
 from data_prep.manifest import FORMAT_VERSION, SPLITS, describe_split, read_manifest, write_manifest
 from data_prep.mixing import draw
 from data_prep.plots import write_plots
-from data_prep.prepare_report import PrepareReport, write_report
+from data_prep.prepare_report import PrepareReport, note_on_unread, write_report
 from data_prep.prepared_folder import exclusive_preparation, refuse_foreign_folder, write_items, write_rows
 from data_prep.publish import blame_option, publish_atomically
 from data_prep.sources.finding import find_files
@@ -111,7 +111,7 @@ def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, An
     """Writes rows and items into `folder`; returns what the manifest says about them."""
     removals = Removals()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spool") as spool_folder, Spool(Path(spool_folder)) as spool:
-        forms = _encode_sources(spool, config, tokenizer, removals)
+        forms, unread = _encode_sources(spool, config, tokenizer, removals)
         documents = spool.documents
         if missing := _tasks_without(config, documents["task"]):
             raise UserError(_why_nothing_is_left(missing[0], removals, config))
@@ -134,15 +134,22 @@ def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, An
         "splits": described,
         "removed": removals.by_task(config.tasks),
         "forms": {source_key(index): dict(counts) for index, counts in forms.items()},
+        "unread": {source_key(index): dict(counts.most_common()) for index, counts in unread.items() if counts},
         "different_documents": _by_task(config, documents["task"][split.train]),
-        "notes": _notes(config, tokenizer, forms, _tasks_without(config, documents["task"][split.held_out])),
+        "notes": [
+            *_notes(config, tokenizer, forms, _tasks_without(config, documents["task"][split.held_out])),
+            *(f"{source_key(index)}: {note}" for index, counts in unread.items() for note in note_on_unread(counts)),
+        ],
         "config": config.model_dump(mode="json"),
     }
 
 
-def _encode_sources(spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals) -> dict[int, Counter[str]]:
-    """Reads and encodes all sources; returns the forms of each source's records."""
+def _encode_sources(
+    spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals
+) -> tuple[dict[int, Counter[str]], dict[int, Counter[str]]]:
+    """Reads and encodes all sources; returns the forms of each source's records, and what is not read of them."""
     forms: dict[int, Counter[str]] = {}
+    unread: dict[int, Counter[str]] = {}
     near = None
     if config.cleaning.near_duplicates is not None:
         near = NearDuplicateFilter(config.cleaning.near_duplicates, len(config.tasks))
@@ -151,6 +158,7 @@ def _encode_sources(spool: Spool, config: DataConfig, tokenizer: Any, removals: 
             for removal in encoded.removals:
                 removals.add(removal.task, removal.reason, 1, [removal.place])
             forms.setdefault(encoded.block.source, Counter()).update(encoded.forms)
+            unread.setdefault(encoded.block.source, Counter()).update(encoded.unread)
             spool.add(encoded)
             if near is not None and encoded.signatures is not None:
                 near.add(encoded.documents, encoded.signatures)
@@ -160,7 +168,7 @@ def _encode_sources(spool: Spool, config: DataConfig, tokenizer: Any, removals: 
         _count_removed(spool, np.flatnonzero(~near.kept & ~first), DUPLICATE, removals)
         _count_removed(spool, np.flatnonzero(~near.kept & first), NEAR_DUPLICATE, removals)
         spool.documents = spool.documents[near.kept]
-    return forms
+    return forms, unread
 
 
 def _count_removed(spool: Spool, which: np.ndarray, reason: str, removals: Removals) -> None:

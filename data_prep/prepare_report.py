@@ -1,5 +1,6 @@
 """The report of a preparation: a table per task for the terminal, and report.md in the prepared set."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ REPORT = "report.md"
 _COLUMNS = ("task", "documents", "held out", "rows", "tokens", "labelled", "share", "cut", "removed")
 _SHARE_COLUMNS = ("task", "documents", "rows", "tokens", "labelled tokens", "draws per document")
 _LEFT = (0, len(_COLUMNS) - 1)  # left-aligned columns
+
+_LISTED = 100  # names of fields that are not read, per source, in report.md
+_LONGEST = 80  # characters of such a name
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,20 @@ def write_report(manifest: dict[str, Any], directory: Path) -> None:
         ["## Removed", "", *_removed(manifest)],
     ]
     (directory / REPORT).write_text("\n".join(line for part in parts for line in part) + "\n", encoding="utf-8")
+
+
+def note_on_unread(counts: Mapping[str, int], most: int = 8) -> list[str]:
+    """What is not read of the records of a source: a line with the most frequent fields; none if all is read."""
+    frequent = sorted(counts.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{_shown(name)} in {count:,} row{'s'[: count > 1]}" for name, count in frequent[:most])
+    more = f" and {len(counts) - most:,} more (all are in manifest.json)" if len(counts) > most else ""
+    return [f"not read: {listed}{more}"] if counts else []
+
+
+def _shown(name: str) -> str:
+    """A name from a record, short enough for one line."""
+    name = " ".join(name.split())
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
 
 
 def _counts(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -99,6 +117,8 @@ def _sources(manifest: dict[str, Any]) -> list[str]:
         held = ", ".join(f"{count:,} {form}" for form, count in forms.items()) or "no record"
         where = source.get("path") or source.get("name") or source.get("generator") or source["task"]
         lines.append(f"- {source['task']}: {source['type']} `{where}`: {held}")
+        unread = manifest.get("unread", {}).get(f"data.sources.{index}", {})  # older sets have none
+        lines += [f"  - {note}" for note in note_on_unread(unread, most=_LISTED)]
     return lines
 
 

@@ -83,6 +83,7 @@ class EncodedBlock:
     signatures: np.ndarray | None  # uint32 [documents, permutations], for near duplicates
     removals: list[Removal]
     forms: Counter[str]
+    unread: Counter[str]  # rows by what is not read of them, as in Document.unread
 
 
 class BlockEncoder:
@@ -127,6 +128,7 @@ class BlockEncoder:
             None if self._signer is None else self._signer.sign([e.document for e in encoded]),
             removals,
             Counter(document.form for document in documents),
+            Counter(name for document in documents for name in document.unread),
         )
 
     def _row(self, number: int, document: Document) -> _Row:

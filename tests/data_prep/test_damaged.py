@@ -449,19 +449,19 @@ REFUSING = (
 
 def test_a_role_that_the_template_does_not_know_is_refused_with_its_place(tmp_path):
     answer = '{"role": "assistant", "content": "b"}'
-    path = write(tmp_path, "a.jsonl", turns(f'[{QUESTION}, {answer}, {{"role": "critic", "content": "c"}}]'))
+    path = write(tmp_path, "a.jsonl", turns(f'[{QUESTION}, {answer}, {{"role": "tool", "content": "c"}}]'))
     message = ends_with(config_of(tmp_path, {"sums": path}), tiny_tokenizer(REFUSING))
     assert message.startswith(f"{path}:2: ")
-    assert "Unknown role critic" in message
+    assert "Unknown role tool" in message
 
 
 def test_a_role_that_the_template_does_not_know_can_be_dropped_and_is_counted(tmp_path):
     answer = '{"role": "assistant", "content": "b"}'
-    lines = turns(f'[{QUESTION}, {answer}, {{"role": "critic", "content": "c"}}]')
+    lines = turns(f'[{QUESTION}, {answer}, {{"role": "tool", "content": "c"}}]')
     path = write(tmp_path, "a.jsonl", lines)
     config = config_of(tmp_path, {"sums": path}, cleaning={"bad_rows": "drop"})
     removed = prepare(config, tiny_tokenizer(REFUSING)).manifest["removed"]["sums"]["bad_row"]
     (place,) = removed["first"]
     assert removed["documents"] == 1
     assert place.startswith(f"{path}:2: ")
-    assert "Unknown role critic" in place
+    assert "Unknown role tool" in place

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
-from data_prep.prepare_report import PrepareReport
+from data_prep.prepare_report import PrepareReport, write_report
 from data_prep.reader import open_prepared
 from tests.data_prep.conftest import SUMS, WORDS, write_jsonl
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -183,3 +183,15 @@ def test_a_template_without_an_end_token_is_noted_where_conversations_are_learne
         "stop"
     ]
     assert notes_of(report) == (expected if records is SUMS else [])
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_fields_that_are_not_read_are_noted_with_counts_by_source(config_of, tokenizer):
+    named = [{**record, "lang": "en", **({"id": 7} if i else {})} for i, record in enumerate(SUMS[:2])]
+    report = prepare(config_of({"sums": [*SUMS[2:], *named], "words": WORDS}), tokenizer)
+    assert notes_of(report) == ["data.sources.0: not read: column lang in 2 rows, column id in 1 row"]
+    assert report.manifest["unread"] == {"data.sources.0": {"column lang": 2, "column id": 1}}
+    assert "  - not read: column lang in 2 rows, column id in 1 row" in (report.directory / "report.md").read_text()
+    older = {name: part for name, part in report.manifest.items() if name != "unread"}
+    write_report(older, report.directory)
+    assert "\n  - not read: " not in (report.directory / "report.md").read_text()

@@ -1,0 +1,216 @@
+"""The turns of a conversation: roles, contents, tool calls, and which turns are learned."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from data_prep.documents import Message
+from data_prep.fields import TOOLS, Fields, Spellings, folded, refuse_media
+from data_prep.tool_calls import in_order_of_calls, read_calls, read_tools
+from data_prep.user_error import UserError
+from data_prep.values import decoded, is_empty, kind_of, parsed, refuse_surrogates, text_of
+
+_PLAIN_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_CALL = "tool_call"  # a turn whose content is a tool call, or a list of them
+_ROLES = {
+    "system": ("system", "developer", "sys"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai", "llm"),
+    "tool": (
+        "tool", "tool_response", "tool_responses", "tool_result", "tool_results", "tool_output",
+        "tool_outputs", "function", "function_response", "function_responses", "function_result", "function_results",
+        "function_output", "function_outputs", "observation", "observations", "environment", "ipython",
+    ),
+    _CALL: (_CALL, "tool_calls", "function_call", "function_calls"),
+}  # fmt: skip
+_ROLE_OF = Spellings(_ROLES)
+_MEANINGS = Spellings(
+    {
+        "tool_calls": ("tool_calls", "tool_call", "function_call", "function_calls"),
+        "tool_call_id": ("tool_call_id", "call_id", "tool_use_id"),
+        "name": ("name",),
+        "reasoning": ("reasoning_content", "thinking", "reasoning"),  # as in transformers
+        "tools": TOOLS,
+        "learned": (  # true or 1: the turn is learned
+            "weight", "loss", "train", "trainable", "training", "trained", "is_trainable", "learn", "learned",
+            "learnable", "loss_weight", "loss_mask", "compute_loss",
+        ),
+        "masked": ("mask", "masked", "is_masked"),  # true or 1: it is not
+    }
+)  # fmt: skip
+_LIKE_A_FLAG = re.compile("loss|train|learn|mask|weight|supervis|ignore")
+_PART = {"type", "text"}
+_FLAGS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+@dataclass(slots=True)
+class Turn:
+    """One turn as it was read."""
+
+    message: Message
+    where: str
+    learned: bool | None = None  # what its flags say; None: nothing
+    is_call: bool = False  # a turn of its own for calls, which belong to the answer before it
+    tools: list[dict[str, Any]] | None = None
+    unread: set[str] = field(default_factory=set)  # names of its fields that are not read
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns as chat templates expect them, and what else they say."""
+
+    messages: list[Message]
+    given: frozenset[int]  # indices of the answers that are not learned
+    tools: list[dict[str, Any]] | None
+    unread: set[str]
+
+
+def read_turns(value: Any, where: str) -> list[Turn]:
+    """Turns in OpenAI's, ShareGPT's or ms-swift's spelling. Raises UserError for anything else."""
+    value = parsed(value)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} is {kind_of(value)}; expected a list of one or more turns, correct the record")
+    return [_read_turn(parsed(turn), f"{where}[{index}]") for index, turn in enumerate(value)]
+
+
+def exchange(question: str, answer: str) -> list[Turn]:
+    """A question and its answer."""
+    return [Turn({"role": "user", "content": question}, ""), Turn({"role": "assistant", "content": answer}, "")]
+
+
+def conversation(turns: Sequence[Turn], tools: list[dict[str, Any]] | None = None) -> Conversation:
+    """Puts turns together: calls with their answer, results in the order of calls. tools: those of the record.
+
+    Raises UserError for results of unknown calls, and for tools that differ or come after an answer.
+    """
+    joined: list[Turn] = []
+    for turn in turns:
+        if turn.is_call and joined and _may_join(joined[-1], turn):
+            before = joined[-1].message
+            calls = [*before.get("tool_calls", ()), *turn.message["tool_calls"]]
+            joined[-1] = replace(joined[-1], message={**before, "tool_calls": calls})
+        else:
+            joined.append(turn)
+    messages = in_order_of_calls([turn.message for turn in joined], [turn.where for turn in joined])
+    given = frozenset(index for index, turn in enumerate(joined) if turn.learned is False)
+    return Conversation(messages, given, _tools(turns, tools), set().union(*(turn.unread for turn in turns)))
+
+
+def _may_join(answer: Turn, call: Turn) -> bool:
+    is_only_a_call = call.message.keys() == {"role", "tool_calls"}
+    return answer.message["role"] == "assistant" and is_only_a_call and answer.learned == call.learned
+
+
+def _tools(turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """The tools of the record or of a turn before the first answer; others must equal them."""
+    answered = False
+    for turn in turns:
+        answered = answered or turn.message["role"] == "assistant"
+        if turn.tools is not None and turn.tools != tools:
+            if answered or tools is not None:
+                raise UserError(
+                    f"{turn.where}: has tools that the conversation does not begin with; expected one list of tools "
+                    "for all turns, in the record's `tools`"
+                )
+            tools = turn.tools
+    return tools
+
+
+def _read_turn(turn: Any, where: str) -> Turn:
+    if not isinstance(turn, dict):
+        raise UserError(f"{where} is {kind_of(turn)}; expected an object with `role` and `content`")
+    role_field, content_field = ("from", "value") if "from" in turn else ("role", "content")
+    content = turn.get(content_field)
+    if len(turn) == 2 and isinstance(content, str) and (role := _PLAIN_ROLES.get(str(turn.get(role_field)))):
+        refuse_surrogates(content, content_field, where)  # most turns are like this; it saves time
+        return Turn({"role": role, "content": content}, where)
+    return _read_any_turn({name: value for name, value in turn.items() if value is not None}, where)
+
+
+def _read_any_turn(turn: dict[str, Any], where: str) -> Turn:
+    fields = Fields(turn, _MEANINGS, where)
+    role_field, content_field = ("from", "value") if "from" in turn else ("role", "content")
+    fields.remove(role_field, content_field)
+    refuse_media(turn, where)
+    role = _role(text_of(turn, role_field, where), where)
+    read = Turn({"role": "assistant" if role == _CALL else role}, where, is_call=role == _CALL)
+    message = read.message
+    if read.is_call and content_field in turn:
+        message["tool_calls"] = read_calls(turn[content_field], where, read.unread)
+    elif (calls := fields.take("tool_calls")) and not is_empty(turn[calls]):
+        message["tool_calls"] = _calls_of(fields, calls, role, read.unread)
+    if "tool_calls" not in message or (content_field in turn and not read.is_call):
+        message["content"] = _content(turn, content_field, where, read.unread)
+    for meaning in ("tool_call_id", "name") if role == "tool" else ("tool_call_id",):
+        if name := fields.take(meaning):
+            message[meaning] = text_of(turn, name, where)
+    if message["role"] == "assistant" and (name := fields.take("reasoning")):
+        message["reasoning_content"] = text_of(turn, name, where)
+    read.tools = read_tools(fields)
+    read.learned = _learned(fields, read)
+    read.unread |= {f"field {name} of turns" for name in fields.left}
+    return read
+
+
+def _role(spelt: str, where: str) -> str:
+    role = _ROLE_OF.meaning(spelt)
+    if role is None:
+        known = ", ".join(name for names in _ROLES.values() for name in names)
+        raise UserError(
+            f"{where}: role {spelt!r} is unknown; expected one of {known}: rename the role, or write what it says into "
+            "a turn of one of these"
+        )
+    return role
+
+
+def _calls_of(fields: Fields, name: str, role: str, unread: set[str]) -> list[dict[str, Any]]:
+    if role not in ("assistant", _CALL):
+        raise UserError(f"{fields.where}: field `{name}` on a turn of {role}; expected calls on assistant turns only")
+    return read_calls(fields.values[name], fields.where, unread)
+
+
+def _content(turn: dict[str, Any], name: str, where: str, unread: set[str]) -> str:
+    """The text of a turn; it may be in OpenAI's list of parts, if all parts are text."""
+    parts = turn.get(name)
+    if not isinstance(parts, list) or not parts:
+        return text_of(turn, name, where)
+    parts = [parsed(part) for part in parts]
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            found = f"of type {part.get('type')!r}" if isinstance(part, dict) else f"that is {kind_of(part)}"
+            raise UserError(f"{where}: `{name}` has a part {found}; expected parts of text only, remove the record")
+        unread |= {f"field {name} of content parts" for name in part.keys() - _PART}
+    return "".join(text_of(part, "text", where) for part in parts)
+
+
+def _learned(fields: Fields, turn: Turn) -> bool | None:
+    """What the flags of a turn say; only answers can be learned.
+
+    Raises UserError for flags that contradict each other, and for what may be a flag but has no certain meaning.
+    """
+    names = {name: True for name in fields.spelt("learned")} | {name: False for name in fields.spelt("masked")}
+    said = {name: _flag(fields, name, sense) for name, sense in names.items()}
+    fields.remove(*said)
+    if turn.message["role"] != "assistant":
+        turn.unread |= {f"flag {name} of {turn.message['role']} turns" for name, learned in said.items() if learned}
+        return None
+    if uncertain := [name for name in fields.left if _LIKE_A_FLAG.search(folded(name))]:
+        raise UserError(
+            f"{fields.where}: field `{uncertain[0]}` may say what is learned; expected `weight`, 0 (not learned) or 1, "
+            "rename or remove it"
+        )
+    if len({*said.values()}) > 1:
+        first, other = next((a, b) for a in said for b in said if said[a] != said[b])
+        raise UserError(f"{fields.where}: fields `{first}` and `{other}` contradict each other; remove one")
+    return next(iter(said.values()), None)
+
+
+def _flag(fields: Fields, name: str, sense: bool) -> bool:
+    """Whether a flag says that its turn is learned. sense: what it says when it is true."""
+    value = decoded(fields.values[name])
+    value = _FLAGS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    if isinstance(value, str | list | dict) or value not in (0, 1):
+        expected = "0 (not learned) or 1" if sense else "1 (not learned) or 0"
+        raise UserError(f"{fields.where}: field `{name}` is {fields.values[name]!r}; expected {expected}, correct it")
+    return bool(value) is sense

@@ -1,0 +1,75 @@
+"""Nothing that a record says is dropped without a word."""
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.user_error import UserError
+from tests.data_prep.reading import read, rows_of
+from tests.data_prep.records import ASSISTANT, USER, document, refusal
+
+CASES = Path(__file__).parent
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+
+
+def test_turns_whose_flag_says_so_are_not_learned():
+    documents = read(CASES / "01-loss-flag-of-a-turn" / "rows.jsonl")
+    assert [found.learned_turns(last_only=False) for found in documents] == [[3], [3], [3]]
+
+
+def test_call_arguments_are_taken_under_their_other_names():
+    documents = read(CASES / "02-call-arguments-under-another-name" / "rows.jsonl")
+    calls = [found.messages[1]["tool_calls"] for found in documents]
+    assert calls == [[CALL], [{"id": "a1", **CALL}], [CALL]]
+
+
+def test_a_turn_of_role_tool_call_is_an_answer_with_a_call():
+    (found,) = read(CASES / "08-role-tool_call" / "rows.jsonl")
+    assert found.messages[1:3] == [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}]
+    assert found.learned_turns(last_only=False) == [1, 3]
+
+
+def test_a_system_prompt_in_a_column_is_the_first_turn():
+    documents = read(CASES / "10-system-prompt-column" / "rows.jsonl")
+    assert [found.messages[0] for found in documents] == [{"role": "system", "content": "Answer in Norwegian."}] * 3
+    assert not any(isinstance(row, UserError) for row in rows_of(CASES / "10-system-prompt-column" / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "learned"),
+    [({"mask": True}, []), ({"masked": False}, [1]), ({"Trainable": "No"}, []), ({"loss_mask": 0}, [])],
+)
+def test_flags_are_read_in_any_spelling(flag, learned):
+    assert document({"messages": [USER, {**ASSISTANT, **flag}]}).learned_turns(last_only=False) == learned
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"weight": 1, "train": False}, "messages[1]: fields `weight` and `train` contradict each other; remove one"),
+        ({"train_detail": [1]}, "messages[1]: field `train_detail` may say what is learned; expected `weight`"),
+        ({"mask": 0.5}, "messages[1]: field `mask` is 0.5; expected 1 (not learned) or 0, correct it"),
+    ],
+)
+def test_flags_of_uncertain_meaning_are_refused(flags, expected):
+    assert refusal({"messages": [USER, {**ASSISTANT, **flags}]}).startswith(expected)
+
+
+def test_what_is_not_read_is_named():
+    found = document({"lang": "no", "id": 0, "messages": [{**USER, "name": "x", "train": True}, ASSISTANT], "a": None})
+    assert set(found.unread) == {"column lang", "column id", "field name of turns", "flag train of user turns"}
+
+
+def test_results_follow_the_order_of_their_calls_and_unknown_ids_are_refused():
+    calls = {"role": "assistant", "tool_calls": [{"id": i, **CALL} for i in ("p", "q")]}
+    results = [{"role": "tool", "tool_call_id": i, "content": i} for i in ("q", "p")]
+    found = document({"messages": [USER, calls, *results, ASSISTANT]})
+    assert [turn["content"] for turn in found.messages[2:4]] == ["p", "q"]
+    wrong = {**results[0], "tool_call_id": "r"}
+    assert refusal({"messages": [USER, calls, wrong]}).startswith("messages[2]: `tool_call_id` is 'r', but no call")
+
+
+def test_an_unknown_role_and_settings_of_the_template_are_refused_by_name():
+    assert refusal({"messages": [USER, {"role": "critic", "content": "c"}]}).startswith("messages[1]: role 'critic' is")
+    record = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"enable_thinking": False}}
+    assert refusal(record).startswith("has `chat_template_kwargs`, settings of the chat template for one record")
