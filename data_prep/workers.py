@@ -82,6 +82,7 @@ class EncodedBlock:
     signatures: np.ndarray | None  # uint32 [documents, permutations], for near duplicates
     removals: list[Removal]
     forms: Counter[str]
+    with_tools: int  # documents that give tools
 
 
 class BlockEncoder:
@@ -126,6 +127,7 @@ class BlockEncoder:
             None if self._signer is None else self._signer.sign([e.document for e in encoded]),
             removals,
             Counter(document.form for document in documents),
+            sum(bool(document.tools) for document in documents),
         )
 
     def _row(self, number: int, document: Document) -> _Row:

@@ -179,7 +179,8 @@ def test_empty_files_and_files_of_other_endings_are_noted(tmp_path, tokenizer):
 def test_a_template_without_an_end_token_is_noted_where_conversations_are_learned(config_of, records):
     report = prepare(config_of({"sums": records}), tiny_tokenizer(OPEN_ENDED))
     expected = [
-        "the chat template ends assistant turns with no special token: a model trained on this set does not learn to "
-        "stop"
+        "the chat template ends the last answer with no special token: <|im_end|> is added there",
+        "the chat template ends some assistant turns with no special token: a model trained on this set does not learn "
+        "to stop after them",
     ]
     assert notes_of(report) == (expected if records is SUMS else [])
