@@ -79,9 +79,7 @@ class ChatTemplate:
         self._prompts: dict[tuple[Any, ...], Header] = {}
         self._appended: dict[bool, str] = {}
 
-    def render(
-        self, messages: Sequence[Message], origin: str, tools: Tools = None
-    ) -> tuple[str, dict[int, Span]]:
+    def render(self, messages: Sequence[Message], origin: str, tools: Tools = None) -> tuple[str, dict[int, Span]]:
         """The conversation's text, and the span of every assistant turn, in order, by index into `messages`.
 
         A span begins where the generation prompt ends and ends with the special token that ends the turn, so it is
@@ -203,15 +201,19 @@ class ChatTemplate:
         self, text: str, messages: list[Message], origin: str, tools: Tools
     ) -> tuple[dict[int, Span], bool]:
         """The spans of the assistant turns, and whether no special token ends the last one."""
+        calls = _where(_has_calls, messages)
         if not tools and all(message.keys() == _PLAIN for message in messages):
             skeleton = self._skeleton_of_roles(tuple(message["role"] for message in messages), origin)
             spans = answer_spans(text, messages, skeleton)
         else:
-            skeleton, spans = self._walk(text, messages, origin, tools, _has_calls)
+            skeleton, spans = self._walk(text, messages, origin, tools, calls)
+        if rewritten := _rewritten(messages, text):
+            with_switch = self._walk(text, messages, origin, tools, calls | rewritten)
+            skeleton, spans = with_switch if with_switch[1] is not None else (skeleton, spans)
         if spans is None:  # an answer can change the template's text around it, for example through its reasoning
-            skeleton, spans = self._walk(text, messages, origin, tools, is_answer)
-        if spans is None and any(map(_is_system, messages)):  # so can a system turn: it may switch reasoning on and off
-            skeleton, spans = self._walk(text, messages, origin, tools, lambda m: _is_system(m) or _has_calls(m))
+            skeleton, spans = self._walk(text, messages, origin, tools, _where(is_answer, messages))
+        if spans is None and (system := _where(_is_system, messages)):  # so can a system turn
+            skeleton, spans = self._walk(text, messages, origin, tools, calls | system)
         if spans is None:
             write = partial(self._renderer.text, origin=origin)
             spans = spans_by_beginnings(text, messages, tools, write, self._ends)
@@ -220,16 +222,15 @@ class ChatTemplate:
         return spans, skeleton.is_open
 
     def _walk(
-        self, text: str, messages: list[Message], origin: str, tools: Tools, is_verbatim: Callable[[Message], bool]
+        self, text: str, messages: list[Message], origin: str, tools: Tools, verbatim: frozenset[int]
     ) -> tuple[Skeleton, dict[int, Span] | None]:
         """The skeleton of one conversation, whose rendered text is `text`, and the assistant turns along it."""
         tag = "turn"
         while f"<<{tag}:" in text:  # no text of the conversation may look like a marker
             tag += "_"
-        verbatim = frozenset(index for index, message in enumerate(messages) if is_verbatim(message))
         write = partial(self._renderer.text, origin=origin)
-        # A verbatim system turn stands before prompts, so these are this conversation's only.
-        prompts = {} if any(_is_system(messages[index]) for index in verbatim) else self._prompts
+        # After a verbatim system turn or question, prompts are of this conversation only.
+        prompts = self._prompts if all(is_answer(messages[index]) for index in verbatim) else {}
         marked = MarkedConversation(write, prompts, messages, tools, verbatim, tag, self._ends.tokens)
         skeleton = read_skeleton(marked, self._ends, origin)
         return skeleton, answer_spans(text, messages, skeleton)
@@ -262,6 +263,24 @@ def _has_calls(message: Message) -> bool:
 
 def _is_system(message: Message) -> bool:
     return message["role"] == "system"
+
+
+def _where(holds: Callable[[Message], bool], messages: Sequence[Message]) -> frozenset[int]:
+    return frozenset(index for index, message in enumerate(messages) if holds(message))
+
+
+def _rewritten(messages: Sequence[Message], text: str) -> frozenset[int]:
+    """System turns and questions that the template does not write as they are: they may hold a switch for reasoning."""
+    rewritten, position = set(), 0
+    for index, message in enumerate(messages):
+        if message["role"] in ("system", "user"):
+            content = message["content"].strip()
+            found = text.find(content, position)
+            if found >= 0:
+                position = found + len(content)
+            elif content not in text:
+                rewritten.add(index)
+    return frozenset(rewritten)
 
 
 def _check_reasoning(text: str, spans: dict[int, Span], messages: Sequence[Message], origin: str) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.documents import Message
 from data_prep.marked_conversation import MarkedConversation, Place, is_answer
 from data_prep.turn_ends import TurnEnds
 from data_prep.user_error import UserError
@@ -107,7 +106,7 @@ class _VerbatimEnds:
         self._tokens: dict[tuple[Any, ...], str] = {}  # by kind of turn, where ordinary answers end with another one
 
     def find(self, place: Place, after: str, is_last: bool) -> int:
-        """One past the end of the turn that begins `after`. Raises UserError if a call is missing or no end is known."""
+        """Where the turn that begins `after` ends. Raises UserError if a call is missing or no end is found."""
         begin = self._marked.end_of_names(place.message, after)
         if begin is None:
             raise UserError(

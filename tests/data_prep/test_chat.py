@@ -124,7 +124,7 @@ def test_a_template_without_an_end_token_is_noticed(template, ends, added):
 def test_a_last_answer_without_an_end_token_is_ended_by_the_tokenizers():
     tokenizer = tiny_tokenizer(SPACED.replace("<|im_end|>", "\n"))
     encoded = encode(tokenizer, conversation("user: a", "assistant: b", "user: c", "assistant: d"))
-    assert_scored(tokenizer, encoded, "user: a\nassistant:⟦ b⟧\nuser: c\nassistant:⟦ d<|im_end|>⟧\n")
+    assert_scored(tokenizer, encoded, "user: a\nassistant: ⟦b⟧\nuser: c\nassistant: ⟦d<|im_end|>⟧\n")
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], templat
     return tokenizer(prompt_text(template, item).rstrip(" "), add_special_tokens=False)["input_ids"]
 
 
-def template_end_ids(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, reasons: bool = False
-) -> list[int]:
+def template_end_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, reasons: bool = False) -> list[int]:
     """The tokens that end an answer or a call in training, which the model learned to write: none or more.
 
     reasons: the model writes its reasoning as well; see ChatTemplate.stop_tokens.
