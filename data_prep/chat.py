@@ -27,11 +27,11 @@ _PLAIN = {"role", "content"}  # the fields of a message whose skeleton depends o
 _ANSWER = "<<answer>>"
 _PROBE = "the chat template"  # the place named in errors about conversations of our own
 
-_QUESTION = {"role": "user", "content": "a"}
-_REPLY = {"role": "assistant", "content": "b"}
+_QUESTION: Message = {"role": "user", "content": "a"}
+_REPLY: Message = {"role": "assistant", "content": "b"}
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
-_CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-_RESULT = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "c"}
+_CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_RESULT: Message = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "c"}
 _FOLLOWED = {False: [_QUESTION, _REPLY, _QUESTION], True: [_QUESTION, _CALLS, _RESULT]}  # by whether it has calls
 _TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 

@@ -138,8 +138,8 @@ class MarkedConversation:
         if index == 0:
             return None
         kind = _kind(self.messages[index - 1])
-        for header in self._of_kind.get(kind, ()):
-            if (end := self._end_of(self._header_at(index, header))) is not None:
+        for known in self._of_kind.get(kind, ()):
+            if (end := self._end_of(self._header_at(index, known))) is not None:
                 return end
         if kind in self._settled:
             return None
@@ -148,11 +148,10 @@ class MarkedConversation:
         except UserError:  # the template refuses the turns before this one alone
             return self._after_prompt_of_others(index)
         of_kind = self._header_of_kind(index, header)
-        known = self._of_kind.setdefault(kind, [])
-        if of_kind in known:
+        if of_kind in self._of_kind.setdefault(kind, []):
             self._settled.add(kind)
         elif of_kind is not None:
-            known.append(of_kind)
+            self._of_kind[kind].append(of_kind)
         return self._end_of(header)
 
     def _prompt_header(self, index: int) -> Header:

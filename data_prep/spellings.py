@@ -83,7 +83,7 @@ def _with_ids_of_nine(messages: list[Message]) -> list[Message]:
         elif message["role"] == "tool":
             given = message.get("tool_call_id")
             own = _nine(given) if given else unanswered[0] if unanswered else None
-            if own in unanswered:
+            if own and own in unanswered:
                 unanswered.remove(own)
             message = {**message, "tool_call_id": own} if own else message
         spelt.append(message)

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -15,6 +15,8 @@ from data_prep.user_error import UserError
 Span = tuple[int, int]  # first character, and one past the last
 Tools = list[dict[str, Any]] | None  # JSON schemas
 
+# Its own annotation says that it returns a string.
+_write = cast(Callable[..., tuple[list[str], list[list[Span]]]], render_jinja_template)
 _MARK = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 # What templates raise themselves, and what they run into: a string joined to a dictionary, a missing key, ...
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError)
@@ -37,7 +39,7 @@ class TemplateRenderer:
         marks."""
         if not _MARK.search(self._tokenizer.get_chat_template(None, tools or None)):
             return None
-        return [tuple(mark) for mark in self._render(messages, origin, tools, return_assistant_tokens_mask=True)[1]]
+        return self._render(messages, origin, tools, return_assistant_tokens_mask=True)[1]
 
     def stops(self) -> set[str]:
         """The tokens that end a generation, from the generation_config.json beside the tokenizer; empty without it."""
@@ -51,9 +53,9 @@ class TemplateRenderer:
 
     def _render(
         self, messages: Sequence[Message], origin: str, tools: Tools, **options: bool
-    ) -> tuple[str, list[Sequence[int]]]:
+    ) -> tuple[str, list[Span]]:
         try:
-            texts, marks = render_jinja_template(
+            texts, marks = _write(
                 conversations=[list(messages)],
                 tools=tools or None,
                 chat_template=self._tokenizer.get_chat_template(None, tools or None),

@@ -21,8 +21,8 @@ SPECIALS = {  # the last one is the tokenizer's eos
     "qwen35": "<|endoftext|> <|im_start|> <think> </think> <tool_call> </tool_call> <tool_response> </tool_response> "
     "<|im_end|>",
     "llama4": "<|begin_of_text|> <|header_start|> <|header_end|> <|python_start|> <|python_end|> <|eot|>",
-    "magistral": "<s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] "
-    "[CALL_ID] [ARGS] [TOOL_RESULTS] [TOOL_CONTENT] [/TOOL_RESULTS] [THINK] [/THINK] </s>",
+    "magistral": "<s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] "
+    "[TOOL_CALLS] [CALL_ID] [ARGS] [TOOL_RESULTS] [TOOL_CONTENT] [/TOOL_RESULTS] [THINK] [/THINK] </s>",
     "deepseek_v3": "<bos> <|User|> <|Assistant|> <|calls_begin|> <|call_begin|> <|sep|> <|call_end|> <|calls_end|> "
     "<|outputs_begin|> <|output_begin|> <|output_end|> <|outputs_end|> <eos>",
     "deepseek_r1": "<bos> <|User|> <|Assistant|> <think> </think> <|calls_begin|> <|call_begin|> <|sep|> <|call_end|> "
@@ -330,6 +330,15 @@ def test_calls_and_results_share_ids_of_nine_characters(ids, results):
     first = f'[TOOL_CALLS]add[CALL_ID]{called[0]}[ARGS]{{"x": 1}}'
     second = f'[TOOL_CALLS]add[CALL_ID]{called[1]}[ARGS]{{"x": 2}}'
     assert [text[slice(*span)] for span in spans.values()] == [f"{first}{second}</s>", "b</s>"]
+
+
+def test_magistral_writes_thoughts_between_markers_of_its_own():
+    learned_texts = {kind: learned("magistral", CONVERSATIONS[kind]) for kind in ("single", "multi", "thinking")}
+    assert learned_texts == {
+        "single": ["b</s>"],
+        "multi": ["b</s>", "d</s>"],
+        "thinking": ["[THINK]hm[/THINK]b</s>"],
+    }
 
 
 @pytest.mark.parametrize("family", ["smollm3", "nemotron"])

@@ -32,7 +32,7 @@ def template_end_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate,
 
     reasons: the model writes its reasoning as well; see ChatTemplate.stop_tokens.
     """
-    return [tokenizer.convert_tokens_to_ids(token) for token in template.stop_tokens(reasons)]
+    return _as_list(tokenizer.convert_tokens_to_ids(template.stop_tokens(reasons)))
 
 
 def config_end_ids(model: CausalLM) -> list[int]:
