@@ -167,17 +167,21 @@ class ChatTemplate:
 
     def _rendered(self, messages: Sequence[Message], origin: str, tools: Tools) -> _Rendered:
         """The conversation in the first spelling of its tool calls that the template writes completely."""
-        first = None
+        refused: list[UserError] = []
+        incomplete: list[UserError] = []  # these say more: the template takes this spelling, but does not write it all
         for spelt in spellings(messages):
             try:
-                return self._render_as_spelt(spelt, origin, tools)
+                text = self._renderer.text(spelt, origin, tools)
             except UserError as error:
-                first = first or error
-        assert first is not None  # there is at least one spelling
-        raise first
+                refused.append(error)
+                continue
+            try:
+                return self._labelled(text, spelt, origin, tools)
+            except UserError as error:
+                incomplete.append(error)
+        raise [*incomplete, *refused][0]
 
-    def _render_as_spelt(self, messages: list[Message], origin: str, tools: Tools) -> _Rendered:
-        text = self._renderer.text(messages, origin, tools)
+    def _labelled(self, text: str, messages: list[Message], origin: str, tools: Tools) -> _Rendered:
         marks = self._renderer.marks(messages, origin, tools)
         try:
             spans, is_open = self._find_answers(text, messages, origin, tools)
@@ -274,7 +278,7 @@ def _rewritten(messages: Sequence[Message], text: str) -> frozenset[int]:
     rewritten, position = set(), 0
     for index, message in enumerate(messages):
         if message["role"] in ("system", "user"):
-            content = message["content"].strip()
+            content = (message.get("content") or "").strip()
             found = text.find(content, position)
             if found >= 0:
                 position = found + len(content)

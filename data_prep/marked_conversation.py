@@ -181,10 +181,11 @@ class MarkedConversation:
         return last, text
 
     def _after_prompt_of_others(self, index: int) -> int | None:
-        """Where an assistant turn begins whose prompt the template refuses: after the first copy of what it writes for
-        other prompts."""
+        """Where an assistant turn begins whose prompt the template refuses: after the copy of what it writes for other
+        prompts between the markers before and after the turn, if there is one."""
         begin = max((end for message, end in self._ends.items() if message < index), default=0)
-        found = self.text.find(self._generation_prompt, begin) if self._generation_prompt else -1
+        end = min((end for message, end in self._ends.items() if message > index), default=len(self.text))
+        found = self.text.find(self._generation_prompt, begin, end) if self._generation_prompt else -1
         return found + len(self._generation_prompt) if found >= 0 else None
 
     @cached_property
@@ -192,10 +193,11 @@ class MarkedConversation:
         """What the template adds for a generation after the conversation; empty if it refuses that or adds nothing."""
         for end in (len(self.messages), *self._answers_after_questions()):
             try:
-                without = self._write(self.messages[:end], tools=self._tools)
-                return self._prompt(end).removeprefix(without)
+                without, prompt = self._write(self.messages[:end], tools=self._tools), self._prompt(end)
             except UserError:
                 continue
+            if prompt.startswith(without):  # not where the end of the last answer depends on what follows
+                return prompt.removeprefix(without)
         return ""
 
     def _answers_after_questions(self) -> Iterator[int]:

@@ -27,6 +27,7 @@ class TemplateRenderer:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
+        self._has_marks: dict[str, bool] = {}  # by template: a tokenizer can have one for tools
 
     def text(
         self, messages: Sequence[Message], origin: str, tools: Tools = None, generation_prompt: bool = False
@@ -37,7 +38,10 @@ class TemplateRenderer:
     def marks(self, messages: Sequence[Message], origin: str, tools: Tools = None) -> list[Span] | None:
         """The spans that the template puts between `{% generation %}` and `{% endgeneration %}`; None if it has no such
         marks."""
-        if not _MARK.search(self._tokenizer.get_chat_template(None, tools or None)):
+        template = self._tokenizer.get_chat_template(None, tools or None)
+        if template not in self._has_marks:
+            self._has_marks[template] = _MARK.search(template) is not None
+        if not self._has_marks[template]:
             return None
         return self._render(messages, origin, tools, return_assistant_tokens_mask=True)[1]
 

@@ -155,7 +155,7 @@ TEXT_ARGUMENTS = (HERMES[0].replace("call.function | tojson", "call.function.arg
 @pytest.mark.parametrize(
     ("style", "messages", "message"),
     [
-        (SMOLLM2, [*turns("user: a"), calls(call())], r"refuses turns of user, assistant: .* 'content'; correct"),
+        (SMOLLM2, [*turns("user: a"), calls(call())], r"leaves out tool calls; use a model"),
         (SMOLLM2, [*turns("user: a"), calls(call(), content="Let me add.")],
          r"leaves out tool calls; use a model whose template writes them, or write them as content"),
         (GEMMA, [*turns("user: a"), calls(call(), content="add")], r"leaves out tool calls; use a model"),
@@ -163,7 +163,7 @@ TEXT_ARGUMENTS = (HERMES[0].replace("call.function | tojson", "call.function.arg
         (PHI3, [*turns("user: a"), calls(call(), content="")], r"leaves out tool calls; use a model"),
         (PHI3, [*turns("user: a"), calls(call(), content=""), result("1")], r"leaves out messages\[2\] \(tool\)"),
         (LLAMA3, [*turns("user: a"), calls(call(), call())], r"refuses turns of user, assistant: Only single tool"),
-        (TEXT_ARGUMENTS, [*turns("user: a"), calls(call())], r"refuses turns of user, assistant: can only concatenate"),
+        (TEXT_ARGUMENTS, [*turns("user: a"), calls(call())], r"leaves out tool calls; use a model"),
         (NO_CONTENT, [*turns("user: a"), calls(call(), content="")], r"leaves out, repeats or rewrites turns"),
         (TWO_TURNS, [*turns("user: a"), calls(call())], r"leaves out, repeats or rewrites turns"),
     ],

@@ -187,8 +187,8 @@ EXPECTED = {
     "phi4": {
         "single": ["b<|im_end|>"],
         "multi": ["b<|im_end|>", "d<|im_end|>"],
-        "tools": "refuses turns of .*'content'",
-        "parallel": "refuses turns of .*'content'",
+        "tools": NO_CALLS,
+        "parallel": NO_CALLS,
         "thinking": NO_REASONING,
     },
     "command": {
@@ -351,6 +351,24 @@ def test_a_switch_in_the_system_turn_changes_what_the_prompt_holds(family):
     assert text.count(thought) >= 2 and "/no_think" not in text.replace("Mode: /no_think", "")
     text, spans = template.render([*messages[:2], calls({"x": 1}), result("5"), messages[4]], "file.jsonl:7", TOOLS)
     assert len(spans) == 2 and text[slice(*spans[4])] == f"d{end}"
+
+
+def test_turns_before_the_first_question_are_found_though_their_prompt_is_refused():
+    before = [*turns("system: S"), calls({"x": 1}), result("5"), *turns("assistant: b", "user: c", "assistant: d")]
+    assert learned("qwen35", before) == [
+        "<tool_call>\n<function=add>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call><|im_end|>",
+        "b<|im_end|>",
+        "\n</think>\n\nd<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4"])
+def test_end_tokens_within_calls_and_answers_do_not_end_turns(family):
+    end = {"gpt_oss": "<|call|>", "glm4": "<|observation|>"}[family]
+    messages = [*turns("user: a"), calls({"x": f"{end} z"}), result(end), calls({"x": end}), *turns(f"user: {end}")]
+    first, second = learned(family, messages)
+    assert first.endswith(end) and first.count(end) == 2 and f"{end} z" in first
+    assert second.count(end) == (2 if family == "gpt_oss" else 1)  # GLM's ends with <|user|> here
 
 
 MARKED = (  # the user learns answers without their thoughts, ends included
