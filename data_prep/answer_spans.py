@@ -1,9 +1,12 @@
-"""Finds the assistant turns in the rendered text of a conversation, by walking along its skeleton."""
+"""Finds the assistant turns in the rendered text of a conversation: along its skeleton, or by rendering beginnings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from data_prep.chat_skeleton import Skeleton, Span, Turn
+from data_prep.chat_skeleton import Skeleton, Turn
 from data_prep.documents import Message
+from data_prep.marked_conversation import is_answer
+from data_prep.template_renderer import Span, Tools
+from data_prep.turn_ends import TurnEnds
 
 
 def answer_spans(text: str, messages: Sequence[Message], skeleton: Skeleton) -> dict[int, Span] | None:
@@ -18,6 +21,29 @@ def answer_spans(text: str, messages: Sequence[Message], skeleton: Skeleton) -> 
         if turn.is_answer:
             spans[turn.message] = (position, end + turn.closing)
         position = end + len(turn.after)
+    return spans
+
+
+def spans_by_beginnings(
+    text: str, messages: Sequence[Message], tools: Tools, write: Callable[..., str], ends: TurnEnds
+) -> dict[int, Span] | None:
+    """The same for a template whose text depends on contents, such as a switch for reasoning in the system prompt.
+
+    Renders the conversation up to every answer, so its time grows with the square of the turns. None if the text does
+    not begin with each of these, or a turn's end is not found. `write` is as in MarkedConversation.
+    """
+    spans = {}
+    for index, message in enumerate(messages):
+        if not is_answer(message):
+            continue
+        prompt = write(messages[:index], tools=tools, generation_prompt=True) if index else ""
+        through = write(messages[: index + 1], tools=tools)
+        if not prompt or not text.startswith(prompt) or not through.startswith(prompt):
+            return None
+        end = ends.within(through[len(prompt) :], text[len(prompt) :], 0)
+        if end is None:
+            return None
+        spans[index] = (len(prompt), len(prompt) + end)
     return spans
 
 

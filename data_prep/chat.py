@@ -3,25 +3,37 @@
 Each conversation is rendered twice: with markers in place of contents, which gives the template's own text (the
 skeleton, cached by sequence of roles), and as it is. Walking along the skeleton shows where each turn begins and ends,
 even if the template strips whitespace, adds a system prompt or an empty reasoning block, or drops reasoning from
-earlier turns. If the walk fails, it is repeated with all assistant turns verbatim. No token id and no template is
-special-cased.
+earlier turns. If the walk fails, it is repeated with all assistant turns verbatim, then with system turns verbatim. No
+token id and no template is special-cased.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
-from jinja2 import TemplateError
-
-from data_prep.answer_spans import answer_spans
-from data_prep.chat_skeleton import Header, MarkedConversation, Skeleton, Span, is_answer, read_skeleton, unreadable
+from data_prep.answer_spans import answer_spans, spans_by_beginnings
+from data_prep.chat_skeleton import Skeleton, read_skeleton, unreadable
 from data_prep.documents import Message, reasoning_parts
+from data_prep.marked_conversation import Header, MarkedConversation, is_answer
+from data_prep.spellings import spellings
+from data_prep.template_renderer import Span, TemplateRenderer, Tools
+from data_prep.turn_ends import TurnEnds, find_turn_ends
 from data_prep.user_error import UserError
 
 _PLAIN = {"role", "content"}  # the fields of a message whose skeleton depends on its role only
-
 _ANSWER = "<<answer>>"
+_PROBE = "the chat template"  # the place named in errors about conversations of our own
+
+_QUESTION: Message = {"role": "user", "content": "a"}
+_REPLY: Message = {"role": "assistant", "content": "b"}
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+_CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_RESULT: Message = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "c"}
+_FOLLOWED = {False: [_QUESTION, _REPLY, _QUESTION], True: [_QUESTION, _CALLS, _RESULT]}  # by whether it has calls
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
 def check_offsets(tokenizer: Any) -> None:
@@ -31,6 +43,15 @@ def check_offsets(tokenizer: Any) -> None:
             f"base.model: {type(tokenizer).__name__} gives no character offsets, which labels need; use a model with "
             "a tokenizer.json"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A conversation's text, the spans of its assistant turns, and the parts of them to learn, by index of message."""
+
+    text: str
+    spans: dict[int, Span]
+    parts: dict[int, list[Span]]
 
 
 class ChatTemplate:
@@ -53,42 +74,34 @@ class ChatTemplate:
                 "under data.chat_template"
             )
         self._tokenizer = tokenizer
-        specials = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        longest_first = sorted(specials, key=lambda token: (-len(token), token))
-        self._end_pattern = re.compile(r"\s*(?:" + "|".join(map(re.escape, longest_first)) + ")") if specials else None
+        self._renderer = TemplateRenderer(tokenizer)
         self._skeletons: dict[tuple[str, ...], Skeleton] = {}
         self._prompts: dict[tuple[Any, ...], Header] = {}
+        self._appended: dict[bool, str] = {}
 
-    def render(
-        self, messages: Sequence[Message], origin: str, tools: list[dict[str, Any]] | None = None
-    ) -> tuple[str, dict[int, Span]]:
+    def render(self, messages: Sequence[Message], origin: str, tools: Tools = None) -> tuple[str, dict[int, Span]]:
         """The conversation's text, and the span of every assistant turn, in order, by index into `messages`.
 
-        A span begins where the generation prompt ends and ends with the end token, so it is exactly what the model
-        has to write, tool calls included. `tools` are JSON schemas for the template.
+        A span begins where the generation prompt ends and ends with the special token that ends the turn, so it is
+        exactly what the model has to write, tool calls included. Where the template writes no such token, that is the
+        one that begins the next turn; after the last answer, one is added that a generation stops at. `tools` are JSON
+        schemas for the template.
         Raises UserError, naming `origin`, if the template refuses the conversation or leaves out a part of it other
         than the reasoning of answers before the last.
         """
-        text = self._text(messages, origin, tools)
-        roles = tuple([message["role"] for message in messages if message.keys() == _PLAIN])
-        if not tools and len(roles) == len(messages):
-            skeleton = self._skeleton_of_roles(roles, origin)
-        else:
-            skeleton = self._skeleton_of(messages, origin, tools, text, _has_calls)
-        spans = answer_spans(text, messages, skeleton)
-        if spans is None:  # an answer can change the template's text around it, for example through its reasoning
-            spans = answer_spans(text, messages, self._skeleton_of(messages, origin, tools, text, is_answer))
-        if spans is None:
-            raise unreadable(origin)
-        _check_reasoning(text, spans, messages, origin)
-        return text, spans
+        rendered = self._rendered(messages, origin, tools)
+        return rendered.text, rendered.spans
+
+    def learned(
+        self, messages: Sequence[Message], origin: str, tools: Tools = None
+    ) -> tuple[str, dict[int, list[Span]]]:
+        """As `render`, but gives what is to be learned of every assistant turn: all of it, or what the template marks
+        with `{% generation %}`."""
+        rendered = self._rendered(messages, origin, tools)
+        return rendered.text, rendered.parts
 
     def prompt(
-        self,
-        messages: Sequence[Message],
-        origin: str,
-        tools: list[dict[str, Any]] | None = None,
-        answer: Message | None = None,
+        self, messages: Sequence[Message], origin: str, tools: Tools = None, answer: Message | None = None
     ) -> str:
         """The text to generate an answer from: what precedes the content of an answer to `messages` in training.
 
@@ -102,63 +115,176 @@ class ChatTemplate:
         text, spans = self.render([*messages, {"role": "assistant", "content": _ANSWER}], origin, tools)
         return text[: text.index(_ANSWER, spans[len(messages)][0])]
 
-    def end_token(self) -> str:
-        """The special token that ends an ordinary assistant turn; empty if there is none, so models never learn to
-        stop."""
-        answer = self._skeleton_of_roles(("user", "assistant"), "the chat template").turns[-1]
-        return answer.after[: answer.closing].strip()
+    def learned_ends(self) -> list[str]:
+        """The special tokens that end learned turns: the last answer, earlier ones, and calls. An empty string among
+        them stands for turns that no special token ends."""
+        ends = []
+        for messages in ([_QUESTION, _REPLY], *_FOLLOWED.values(), [_QUESTION, _CALLS]):
+            try:
+                text, parts = self.learned(messages, _PROBE)
+            except UserError:
+                continue
+            ends += [self._ends.last_token(text[slice(*spans[-1])]) if spans else "" for spans in parts.values()]
+        return [*dict.fromkeys(ends)]
+
+    def added_ends(self) -> list[str]:
+        """The tokens that are added after last answers which the template ends with none."""
+        self.learned_ends()  # meets such answers
+        return [*dict.fromkeys(filter(None, self._appended.values()))]
+
+    def stop_tokens(self, reasons: bool = False) -> list[str]:
+        """The special tokens that a generation has to stop at. With `reasons`, the model writes its reasoning, and
+        tokens that also end a part of it, such as gpt-oss's analysis, are left out."""
+        inside = self._ends.special.findall(self._reasoned_turn()) if reasons else []
+        return [token for token in self.learned_ends() if token and token not in inside]
 
     def writes_dates(self) -> bool:
         """Whether the template writes the current date, as Llama-3.1's does."""
         templates = self._tokenizer.chat_template
         return any("strftime_now" in t for t in (templates.values() if isinstance(templates, dict) else [templates]))
 
-    def _text(
-        self,
-        messages: Sequence[Message],
-        origin: str,
-        tools: list[dict[str, Any]] | None = None,
-        generation_prompt: bool = False,
-    ) -> str:
+    def writes_tools(self) -> bool:
+        """Whether a conversation's tools change its text."""
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except (TemplateError, TypeError) as error:  # TypeError: a template that joins a string and, say, a dictionary
-            roles = ", ".join(message["role"] for message in messages)
-            cause = " ".join(str(error).split())
-            raise UserError(
-                f"{origin}: the tokenizer's chat template refuses turns of {roles}: {cause}; correct the conversation"
-            ) from error
+            texts = [self._rendered([_QUESTION, _REPLY], _PROBE, tools).text for tools in ([_TOOL], None)]
+        except UserError:
+            return True
+        return texts[0] != texts[1]
+
+    def _reasoned_turn(self) -> str:
+        """What the template writes for an answer with reasoning, before its end; empty if it refuses that."""
+        try:
+            text, spans = self.render([_QUESTION, {**_REPLY, "reasoning_content": "r"}], _PROBE)
+        except UserError:
+            return ""
+        turn = text[slice(*spans[1])]
+        return turn.removesuffix(self._ends.last_token(turn))
+
+    @cached_property
+    def _ends(self) -> TurnEnds:
+        specials = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
+        return find_turn_ends(specials, self._renderer.text)
+
+    def _rendered(self, messages: Sequence[Message], origin: str, tools: Tools) -> _Rendered:
+        """The conversation in the first spelling of its tool calls that the template writes completely."""
+        refused: list[UserError] = []
+        incomplete: list[UserError] = []  # these say more: the template takes this spelling, but does not write it all
+        for spelt in spellings(messages):
+            try:
+                text = self._renderer.text(spelt, origin, tools)
+            except UserError as error:
+                refused.append(error)
+                continue
+            try:
+                return self._labelled(text, spelt, origin, tools)
+            except UserError as error:
+                incomplete.append(error)
+        raise [*incomplete, *refused][0]
+
+    def _labelled(self, text: str, messages: list[Message], origin: str, tools: Tools) -> _Rendered:
+        marks = self._renderer.marks(messages, origin, tools)
+        try:
+            spans, is_open = self._find_answers(text, messages, origin, tools)
+        except UserError:
+            answers = [index for index, message in enumerate(messages) if is_answer(message)]
+            if marks is None or len(marks) != len(answers):
+                raise
+            spans, is_open = dict(zip(answers, marks, strict=True)), False
+        _check_reasoning(text, spans, messages, origin)
+        _check_arguments(text, spans, messages, origin)
+        if marks is not None:
+            parts = {index: [m for m in marks if m[0] < end and m[1] > start] for index, (start, end) in spans.items()}
+            return _Rendered(text, spans, parts)
+        if is_open:
+            last, (start, end) = len(messages) - 1, spans[len(messages) - 1]
+            stop = self._stop_after(bool(messages[last].get("tool_calls")))
+            text, spans[last] = text[:end] + stop + text[end:], (start, end + len(stop))
+        return _Rendered(text, spans, {index: [span] for index, span in spans.items()})
+
+    def _find_answers(
+        self, text: str, messages: list[Message], origin: str, tools: Tools
+    ) -> tuple[dict[int, Span], bool]:
+        """The spans of the assistant turns, and whether no special token ends the last one."""
+        calls = _where(_has_calls, messages)
+        if not tools and all(message.keys() == _PLAIN for message in messages):
+            skeleton = self._skeleton_of_roles(tuple(message["role"] for message in messages), origin)
+            spans = answer_spans(text, messages, skeleton)
+        else:
+            skeleton, spans = self._walk(text, messages, origin, tools, calls)
+        if rewritten := _rewritten(messages, text):
+            with_switch = self._walk(text, messages, origin, tools, calls | rewritten)
+            skeleton, spans = with_switch if with_switch[1] is not None else (skeleton, spans)
+        if spans is None:  # an answer can change the template's text around it, for example through its reasoning
+            skeleton, spans = self._walk(text, messages, origin, tools, _where(is_answer, messages))
+        if spans is None and (system := _where(_is_system, messages)):  # so can a system turn
+            skeleton, spans = self._walk(text, messages, origin, tools, calls | system)
+        if spans is None:
+            write = partial(self._renderer.text, origin=origin)
+            spans = spans_by_beginnings(text, messages, tools, write, self._ends)
+        if spans is None:
+            raise unreadable(origin)
+        return spans, skeleton.is_open
+
+    def _walk(
+        self, text: str, messages: list[Message], origin: str, tools: Tools, verbatim: frozenset[int]
+    ) -> tuple[Skeleton, dict[int, Span] | None]:
+        """The skeleton of one conversation, whose rendered text is `text`, and the assistant turns along it."""
+        tag = "turn"
+        while f"<<{tag}:" in text:  # no text of the conversation may look like a marker
+            tag += "_"
+        write = partial(self._renderer.text, origin=origin)
+        # After a verbatim system turn or question, prompts are of this conversation only.
+        prompts = self._prompts if all(is_answer(messages[index]) for index in verbatim) else {}
+        marked = MarkedConversation(write, prompts, messages, tools, verbatim, tag, self._ends.tokens)
+        skeleton = read_skeleton(marked, self._ends, origin)
+        return skeleton, answer_spans(text, messages, skeleton)
 
     def _skeleton_of_roles(self, roles: tuple[str, ...], origin: str) -> Skeleton:
         """The skeleton of every conversation with these roles whose messages have a role and content only."""
         if roles not in self._skeletons:
             messages = [{"role": role, "content": ""} for role in roles]
-            marked = MarkedConversation(partial(self._text, origin=origin), self._prompts, messages)
-            self._skeletons[roles] = read_skeleton(marked, self._end_pattern, origin)
+            marked = MarkedConversation(partial(self._renderer.text, origin=origin), self._prompts, messages)
+            self._skeletons[roles] = read_skeleton(marked, self._ends, origin)
         return self._skeletons[roles]
 
-    def _skeleton_of(
-        self,
-        messages: Sequence[Message],
-        origin: str,
-        tools: list[dict[str, Any]] | None,
-        text: str,
-        is_verbatim: Callable[[Message], bool],
-    ) -> Skeleton:
-        """The skeleton of one conversation, whose rendered text is `text`."""
-        tag = "turn"
-        while f"<<{tag}:" in text:  # no text of the conversation may look like a marker
-            tag += "_"
-        verbatim = frozenset(index for index, message in enumerate(messages) if is_verbatim(message))
-        write = partial(self._text, origin=origin)
-        marked = MarkedConversation(write, self._prompts, messages, tools, verbatim, tag, self.end_token())
-        return read_skeleton(marked, self._end_pattern, origin)
+    def _stop_after(self, has_calls: bool) -> str:
+        """The token to add after a last answer that the template does not end: what the template writes next, if the
+        base's generation_config stops there, else the tokenizer's end token."""
+        if has_calls not in self._appended:
+            try:
+                text, spans = self.render(_FOLLOWED[has_calls], _PROBE)
+                marker = self._ends.last_token(text[slice(*spans[1])])
+            except UserError:
+                marker = ""
+            stops = marker in self._renderer.stops()
+            self._appended[has_calls] = marker if stops else self._tokenizer.eos_token or ""
+        return self._appended[has_calls]
 
 
 def _has_calls(message: Message) -> bool:
     return is_answer(message) and bool(message.get("tool_calls"))
+
+
+def _is_system(message: Message) -> bool:
+    return message["role"] == "system"
+
+
+def _where(holds: Callable[[Message], bool], messages: Sequence[Message]) -> frozenset[int]:
+    return frozenset(index for index, message in enumerate(messages) if holds(message))
+
+
+def _rewritten(messages: Sequence[Message], text: str) -> frozenset[int]:
+    """System turns and questions that the template does not write as they are: they may hold a switch for reasoning."""
+    rewritten, position = set(), 0
+    for index, message in enumerate(messages):
+        if message["role"] in ("system", "user"):
+            content = (message.get("content") or "").strip()
+            found = text.find(content, position)
+            if found >= 0:
+                position = found + len(content)
+            elif content not in text:
+                rewritten.add(index)
+    return frozenset(rewritten)
 
 
 def _check_reasoning(text: str, spans: dict[int, Span], messages: Sequence[Message], origin: str) -> None:
@@ -169,3 +295,17 @@ def _check_reasoning(text: str, spans: dict[int, Span], messages: Sequence[Messa
                 f"{origin}: the tokenizer's chat template leaves out the reasoning of messages[{index}], the last "
                 "answer; name one that writes it under data.chat_template, or remove the reasoning from the record"
             )
+
+
+def _check_arguments(text: str, spans: dict[int, Span], messages: Sequence[Message], origin: str) -> None:
+    """Raises UserError if the name of a call's argument is not in its turn. Names that JSON would escape may differ."""
+    for index, span in spans.items():
+        for call in messages[index].get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            names = json.loads(arguments) if isinstance(arguments, str) else arguments
+            turn = text[slice(*span)]
+            if missing := next((name for name in names if re.fullmatch(r"\w+", name) and name not in turn), None):
+                raise UserError(
+                    f"{origin}: the tokenizer's chat template leaves out argument {missing!r} of a call in "
+                    f"messages[{index}]; name one that writes it under data.chat_template"
+                )

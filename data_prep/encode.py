@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.chat import ChatTemplate, Span, check_offsets
+from data_prep.chat import ChatTemplate, check_offsets
 from data_prep.config import DataConfig
 from data_prep.documents import Document, with_system_prompt
+from data_prep.template_renderer import Span
 from data_prep.user_error import UserError
 
 IGNORED = -100  # label of tokens that are not scored, as in torch and transformers
@@ -119,9 +120,9 @@ class Encoder:
             return _Rendered(text, [(len(self._opening), len(text))])
         messages = with_system_prompt(document.messages, self._config.system_prompt)
         added = len(messages) - len(document.messages)
-        text, spans = self.template.render(messages, document.origin, document.tools)
+        text, parts = self.template.learned(messages, document.origin, document.tools)
         learned = document.learned_turns(self._config.mask_history)
-        return _Rendered(text, [spans[index + added] for index in learned])
+        return _Rendered(text, [span for index in learned for span in parts[index + added]])
 
     def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
         ids = np.array(encoding.ids, dtype=np.int32)

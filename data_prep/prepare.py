@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig, FilesSource
 from data_prep.duplicates import (
     DUPLICATE,
@@ -43,7 +44,8 @@ from data_prep.user_error import UserError
 from data_prep.workers import encode_blocks
 
 _NO_END_TOKEN = (
-    "the chat template ends assistant turns with no special token: a model trained on this set does not learn to stop"
+    "the chat template ends some assistant turns with no special token: a model trained on this set does not learn to "
+    "stop after them"
 )
 _TODAY = "the chat template writes the current date, so preparing the same input on another day gives another set"
 
@@ -112,6 +114,7 @@ def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, An
     removals = Removals()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spool") as spool_folder, Spool(Path(spool_folder)) as spool:
         forms, unread = _encode_sources(spool, config, tokenizer, removals)
+        forms, with_tools = _encode_sources(spool, config, tokenizer, removals)
         documents = spool.documents
         if missing := _tasks_without(config, documents["task"]):
             raise UserError(_why_nothing_is_left(missing[0], removals, config))
@@ -129,6 +132,7 @@ def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, An
             written = write_rows(spool, order, config, folder / name)
             described[name] = describe_split(documents, order, written, config)
         write_items(spool.items(split.held_out), folder)
+    template = _template(config, tokenizer, forms)
     return {
         "tasks": config.tasks,
         "splits": described,
@@ -139,6 +143,10 @@ def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, An
         "notes": [
             *_notes(config, tokenizer, forms, _tasks_without(config, documents["task"][split.held_out])),
             *(f"{source_key(index)}: {note}" for index, counts in unread.items() for note in note_on_unread(counts)),
+        "learned_ends": [end for end in template.learned_ends() if end] if template else [],
+        "notes": [
+            *_notes(config, forms, _tasks_without(config, documents["task"][split.held_out])),
+            *(_notes_on_template(template, with_tools) if template else ()),
         ],
         "config": config.model_dump(mode="json"),
     }
@@ -150,6 +158,10 @@ def _encode_sources(
     """Reads and encodes all sources; returns the forms of each source's records, and what is not read of them."""
     forms: dict[int, Counter[str]] = {}
     unread: dict[int, Counter[str]] = {}
+) -> tuple[dict[int, Counter[str]], Counter[int]]:
+    """Reads and encodes all sources; returns the forms of each source's records, and how many of them give tools."""
+    forms: dict[int, Counter[str]] = {}
+    with_tools = Counter[int]()
     near = None
     if config.cleaning.near_duplicates is not None:
         near = NearDuplicateFilter(config.cleaning.near_duplicates, len(config.tasks))
@@ -159,6 +171,7 @@ def _encode_sources(
                 removals.add(removal.task, removal.reason, 1, [removal.place])
             forms.setdefault(encoded.block.source, Counter()).update(encoded.forms)
             unread.setdefault(encoded.block.source, Counter()).update(encoded.unread)
+            with_tools[encoded.block.source] += encoded.with_tools
             spool.add(encoded)
             if near is not None and encoded.signatures is not None:
                 near.add(encoded.documents, encoded.signatures)
@@ -169,6 +182,7 @@ def _encode_sources(
         _count_removed(spool, np.flatnonzero(~near.kept & first), NEAR_DUPLICATE, removals)
         spool.documents = spool.documents[near.kept]
     return forms, unread
+    return forms, with_tools
 
 
 def _count_removed(spool: Spool, which: np.ndarray, reason: str, removals: Removals) -> None:
@@ -212,13 +226,30 @@ def _why_nothing_is_left(task: int, removals: Removals, config: DataConfig) -> s
     )
 
 
-def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], not_held_out: list[int]) -> list[str]:
+def _template(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]]) -> ChatTemplate | None:
+    """The chat template; None if there are no conversations."""
+    return Encoder(tokenizer, config).template if any(set(counts) - {"text"} for counts in forms.values()) else None
+
+
+def _notes_on_template(template: ChatTemplate, with_tools: Counter[int]) -> list[str]:
+    notes = [
+        f"the chat template ends the last answer with no special token: {end} is added there"
+        for end in template.added_ends()
+    ]
+    notes += [_NO_END_TOKEN] if "" in template.learned_ends() else []
+    notes += [_TODAY] if template.writes_dates() else []
+    if with_tools.total() and not template.writes_tools():
+        notes += [
+            f"{source_key(index)}: the chat template does not write the tools that {count:,} records give"
+            for index, count in with_tools.items()
+            if count
+        ]
+    return notes
+
+
+def _notes(config: DataConfig, forms: dict[int, Counter[str]], not_held_out: list[int]) -> list[str]:
     """Remarks for users that are not errors. not_held_out: tasks without a held-out document."""
     notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in not_held_out]
-    if any(set(counts) - {"text"} for counts in forms.values()):
-        template = Encoder(tokenizer, config).template
-        notes += [_NO_END_TOKEN] if not template.end_token() else []
-        notes += [_TODAY] if template.writes_dates() else []
     for index, source in enumerate(config.sources):
         key = source_key(index)
         if len(forms.get(index, ())) > 1:

@@ -36,13 +36,13 @@ class PrepareReport:
             headline = f"{self.directory} was prepared in {self.seconds:.1f} s"
         table = text_table(_COLUMNS, _counts(self.manifest), _LEFT)
         more = f"more: {self.directory / REPORT}"
-        return "\n".join([headline, table, *_totals(self.manifest), *_notes(self.manifest), more])
+        return "\n".join([headline, table, *_facts(self.manifest), more])
 
 
 def write_report(manifest: dict[str, Any], directory: Path) -> None:
     """Writes report.md: the printed table, shares, forms, and the first places of everything removed."""
     parts = [
-        ["# Prepared set", "", *_totals(manifest), *_notes(manifest), ""],
+        ["# Prepared set", "", *_facts(manifest), ""],
         ["## By task", "", markdown_table(_COLUMNS, _counts(manifest), _LEFT), ""],
         ["## Shares of the training split", "", markdown_table(_SHARE_COLUMNS, _shares(manifest)), ""],
         *([f"![{name}]({file})", ""] for name, file in PLOTS.items()),
@@ -106,8 +106,11 @@ def _totals(manifest: dict[str, Any]) -> list[str]:
     ]
 
 
-def _notes(manifest: dict[str, Any]) -> list[str]:
-    return [f"note: {note}" for note in manifest["notes"]]
+def _facts(manifest: dict[str, Any]) -> list[str]:
+    """Totals, the tokens that end learned turns, and notes."""
+    ends = manifest.get("learned_ends")  # absent in sets of earlier versions
+    learned = [f"learned end: {', '.join(ends)}"] if ends else []
+    return [*_totals(manifest), *learned, *(f"note: {note}" for note in manifest["notes"])]
 
 
 def _sources(manifest: dict[str, Any]) -> list[str]:

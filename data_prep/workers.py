@@ -84,6 +84,7 @@ class EncodedBlock:
     removals: list[Removal]
     forms: Counter[str]
     unread: Counter[str]  # rows by what is not read of them, as in Document.unread
+    with_tools: int  # documents that give tools
 
 
 class BlockEncoder:
@@ -129,6 +130,7 @@ class BlockEncoder:
             removals,
             Counter(document.form for document in documents),
             Counter(name for document in documents for name in document.unread),
+            sum(bool(document.tools) for document in documents),
         )
 
     def _row(self, number: int, document: Document) -> _Row:

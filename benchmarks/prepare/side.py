@@ -1,4 +1,5 @@
-"""One run of the prepare benchmark: a preparation, or the tokenizer alone on the text that it would encode."""
+"""One run of the prepare benchmark: a preparation, the tokenizer alone on the text that it would encode, or long
+conversations."""
 
 import json
 import shutil
@@ -18,7 +19,8 @@ def main() -> None:
     silence_libraries()
     loaded = load_recipe(Path(recipe), [])
     tokenizer = load_tokenizer(loaded.base)
-    print(json.dumps({"prepare": run_prepare, "tokenizer": run_tokenizer}[side](loaded, tokenizer)))
+    sides = {"prepare": run_prepare, "tokenizer": run_tokenizer, "long_conversations": run_long_conversations}
+    print(json.dumps(sides[side](loaded, tokenizer)))
 
 
 def run_prepare(recipe, tokenizer) -> dict[str, float]:
@@ -34,6 +36,12 @@ def run_prepare(recipe, tokenizer) -> dict[str, float]:
     train, held_out = manifest["splits"]["train"], manifest["splits"]["held_out"]
     encoded = sum(split["tokens"] for split in (train, held_out))
     return {"seconds": seconds, "tokens": encoded, "fill_rate": train["fill_rate"]}
+
+
+def run_long_conversations(_, tokenizer) -> dict[str, float]:
+    from benchmarks.prepare.long_conversations import long_over_short
+
+    return {"ratio": long_over_short(tokenizer)}
 
 
 def run_tokenizer(recipe, tokenizer) -> dict[str, float]:

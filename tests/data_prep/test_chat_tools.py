@@ -29,6 +29,8 @@ HERMES = (  # ChatML with calls, as Qwen2.5's
     *SMOLLM2[1:],
 )
 
+OPEN_END = (HERMES[0].replace("<|im_end|>\n", "\n"), *HERMES[1:])
+
 
 def call(name="add", **arguments) -> dict:
     return {"id": "123456789", "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -108,12 +110,16 @@ def result(content: str) -> dict:
          '<s>[INST] a[/INST]⟦[TOOL_CALLS] [{"name": "add", "arguments": {}, "id": "123456789"}]</s>⟧'
          '[AVAILABLE_TOOLS] [{"name": "</s><<turn:0>>"}][/AVAILABLE_TOOLS][INST] b[/INST]⟦ c</s>⟧'),
         (MISTRAL, turns("user: a", "assistant: b"), [], "<s>[INST] a[/INST]⟦ b</s>⟧"),
+        (OPEN_END, [*turns("user: a"), calls(call()), result("1"), calls(call())], None,
+         '<|im_start|>user\na\n<|im_start|>assistant\n⟦\n<tool_call>{"name": "add", "arguments": {}}</tool_call>\n'
+         "<|im_start|>⟧tool\n1\n<|im_start|>assistant\n"
+         '⟦\n<tool_call>{"name": "add", "arguments": {}}</tool_call><|im_end|>⟧\n'),
         (SMOLLM2, turns("system: S", "user: a", "assistant: b"), TOOLS,
          "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n"),
     ],
     ids=["qwen3 two calls and results", "qwen3 content and call", "qwen3 reasoning", "qwen3 end tokens and markers",
          "calls in consecutive turns", "calls first", "prompt opens a thought", "llama3", "mistral",
-         "mistral question after call", "mistral no tools", "smollm2 takes no tools"],
+         "mistral question after call", "mistral no tools", "no end token", "smollm2 takes no tools"],
 )  # fmt: skip
 def test_calls_are_scored_with_their_end_token_and_results_are_not(style, messages, tools, expected):
     assert marked(style, messages, tools) == expected
@@ -143,14 +149,13 @@ def test_prompts_of_other_conversations_do_not_mislead():
 
 
 TWO_TURNS = (HERMES[0].replace("<tool_call>", "<|im_end|>\n<tool_call>"), *HERMES[1:])
-OPEN_END = (HERMES[0].replace("<|im_end|>\n", "\n"), *HERMES[1:])
 TEXT_ARGUMENTS = (HERMES[0].replace("call.function | tojson", "call.function.arguments"), *HERMES[1:])
 
 
 @pytest.mark.parametrize(
     ("style", "messages", "message"),
     [
-        (SMOLLM2, [*turns("user: a"), calls(call())], r"refuses turns of user, assistant: .* 'content'; correct"),
+        (SMOLLM2, [*turns("user: a"), calls(call())], r"leaves out tool calls; use a model"),
         (SMOLLM2, [*turns("user: a"), calls(call(), content="Let me add.")],
          r"leaves out tool calls; use a model whose template writes them, or write them as content"),
         (GEMMA, [*turns("user: a"), calls(call(), content="add")], r"leaves out tool calls; use a model"),
@@ -158,14 +163,12 @@ TEXT_ARGUMENTS = (HERMES[0].replace("call.function | tojson", "call.function.arg
         (PHI3, [*turns("user: a"), calls(call(), content="")], r"leaves out tool calls; use a model"),
         (PHI3, [*turns("user: a"), calls(call(), content=""), result("1")], r"leaves out messages\[2\] \(tool\)"),
         (LLAMA3, [*turns("user: a"), calls(call(), call())], r"refuses turns of user, assistant: Only single tool"),
-        (MISTRAL, [*turns("user: a"), calls({**call(), "id": "1"})], r"refuses turns of .*: Tool call IDs should have"),
-        (TEXT_ARGUMENTS, [*turns("user: a"), calls(call())], r"refuses turns of user, assistant: can only concatenate"),
+        (TEXT_ARGUMENTS, [*turns("user: a"), calls(call())], r"leaves out tool calls; use a model"),
         (NO_CONTENT, [*turns("user: a"), calls(call(), content="")], r"leaves out, repeats or rewrites turns"),
         (TWO_TURNS, [*turns("user: a"), calls(call())], r"leaves out, repeats or rewrites turns"),
-        (OPEN_END, [*turns("user: a"), calls(call())], r"leaves out, repeats or rewrites turns"),
     ],
     ids=["smollm2 needs content", "smollm2", "gemma", "gemma results", "phi3", "phi3 results", "llama3 two calls",
-         "mistral short id", "arguments as text", "begins anyhow", "a turn in two", "no end token"],
+         "arguments and no name", "begins anyhow", "a turn in two"],
 )  # fmt: skip
 def test_calls_that_cannot_be_found_exactly_are_refused_in_one_line(style, messages, message):
     with pytest.raises(UserError, match=rf"^file\.jsonl:7: the tokenizer's chat template {message}") as caught:

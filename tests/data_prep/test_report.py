@@ -57,7 +57,7 @@ def without_pictures_or_time(text: str) -> str:
 
 def test_the_printed_table_has_one_line_per_task_with_aligned_counts(made, counted):
     report, config = made
-    headline, head, sums, words, train, held_out, more = str(report).splitlines()
+    headline, head, sums, words, train, held_out, learned_end, more = str(report).splitlines()
     assert without_pictures_or_time(headline) == f"{config.prepared_dir} was prepared in a moment"
     assert re.split("  +", head) == COLUMNS
     labelled = {task: counts["labelled"] for task, counts in counted.items()}
@@ -73,6 +73,7 @@ def test_the_printed_table_has_one_line_per_task_with_aligned_counts(made, count
     assert ends[0][1:8] == ends[1][1:8]  # right-aligned up to the last column
     assert train.startswith("train: ") and held_out.startswith("held-out: ")
     assert f" {sum(counts['tokens'] for counts in counted.values()):,} tokens, " in train
+    assert learned_end == "learned end: <|im_end|>"
     assert more == f"more: {config.prepared_dir / 'report.md'}"
 
 
@@ -179,8 +180,9 @@ def test_empty_files_and_files_of_other_endings_are_noted(tmp_path, tokenizer):
 def test_a_template_without_an_end_token_is_noted_where_conversations_are_learned(config_of, records):
     report = prepare(config_of({"sums": records}), tiny_tokenizer(OPEN_ENDED))
     expected = [
-        "the chat template ends assistant turns with no special token: a model trained on this set does not learn to "
-        "stop"
+        "the chat template ends the last answer with no special token: <|im_end|> is added there",
+        "the chat template ends some assistant turns with no special token: a model trained on this set does not learn "
+        "to stop after them",
     ]
     assert notes_of(report) == (expected if records is SUMS else [])
 

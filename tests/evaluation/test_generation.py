@@ -99,9 +99,9 @@ def test_greedy_is_the_likeliest_token_whatever_penalties_the_base_comes_with(tm
     assert len(set(ids[3:])) < LONG  # which a penalty would have avoided
 
 
-def test_without_an_end_token_an_answer_has_no_end_of_the_templates():
+def test_without_an_end_token_of_the_templates_an_answer_ends_with_the_tokenizers():
     tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}")
-    assert template_end_ids(tokenizer, ChatTemplate(tokenizer)) == []
+    assert template_end_ids(tokenizer, ChatTemplate(tokenizer)) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], templat
     return tokenizer(prompt_text(template, item).rstrip(" "), add_special_tokens=False)["input_ids"]
 
 
-def template_end_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
-    """The token that ends an answer in the chat template, which training taught the model to write: one or none."""
-    token = template.end_token()
-    return _as_list(tokenizer.convert_tokens_to_ids(token)) if token else []
+def template_end_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, reasons: bool = False) -> list[int]:
+    """The tokens that end an answer or a call in training, which the model learned to write: none or more.
+
+    reasons: the model writes its reasoning as well; see ChatTemplate.stop_tokens.
+    """
+    return _as_list(tokenizer.convert_tokens_to_ids(template.stop_tokens(reasons)))
 
 
 def config_end_ids(model: CausalLM) -> list[int]:

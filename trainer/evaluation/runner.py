@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig
+from data_prep.documents import reasoning_parts
+from data_prep.items import answer_of
 from trainer.evaluation.generation import batches_by_length, generate_greedy, prompt_ids, template_end_ids
 from trainer.evaluation.likelihood import Continuation, encode_choices, log_likelihoods, reference_answers
 from trainer.evaluation.loaded_models import CausalLM
@@ -72,7 +74,7 @@ def build_questions(
         [longest[item["task"]] + MARGIN for item in items],
         references,
         [encode_choices(item, tokenizer, template) if item.get("choices") else [] for item in items],
-        template_end_ids(tokenizer, template),
+        template_end_ids(tokenizer, template, any(reasoning_parts(answer_of(item)) for item in items)),
     )
 
 

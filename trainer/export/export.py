@@ -174,14 +174,15 @@ def _write_merged(
 
 
 def _add_template_end(run: LoadedRun, folder: Path) -> None:
-    """Adds the chat template's end token to generation_config.json, if it is missing.
+    """Adds the chat template's end tokens to generation_config.json, if they are missing.
 
     A chat template from the recipe may end answers with a token that the base's configuration lacks.
     """
     if not run.tokenizer.chat_template:
         return
     known = config_end_ids(run.model)
-    if missing := [end for end in template_end_ids(run.tokenizer, ChatTemplate(run.tokenizer)) if end not in known]:
+    ends = template_end_ids(run.tokenizer, ChatTemplate(run.tokenizer), reasons=True)
+    if missing := [end for end in ends if end not in known]:
         path = folder / GENERATION_CONFIG_NAME  # as JSON: transformers refuses to write some older files
         config = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps({**config, "eos_token_id": [*known, *missing]}, indent=2) + "\n")
