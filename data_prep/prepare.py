@@ -39,6 +39,8 @@ from data_prep.sources.read import read_blocks, source_key
 from data_prep.split import in_digest_order, split_documents
 from data_prep.spool import Removals, Spool
 from data_prep.suite.tasks import refuse_unknown_tasks
+from data_prep.tally import Tally
+from data_prep.tokenizer_checks import check_tokenizer, notes_on_tokenizer
 from data_prep.user_error import UserError
 from data_prep.workers import encode_blocks
 
@@ -46,6 +48,10 @@ _NO_END_TOKEN = (
     "the chat template ends assistant turns with no special token: a model trained on this set does not learn to stop"
 )
 _TODAY = "the chat template writes the current date, so preparing the same input on another day gives another set"
+
+_NOTHING_HELD_OUT = (
+    "nothing is held out (data.held_out: 0): runs report no held-out losses, and `teamlora evaluate` has no items"
+)
 
 
 def prepare(
@@ -61,6 +67,7 @@ def prepare(
     refuse_missing_library(config.cleaning)
     refuse_unknown_tasks(config)
     refuse_foreign_folder(config.prepared_dir)
+    check_tokenizer(tokenizer)
     with exclusive_preparation(config.prepared_dir, say):
         previous = _previous_manifest(config)
         sources = source_states(config, previous.get("sources", ()))
@@ -109,15 +116,16 @@ def find_unchanged_set(config: DataConfig, tokenizer_files: Sequence[Path]) -> P
 
 def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Writes rows and items into `folder`; returns what the manifest says about them."""
-    removals = Removals()
+    removals, tally = Removals(), Tally()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spool") as spool_folder, Spool(Path(spool_folder)) as spool:
-        forms = _encode_sources(spool, config, tokenizer, removals)
+        forms = _encode_sources(spool, config, tokenizer, removals, tally)
         documents = spool.documents
         if missing := _tasks_without(config, documents["task"]):
             raise UserError(_why_nothing_is_left(missing[0], removals, config))
         split = split_documents(documents, config)
         for reason, which in split.removed.items():
             _count_removed(spool, which, reason, removals)
+        tally.check_nothing_lost(split, removals)
         if missing := _tasks_without(config, documents["task"][split.train]):
             raise UserError(
                 f"data.held_out: {config.held_out} leaves no document of task {config.tasks[missing[0]]!r} to train "
@@ -135,22 +143,28 @@ def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, An
         "removed": removals.by_task(config.tasks),
         "forms": {source_key(index): dict(counts) for index, counts in forms.items()},
         "different_documents": _by_task(config, documents["task"][split.train]),
-        "notes": _notes(config, tokenizer, forms, _tasks_without(config, documents["task"][split.held_out])),
+        "notes": [
+            *_notes(config, tokenizer, forms, _tasks_without(config, documents["task"][split.held_out])),
+            *_notes_on_tokens(config, tokenizer, forms, tally),
+        ],
         "config": config.model_dump(mode="json"),
     }
 
 
-def _encode_sources(spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals) -> dict[int, Counter[str]]:
+def _encode_sources(
+    spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals, tally: Tally
+) -> dict[int, Counter[str]]:
     """Reads and encodes all sources; returns the forms of each source's records."""
     forms: dict[int, Counter[str]] = {}
     near = None
     if config.cleaning.near_duplicates is not None:
         near = NearDuplicateFilter(config.cleaning.near_duplicates, len(config.tasks))
-    with closing(encode_blocks(read_blocks(config), config, tokenizer)) as blocks:  # ends the workers in any case
+    with closing(encode_blocks(tally.counted(read_blocks(config)), config, tokenizer)) as blocks:  # ends the workers in any case
         for encoded in blocks:
             for removal in encoded.removals:
                 removals.add(removal.task, removal.reason, 1, [removal.place])
             forms.setdefault(encoded.block.source, Counter()).update(encoded.forms)
+            tally.add(encoded)
             spool.add(encoded)
             if near is not None and encoded.signatures is not None:
                 near.add(encoded.documents, encoded.signatures)
@@ -206,7 +220,8 @@ def _why_nothing_is_left(task: int, removals: Removals, config: DataConfig) -> s
 
 def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], not_held_out: list[int]) -> list[str]:
     """Remarks for users that are not errors. not_held_out: tasks without a held-out document."""
-    notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in not_held_out]
+    notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in not_held_out if config.held_out]
+    notes += [] if config.held_out else [_NOTHING_HELD_OUT]
     if any(set(counts) - {"text"} for counts in forms.values()):
         template = Encoder(tokenizer, config).template
         notes += [_NO_END_TOKEN] if not template.end_token() else []
@@ -222,4 +237,16 @@ def _notes(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], n
             notes += [f"{key}: {len(paths)} {what}, the first is {paths[0]}" for paths, what in (
                 (empty, "empty files"), (skipped, "files or linked folders skipped")
             ) if paths]  # fmt: skip
+    return notes
+
+
+def _notes_on_tokens(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]], tally: Tally) -> list[str]:
+    """Remarks on the tokenizer, and on control tokens that documents hold in their text."""
+    notes = notes_on_tokenizer(tokenizer, any("text" in counts for counts in forms.values()))
+    for index in range(len(config.sources)):
+        if found := tally.tokens_in_text(index):
+            notes.append(
+                f"{source_key(index)}: documents hold control tokens in their text ({found}), encoded as ordinary text; "
+                "data.special_tokens_in_text: allow would make control tokens of them"
+            )
     return notes

@@ -82,6 +82,8 @@ class EncodedBlock:
     signatures: np.ndarray | None  # uint32 [documents, permutations], for near duplicates
     removals: list[Removal]
     forms: Counter[str]
+    tokens_in_text: Counter[str]  # documents by the control token that they hold in their text
+    further_pieces: int  # of split documents, beyond their first
 
 
 class BlockEncoder:
@@ -110,7 +112,9 @@ class BlockEncoder:
                     raise
                 removals.append(Removal(task, BAD_ROW, str(error)))
         encoded: list[Encoded] = []
-        for result in self._encoder.encode(documents):
+        self._encoder.tokens_in_text.clear()
+        results = self._encoder.encode(documents)
+        for result in results:
             if isinstance(result, Removed):
                 removals.append(Removal(task, result.reason, result.place))
             else:
@@ -126,6 +130,8 @@ class BlockEncoder:
             None if self._signer is None else self._signer.sign([e.document for e in encoded]),
             removals,
             Counter(document.form for document in documents),
+            self._encoder.tokens_in_text.copy(),
+            sum(result.piece > 0 for result in results),
         )
 
     def _row(self, number: int, document: Document) -> _Row:

@@ -95,6 +95,7 @@ def _check_warm_up(train: TrainConfig, steps: int) -> None:
 
 def _check_held_out(recipe: Recipe, rows: int) -> None:
     needing = {
+        "train.eval_every": recipe.train.eval_every or None,
         "train.early_stopping_patience": recipe.train.early_stopping_patience,
         "checkpoint.load_best_at_end": recipe.checkpoint.load_best_at_end or None,
     }
