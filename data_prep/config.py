@@ -189,8 +189,8 @@ class DataConfig(Section):
     )
     special_tokens_in_text: Literal["encode_as_text", "allow", "refuse"] = Field(
         default="encode_as_text",
-        description="control tokens such as <|im_end|> within the data: encode as ordinary text, allow as control "
-        "tokens, or refuse the row",
+        description="control tokens (the tokenizer's special tokens) within the data: encode as ordinary text, allow "
+        "as control tokens, or refuse the row",
     )
     mask_history: bool = Field(default=False, description="learn only the last answer of each conversation")
     cleaning: CleaningConfig = Field(default_factory=CleaningConfig, description="which documents are removed")

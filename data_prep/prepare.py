@@ -159,7 +159,9 @@ def _encode_sources(
     near = None
     if config.cleaning.near_duplicates is not None:
         near = NearDuplicateFilter(config.cleaning.near_duplicates, len(config.tasks))
-    with closing(encode_blocks(tally.counted(read_blocks(config)), config, tokenizer)) as blocks:  # ends the workers in any case
+    with closing(
+        encode_blocks(tally.counted(read_blocks(config)), config, tokenizer)
+    ) as blocks:  # ends the workers in any case
         for encoded in blocks:
             for removal in encoded.removals:
                 removals.add(removal.task, removal.reason, 1, [removal.place])
