@@ -178,7 +178,7 @@ class DataConfig(Section):
     )
     held_out: float | int = Field(
         default=0.05,
-        description="documents not used for training: a fraction in (0, 1), or a count per task (1 or more)",
+        description="documents not used for training: a fraction in (0, 1), a count per task (1 or more), or 0: none",
     )
     seed: int = Field(default=0, description="seed of the held-out split and of the order of documents")
     system_prompt: str | None = Field(
@@ -187,6 +187,11 @@ class DataConfig(Section):
     )
     chat_template: UserPath | None = Field(
         default=None, description="Jinja file to use instead of the tokenizer's chat template"
+    )
+    special_tokens_in_text: Literal["encode_as_text", "allow", "refuse"] = Field(
+        default="encode_as_text",
+        description="control tokens (the tokenizer's special tokens) within the data: encode as ordinary text, allow "
+        "as control tokens, or refuse the row",
     )
     mask_history: bool = Field(default=False, description="learn only the last answer of each conversation")
     cleaning: CleaningConfig = Field(default_factory=CleaningConfig, description="which documents are removed")
@@ -205,12 +210,14 @@ class DataConfig(Section):
     @field_validator("held_out", mode="before")
     @classmethod
     def _held_out_is_a_fraction_or_a_count(cls, value: Any) -> Any:
-        is_count = type(value) is int and value >= 1
+        if type(value) is float and value == 0:
+            return 0
+        is_count = type(value) is int and value >= 0
         is_fraction = type(value) is float and 0 < value < 1
         if not (is_count or is_fraction):
             raise ValueError(
                 f"{value!r} is neither a fraction between 0 and 1 (such as 0.05) nor a whole number of documents per "
-                "task (such as 100)"
+                "task (such as 100, or 0 to train on all)"
             )
         return value
 

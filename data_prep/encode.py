@@ -1,5 +1,6 @@
 """Turns documents into token ids and labels."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,10 @@ import numpy as np
 
 from data_prep.chat import ChatTemplate, check_offsets
 from data_prep.config import DataConfig
+from data_prep.control_tokens import ControlTokens
 from data_prep.documents import Document, with_system_prompt
 from data_prep.template_renderer import Span
+from data_prep.tokenizer_checks import embedding_rows, refuse_beyond_embedding
 from data_prep.user_error import UserError
 
 IGNORED = -100  # label of tokens that are not scored, as in torch and transformers
@@ -41,6 +44,7 @@ class Removed:
 
     place: str  # where it is in the source, and for BAD_ROW what is wrong with it
     reason: str
+    piece: int = 0  # as in Encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,13 @@ class _Rendered:
 
     text: str
     spans: list[Span]
+    hidden: frozenset[str]  # control tokens in the document, for which stand-ins are in the text
 
 
 class Encoder:
     """Tokenizes documents and labels what is to be learned, by character position, never by token id.
 
+    tokens_in_text: documents encoded so far that hold a control token in their text, by token.
     Raises UserError if the tokenizer gives no character offsets or, for conversations, has no chat template.
     """
 
@@ -62,11 +68,12 @@ class Encoder:
         self._tokenizer = tokenizer
         self._config = config
         self._template: ChatTemplate | None = None
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._control = ControlTokens(tokenizer, config.special_tokens_in_text)
+        self._rows = embedding_rows(tokenizer)
+        self.tokens_in_text: Counter[str] = Counter()
         # Whether the tokenizer itself adds bos before a text; chat templates write their own.
-        with_specials, without = (self._backend.encode("a", add_special_tokens=s).ids for s in (True, False))
+        backend = tokenizer.backend_tokenizer
+        with_specials, without = (backend.encode("a", add_special_tokens=s).ids for s in (True, False))
         starts = with_specials[: len(with_specials) - len(without)]
         self._opening = (tokenizer.bos_token or "") if tokenizer.bos_token_id in starts else ""
 
@@ -79,9 +86,9 @@ class Encoder:
     def encode(self, documents: Sequence[Document]) -> list[Encoded | Removed]:
         """The documents in order, each encoded, encoded in several pieces, or removed."""
         rendered = [self._rendered(document) for document in documents]
-        texts = [result.text for result in rendered if not isinstance(result, Removed)]
+        texts = [result for result in rendered if not isinstance(result, Removed)]
         # The template has already written the special tokens.
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        encodings = iter(self._control.encode([t.text for t in texts], [bool(t.hidden) for t in texts]))
         results: list[Encoded | Removed] = []
         for document, result in zip(documents, rendered, strict=True):
             if isinstance(result, Removed):
@@ -116,16 +123,21 @@ class Encoder:
 
     def _render(self, document: Document) -> "_Rendered":
         if document.text is not None:
-            text = self._opening + document.text + (self._tokenizer.eos_token or "")
-            return _Rendered(text, [(len(self._opening), len(text))])
-        messages = with_system_prompt(document.messages, self._config.system_prompt)
+            own, hidden = self._control.hide(document.text, document.origin)
+            text = self._opening + own + (self._tokenizer.eos_token or "")
+            return _Rendered(text, [(len(self._opening), len(text))], hidden)
+        given = with_system_prompt(document.messages, self._config.system_prompt)
+        (messages, tools), hidden = self._control.hide([given, document.tools], document.origin)
+        text, parts = self.template.learned(messages, document.origin, tools)
         added = len(messages) - len(document.messages)
-        text, parts = self.template.learned(messages, document.origin, document.tools)
         learned = document.learned_turns(self._config.mask_history)
-        return _Rendered(text, [span for index in learned for span in parts[index + added]])
+        return _Rendered(text, [span for index in learned for span in parts[index + added]], hidden)
 
     def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
+        self.tokens_in_text.update(rendered.hidden)
         ids = np.array(encoding.ids, dtype=np.int32)
+        if self._rows is not None and len(ids) and ids.max() >= self._rows:
+            refuse_beyond_embedding(self._tokenizer, int(ids.max()), self._rows, f"used in {document.origin}")
         scored = _scored(encoding, len(rendered.text), rendered.spans)
         seq_len, over_long = self._config.seq_len, len(ids) > self._config.seq_len
         if not over_long:
@@ -143,7 +155,7 @@ class Encoder:
             if learned.any():
                 pieces.append(Encoded(document, ids[start : start + seq_len], learned, piece, over_long))
             else:
-                pieces.append(Removed(document.origin, NO_LABELS_AFTER_CUT if over_long else EMPTY_ANSWER))
+                pieces.append(Removed(document.origin, NO_LABELS_AFTER_CUT if over_long else EMPTY_ANSWER, piece))
         return pieces
 
 

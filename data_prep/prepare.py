@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.chat import ChatTemplate
-from data_prep.config import DataConfig, FilesSource
+from data_prep.config import DataConfig
 from data_prep.duplicates import (
     DUPLICATE,
     NEAR_DUPLICATE,
@@ -32,22 +30,18 @@ from data_prep.fingerprint import (
 from data_prep.manifest import FORMAT_VERSION, SPLITS, describe_split, read_manifest, write_manifest
 from data_prep.mixing import draw
 from data_prep.plots import write_plots
-from data_prep.prepare_report import PrepareReport, note_on_unread, write_report
+from data_prep.preparation_notes import preparation_notes
+from data_prep.prepare_report import PrepareReport, write_report
 from data_prep.prepared_folder import exclusive_preparation, refuse_foreign_folder, write_items, write_rows
 from data_prep.publish import blame_option, publish_atomically
-from data_prep.sources.finding import find_files
 from data_prep.sources.read import read_blocks, source_key
 from data_prep.split import in_digest_order, split_documents
 from data_prep.spool import Removals, Spool
 from data_prep.suite.tasks import refuse_unknown_tasks
+from data_prep.tally import Tally
+from data_prep.tokenizer_checks import check_tokenizer
 from data_prep.user_error import UserError
 from data_prep.workers import encode_blocks
-
-_NO_END_TOKEN = (
-    "the chat template ends some assistant turns with no special token: a model trained on this set does not learn to "
-    "stop after them"
-)
-_TODAY = "the chat template writes the current date, so preparing the same input on another day gives another set"
 
 
 def prepare(
@@ -63,6 +57,7 @@ def prepare(
     refuse_missing_library(config.cleaning)
     refuse_unknown_tasks(config)
     refuse_foreign_folder(config.prepared_dir)
+    check_tokenizer(tokenizer)
     with exclusive_preparation(config.prepared_dir, say):
         previous = _previous_manifest(config)
         sources = source_states(config, previous.get("sources", ()))
@@ -111,16 +106,16 @@ def find_unchanged_set(config: DataConfig, tokenizer_files: Sequence[Path]) -> P
 
 def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Writes rows and items into `folder`; returns what the manifest says about them."""
-    removals = Removals()
+    removals, tally = Removals(), Tally()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spool") as spool_folder, Spool(Path(spool_folder)) as spool:
-        forms, unread = _encode_sources(spool, config, tokenizer, removals)
-        forms, with_tools = _encode_sources(spool, config, tokenizer, removals)
+        _encode_sources(spool, config, tokenizer, removals, tally)
         documents = spool.documents
         if missing := _tasks_without(config, documents["task"]):
             raise UserError(_why_nothing_is_left(missing[0], removals, config))
         split = split_documents(documents, config)
         for reason, which in split.removed.items():
             _count_removed(spool, which, reason, removals)
+        tally.check_nothing_lost(split, removals)
         if missing := _tasks_without(config, documents["task"][split.train]):
             raise UserError(
                 f"data.held_out: {config.held_out} leaves no document of task {config.tasks[missing[0]]!r} to train "
@@ -132,46 +127,36 @@ def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, An
             written = write_rows(spool, order, config, folder / name)
             described[name] = describe_split(documents, order, written, config)
         write_items(spool.items(split.held_out), folder)
-    template = _template(config, tokenizer, forms)
+    template = Encoder(tokenizer, config).template if tally.has_conversations() else None
+    not_held_out = [config.tasks[task] for task in _tasks_without(config, documents["task"][split.held_out])]
     return {
         "tasks": config.tasks,
         "splits": described,
         "removed": removals.by_task(config.tasks),
-        "forms": {source_key(index): dict(counts) for index, counts in forms.items()},
-        "unread": {source_key(index): dict(counts.most_common()) for index, counts in unread.items() if counts},
+        "forms": {source_key(index): dict(counts.forms) for index, counts in tally.sources.items()},
+        "unread": {
+            source_key(index): dict(counts.unread.most_common())
+            for index, counts in tally.sources.items()
+            if counts.unread
+        },
         "different_documents": _by_task(config, documents["task"][split.train]),
-        "notes": [
-            *_notes(config, tokenizer, forms, _tasks_without(config, documents["task"][split.held_out])),
-            *(f"{source_key(index)}: {note}" for index, counts in unread.items() for note in note_on_unread(counts)),
         "learned_ends": [end for end in template.learned_ends() if end] if template else [],
-        "notes": [
-            *_notes(config, forms, _tasks_without(config, documents["task"][split.held_out])),
-            *(_notes_on_template(template, with_tools) if template else ()),
-        ],
+        "notes": preparation_notes(config, tokenizer, template, tally, not_held_out),
         "config": config.model_dump(mode="json"),
     }
 
 
-def _encode_sources(
-    spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals
-) -> tuple[dict[int, Counter[str]], dict[int, Counter[str]]]:
-    """Reads and encodes all sources; returns the forms of each source's records, and what is not read of them."""
-    forms: dict[int, Counter[str]] = {}
-    unread: dict[int, Counter[str]] = {}
-) -> tuple[dict[int, Counter[str]], Counter[int]]:
-    """Reads and encodes all sources; returns the forms of each source's records, and how many of them give tools."""
-    forms: dict[int, Counter[str]] = {}
-    with_tools = Counter[int]()
+def _encode_sources(spool: Spool, config: DataConfig, tokenizer: Any, removals: Removals, tally: Tally) -> None:
+    """Reads and encodes all sources into the spool; counts what is removed and what is found."""
     near = None
     if config.cleaning.near_duplicates is not None:
         near = NearDuplicateFilter(config.cleaning.near_duplicates, len(config.tasks))
-    with closing(encode_blocks(read_blocks(config), config, tokenizer)) as blocks:  # ends the workers in any case
+    read = tally.counted(read_blocks(config))
+    with closing(encode_blocks(read, config, tokenizer)) as blocks:  # ends the workers in any case
         for encoded in blocks:
             for removal in encoded.removals:
                 removals.add(removal.task, removal.reason, 1, [removal.place])
-            forms.setdefault(encoded.block.source, Counter()).update(encoded.forms)
-            unread.setdefault(encoded.block.source, Counter()).update(encoded.unread)
-            with_tools[encoded.block.source] += encoded.with_tools
+            tally.add(encoded)
             spool.add(encoded)
             if near is not None and encoded.signatures is not None:
                 near.add(encoded.documents, encoded.signatures)
@@ -181,8 +166,6 @@ def _encode_sources(
         _count_removed(spool, np.flatnonzero(~near.kept & ~first), DUPLICATE, removals)
         _count_removed(spool, np.flatnonzero(~near.kept & first), NEAR_DUPLICATE, removals)
         spool.documents = spool.documents[near.kept]
-    return forms, unread
-    return forms, with_tools
 
 
 def _count_removed(spool: Spool, which: np.ndarray, reason: str, removals: Removals) -> None:
@@ -224,41 +207,3 @@ def _why_nothing_is_left(task: int, removals: Removals, config: DataConfig) -> s
         f"data.sources: task {name!r} has no document left, all {sum(lost.values())} were dropped at data.seq_len="
         f"{config.seq_len} ({reasons}; the first: {removals.first[task, commonest][0]}); {advice}"
     )
-
-
-def _template(config: DataConfig, tokenizer: Any, forms: dict[int, Counter[str]]) -> ChatTemplate | None:
-    """The chat template; None if there are no conversations."""
-    return Encoder(tokenizer, config).template if any(set(counts) - {"text"} for counts in forms.values()) else None
-
-
-def _notes_on_template(template: ChatTemplate, with_tools: Counter[int]) -> list[str]:
-    notes = [
-        f"the chat template ends the last answer with no special token: {end} is added there"
-        for end in template.added_ends()
-    ]
-    notes += [_NO_END_TOKEN] if "" in template.learned_ends() else []
-    notes += [_TODAY] if template.writes_dates() else []
-    if with_tools.total() and not template.writes_tools():
-        notes += [
-            f"{source_key(index)}: the chat template does not write the tools that {count:,} records give"
-            for index, count in with_tools.items()
-            if count
-        ]
-    return notes
-
-
-def _notes(config: DataConfig, forms: dict[int, Counter[str]], not_held_out: list[int]) -> list[str]:
-    """Remarks for users that are not errors. not_held_out: tasks without a held-out document."""
-    notes = [f"task {config.tasks[task]!r} has no held-out documents" for task in not_held_out]
-    for index, source in enumerate(config.sources):
-        key = source_key(index)
-        if len(forms.get(index, ())) > 1:
-            mixture = ", ".join(f"{count:,} {form}" for form, count in forms[index].most_common())
-            notes.append(f"{key} holds records of several forms: {mixture}")
-        if isinstance(source, FilesSource):
-            found, skipped = find_files(source, key)
-            empty = [path for path in found if not path.stat().st_size]
-            notes += [f"{key}: {len(paths)} {what}, the first is {paths[0]}" for paths, what in (
-                (empty, "empty files"), (skipped, "files or linked folders skipped")
-            ) if paths]  # fmt: skip
-    return notes

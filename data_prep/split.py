@@ -22,7 +22,7 @@ class Split:
 
 
 def split_documents(documents: np.ndarray, config: DataConfig) -> Split:
-    """Holds out a fraction, or a count per task, of the distinct documents (DOCUMENT [n]).
+    """Holds out a fraction, or a count per task, of the distinct documents (DOCUMENT [n]); with 0 none.
 
     No copy of a held-out document is in the training split, under any task, or in the held-out split under the same
     task. Copies within a task's training documents with the same labels are removed too, unless the recipe keeps them;
@@ -44,13 +44,13 @@ def split_documents(documents: np.ndarray, config: DataConfig) -> Split:
 
 
 def may_be_held_out(digests: np.ndarray, held_out: float | int) -> np.ndarray:
-    """Which documents are candidates, bool [n]: with a fraction those it holds out, with a count all.
+    """Which documents are candidates, bool [n]: with a fraction those it holds out, with a count all, with 0 none.
 
     digests: first halves of the documents' digests, uint64 [n].
     """
     if isinstance(held_out, float):
         return digests < np.uint64(held_out * 2**64)
-    return np.ones(len(digests), bool)
+    return np.full(len(digests), held_out > 0)
 
 
 def in_digest_order(documents: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -63,6 +63,8 @@ def _choose(documents: np.ndarray, first: np.ndarray, held_out: float | int, tas
     if isinstance(held_out, float):
         return may_be_held_out(documents["high"], held_out)
     chosen = np.zeros(len(documents), bool)
+    if not held_out:
+        return chosen
     for index, task in enumerate(tasks):
         own = in_digest_order(documents, np.flatnonzero(first & (documents["task"] == index)))
         # all pieces of a split document go to the same side

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,22 @@ class _Row:
     item: bytes  # empty if there is none, or the document is not held out
 
 
+@dataclass
+class SourceCounts:
+    """What was found in the rows of one source, or of a part of it."""
+
+    forms: Counter[str] = field(default_factory=Counter)  # documents by form
+    unread: Counter[str] = field(default_factory=Counter)  # rows by what is not read of them, as in Document.unread
+    tokens_in_text: Counter[str] = field(default_factory=Counter)  # documents by control token in their text
+    with_tools: int = 0  # documents that give tools
+
+    def add(self, other: "SourceCounts") -> None:
+        self.forms += other.forms
+        self.unread += other.unread
+        self.tokens_in_text += other.tokens_in_text
+        self.with_tools += other.with_tools
+
+
 @dataclass(frozen=True)
 class EncodedBlock:
     """The result of encoding a block. The documents' fields start, item_start and file are not set yet."""
@@ -82,9 +98,8 @@ class EncodedBlock:
     items: bytes  # held-out items as JSON lines, document after document
     signatures: np.ndarray | None  # uint32 [documents, permutations], for near duplicates
     removals: list[Removal]
-    forms: Counter[str]
-    unread: Counter[str]  # rows by what is not read of them, as in Document.unread
-    with_tools: int  # documents that give tools
+    counts: SourceCounts
+    further_pieces: int  # of split documents, beyond their first
 
 
 class BlockEncoder:
@@ -113,7 +128,9 @@ class BlockEncoder:
                     raise
                 removals.append(Removal(task, BAD_ROW, str(error)))
         encoded: list[Encoded] = []
-        for result in self._encoder.encode(documents):
+        self._encoder.tokens_in_text.clear()
+        results = self._encoder.encode(documents)
+        for result in results:
             if isinstance(result, Removed):
                 removals.append(Removal(task, result.reason, result.place))
             else:
@@ -128,9 +145,13 @@ class BlockEncoder:
             b"".join(items),
             None if self._signer is None else self._signer.sign([e.document for e in encoded]),
             removals,
-            Counter(document.form for document in documents),
-            Counter(name for document in documents for name in document.unread),
-            sum(bool(document.tools) for document in documents),
+            SourceCounts(
+                Counter(document.form for document in documents),
+                Counter(name for document in documents for name in document.unread),
+                self._encoder.tokens_in_text.copy(),
+                sum(bool(document.tools) for document in documents),
+            ),
+            sum(result.piece > 0 for result in results),
         )
 
     def _row(self, number: int, document: Document) -> _Row:

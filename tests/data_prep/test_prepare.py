@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from data_prep.config import DataConfig
+from data_prep.encode import Encoder
 from data_prep.items import answer_of
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
+from data_prep.split import Split
 from data_prep.user_error import UserError
 from tests.data_prep.conftest import SUMS, WORDS
 from tests.support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
@@ -171,6 +173,63 @@ def test_a_set_without_held_out_documents_is_noted_and_opens(config_of, tokenize
     prepared = open_prepared(config, tokenizer)
     assert (len(prepared.held_out), prepared.items) == (0, [])
     assert "note: task 'words' has no held-out documents" in str(report)
+
+
+@pytest.mark.parametrize("none", [0, 0.0])
+@pytest.mark.parametrize("duplicates", ["drop", "keep"])
+def test_a_set_that_holds_nothing_out_trains_on_all_says_so_once_and_opens(config_of, tokenizer, none, duplicates):
+    config = config_of(held_out=none, cleaning={"duplicates": duplicates})
+    report = prepare(config, tokenizer)
+    prepared = open_prepared(config, tokenizer)
+    assert sorted(tokenizer.decode(found["input_ids"]) for found in documents_in(prepared.train)) == sorted(EXPECTED)
+    assert (len(prepared.held_out), prepared.items, list(prepared.held_out)) == (0, [], [])
+    assert report.manifest["notes"] == [
+        "nothing is held out (data.held_out: 0): runs report no held-out losses, and `teamlora evaluate` has no items"
+    ]
+
+
+def lose_a_training_document(monkeypatch) -> None:
+    from data_prep.split import split_documents
+
+    def lossy(documents, config):
+        split = split_documents(documents, config)
+        return Split(split.train[1:], split.held_out, split.removed)
+
+    monkeypatch.setattr("data_prep.prepare.split_documents", lossy)
+
+
+def lose_a_row_in_encoding(monkeypatch) -> None:
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, documents: encode(self, documents[1:]))
+
+
+@pytest.mark.parametrize("lose", [lose_a_training_document, lose_a_row_in_encoding])
+def test_a_document_that_is_neither_learned_nor_held_out_nor_removed_is_an_error(
+    config_of, tokenizer, monkeypatch, lose
+):
+    lose(monkeypatch)
+    config = config_of({"sums": SUMS})
+    with pytest.raises(
+        RuntimeError, match=r"^12 documents and pieces were read, but 9 are for training, 2 held out and"
+    ):
+        prepare(config, tokenizer)
+    assert not config.prepared_dir.exists()
+
+
+@pytest.mark.parametrize("over_long", ["cut_right", "cut_left", "split", "drop"])
+def test_every_document_read_is_learned_held_out_or_counted_as_removed_however_it_is_cut(
+    config_of, tokenizer, over_long
+):
+    long = [{"instruction": "Count " * 90, "output": f"{i} " * 90} for i in range(4)]
+    bad = [{"instruction": "Why?"}, {"instruction": "Why?", "output": ""}]
+    records = [*SUMS, *SUMS[:3], *long, *long[:1], *bad]
+    keys = {"cleaning": {"bad_rows": "drop"}, "mixing": {"caps": {"sums": 2}}}
+    config = config_of({"sums": records}, seq_len=64, over_long=over_long, **keys)
+    manifest = prepare(config, tokenizer).manifest
+    assert manifest["splits"]["train"]["tasks"]["sums"]["documents"] == 2
+    held_out, removed = manifest["splits"]["held_out"]["tasks"]["sums"], manifest["removed"]["sums"].values()
+    counted = manifest["different_documents"]["sums"] + held_out["documents"] + sum(r["documents"] for r in removed)
+    assert counted == len(records) if over_long != "split" else counted > len(records)
 
 
 def test_rows_do_not_depend_on_the_order_of_sources(config_of, tokenizer, tmp_path):

@@ -176,6 +176,26 @@ def test_empty_files_and_files_of_other_endings_are_noted(tmp_path, tokenizer):
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_a_tokenizer_without_an_end_token_is_noted_where_plain_texts_are_learned(config_of):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    report = prepare(config_of({"sums": [{"text": f"Some words {i}."} for i in range(12)]}), tokenizer)
+    assert notes_of(report) == [
+        "the tokenizer has no end token (eos_token): a model trained on these plain texts does not learn to stop"
+    ]
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_control_tokens_in_the_text_are_counted_by_source_the_most_frequent_first(config_of, tokenizer):
+    marked = [{"instruction": f"{i} <|im_end|><|im_end|>", "output": "<|im_start|>" * (i == 0) + "4"} for i in range(3)]
+    report = prepare(config_of({"sums": [*SUMS, *marked], "words": WORDS}), tokenizer)
+    assert notes_of(report) == [
+        "data.sources.0: documents hold control tokens in their text (<|im_end|> in 3, <|im_start|> in 1), encoded as "
+        "ordinary text; data.special_tokens_in_text: allow would make control tokens of them"
+    ]
+
+
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("records", [SUMS, [{"text": f"Some words {i}."} for i in range(12)]], ids=["chat", "text"])
 def test_a_template_without_an_end_token_is_noted_where_conversations_are_learned(config_of, records):
     report = prepare(config_of({"sums": records}), tiny_tokenizer(OPEN_ENDED))

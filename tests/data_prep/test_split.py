@@ -56,6 +56,12 @@ def test_a_count_is_kept_per_task_and_the_rest_trains_in_order():
     assert scene.removed == NOTHING
 
 
+def test_nothing_is_held_out_where_zero_is_asked_for():
+    scene = Scene(numbers(20) + numbers(2), [], 0)
+    assert (scene.train, scene.held_out) == (scene.texts[:20], [])
+    assert scene.removed == {**NOTHING, "duplicate": scene.texts[20:]}
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.5])
 def test_a_fraction_is_kept_within_five_standard_deviations(fraction):
     kept = len(Scene(numbers(4000), [], fraction).held_out)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.chat import ChatTemplate
+from data_prep.control_tokens import ControlTokens
 from data_prep.documents import with_system_prompt
 from data_prep.items import answer_of
 from trainer.evaluation.loaded_models import CausalLM, LoadedRun
@@ -19,12 +20,19 @@ def prompt_text(template: ChatTemplate, item: dict[str, Any]) -> str:
     return template.prompt(item["messages"], "the prompt", item.get("tools"), answer)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], template: ChatTemplate) -> list[int]:
-    """Token ids of `prompt_text`. template: the tokenizer's.
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    item: dict[str, Any],
+    template: ChatTemplate,
+    control: ControlTokens | None = None,
+) -> list[int]:
+    """Token ids of `prompt_text`. template, control: the tokenizer's; None: as text in the item is encoded by default.
 
     The model writes a space at the prompt's end itself, as in training: tokenizers join it to the next word.
     """
-    return tokenizer(prompt_text(template, item).rstrip(" "), add_special_tokens=False)["input_ids"]
+    control = control or ControlTokens(tokenizer)
+    hidden, found = control.hide(item, "the prompt")
+    return control.encode([prompt_text(template, hidden).rstrip(" ")], [bool(found)])[0].ids
 
 
 def template_end_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, reasons: bool = False) -> list[int]:
@@ -86,6 +94,7 @@ def answer(run: LoadedRun, prompt: str, max_new_tokens: int) -> str:
     """The answer to one user prompt, with the system prompt and chat template of the run's data."""
     turns = with_system_prompt([{"role": "user", "content": prompt}], run.recipe.data.system_prompt)
     template = ChatTemplate(run.tokenizer)
-    ids = prompt_ids(run.tokenizer, {"messages": turns}, template)
+    control = ControlTokens(run.tokenizer, run.recipe.data.special_tokens_in_text)
+    ids = prompt_ids(run.tokenizer, {"messages": turns}, template, control)
     end_ids = template_end_ids(run.tokenizer, template)
     return generate_greedy(run.model, run.tokenizer, [ids], max_new_tokens, end_ids)[0]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig
+from data_prep.control_tokens import ControlTokens
 from data_prep.documents import Document
 from data_prep.encode import Encoder, Removed
 from data_prep.items import answer_of
@@ -53,15 +54,20 @@ def _last_turn(encoded: Any) -> Continuation:
 
 
 def encode_choices(
-    item: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+    item: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    control: ControlTokens | None = None,
 ) -> list[Continuation]:
     """Each of the item's choices in the place of an answer without reasoning. No end token, as in lm-eval.
 
-    A space at the prompt's end is scored with the choice.
+    A space at the prompt's end is scored with the choice. template, control: the tokenizer's, as in prompt_ids.
     """
-    prompt = template.prompt(item["messages"], "the prompt", item.get("tools"))
-    texts = [prompt.rstrip(" "), *(prompt + choice for choice in item["choices"])]
-    before, *full_texts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    control = control or ControlTokens(tokenizer)
+    hidden, found = control.hide(item, "the prompt")
+    prompt = template.prompt(hidden["messages"], "the prompt", hidden.get("tools"))
+    texts = [prompt.rstrip(" "), *(prompt + choice for choice in hidden["choices"])]
+    before, *full_texts = [encoding.ids for encoding in control.encode(texts, [bool(found)] * len(texts))]
     return [Continuation(ids, min(len(before), len(ids) - 1)) for ids in full_texts]
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig
+from data_prep.control_tokens import ControlTokens
 from data_prep.documents import reasoning_parts
 from data_prep.items import answer_of
 from trainer.evaluation.generation import batches_by_length, generate_greedy, prompt_ids, template_end_ids
@@ -63,17 +64,17 @@ def build_questions(
     items: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> Questions:
     """Encodes items. What the chat template puts before an answer is part of the prompt."""
-    template = ChatTemplate(tokenizer)
+    template, control = ChatTemplate(tokenizer), ControlTokens(tokenizer, config.special_tokens_in_text)
     references = reference_answers(items, tokenizer, config)
     longest: Counter[str] = Counter()
     for item, reference in zip(items, references, strict=True):
         longest[item["task"]] = max(longest[item["task"]], reference.scored)
     return Questions(
         items,
-        [prompt_ids(tokenizer, item, template) for item in items],
+        [prompt_ids(tokenizer, item, template, control) for item in items],
         [longest[item["task"]] + MARGIN for item in items],
         references,
-        [encode_choices(item, tokenizer, template) if item.get("choices") else [] for item in items],
+        [encode_choices(item, tokenizer, template, control) if item.get("choices") else [] for item in items],
         template_end_ids(tokenizer, template, any(reasoning_parts(answer_of(item)) for item in items)),
     )
 

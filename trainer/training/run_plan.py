@@ -87,6 +87,7 @@ def cpu_has_fast_bf16() -> bool:
 
 def _check_held_out(recipe: Recipe, rows: int) -> None:
     needing = {
+        "train.eval_every": recipe.train.eval_every or None,
         "train.early_stopping_patience": recipe.train.early_stopping_patience,
         "checkpoint.load_best_at_end": recipe.checkpoint.load_best_at_end or None,
     }

@@ -1,0 +1,119 @@
+"""Whether a tokenizer gives the ids that its model knows."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tokenizers import Tokenizer
+
+from data_prep.user_error import UserError
+
+_SAMPLES = (
+    "Hello world",
+    "It's",
+    " leading space",
+    "a   b ",
+    "two\n\nlines\n\ttab",
+    "1234567 3.14",
+    "déjà Ærø ÜBER",
+    "e\u0301 ﬁ ½",
+    "你好,世界。 日本語 한국어",
+    "Привет! مرحبا नमस्ते",
+    "🙂 👩\u200d👧",
+    "def f(x):\n    return x[0] != {'a': 1}\n",
+)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises UserError if the tokenizer gives other ids than its file, or ids that its model has no embedding for."""
+    _check_same_ids(tokenizer)
+    rows = embedding_rows(tokenizer)
+    if rows is not None:
+        _check_added_tokens(tokenizer, rows)
+
+
+def embedding_rows(tokenizer: Any) -> int | None:
+    """The rows of the embedding of the model that the tokenizer was loaded beside; None if its folder does not say."""
+    if not tokenizer.name_or_path:
+        return None
+    try:
+        config = json.loads((Path(tokenizer.name_or_path) / "config.json").read_text(encoding="utf-8"))
+        rows = (config.get("text_config") or config)["vocab_size"]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+    return rows if isinstance(rows, int) else None
+
+
+def refuse_beyond_embedding(tokenizer: Any, index: int, rows: int, use: str) -> NoReturn:
+    """Raises the UserError for a token without a row in the embedding. use: where the token occurs."""
+    raise UserError(
+        f"base.model: token {tokenizer.convert_ids_to_tokens(index)!r} ({use}) has id {index}, but the embedding has "
+        f"{rows} rows (vocab_size in config.json); use the tokenizer that belongs to the model, or enlarge the model "
+        "with resize_token_embeddings and save it"
+    )
+
+
+def notes_on_tokenizer(tokenizer: Any, with_texts: bool) -> list[str]:
+    """Remarks on what a tokenizer lacks or has in excess. with_texts: whether documents are plain texts."""
+    notes = []
+    rows = embedding_rows(tokenizer)
+    beyond = [] if rows is None else [t for t, index in tokenizer.get_vocab().items() if index >= rows]
+    if beyond:
+        notes.append(
+            f"{len(beyond):,} tokens of the tokenizer, such as {min(beyond)!r}, are beyond the {rows:,} rows of the "
+            "embedding; none occurs in this set, but a prompt that holds one fails"
+        )
+    if with_texts and tokenizer.eos_token is None:
+        notes.append(
+            "the tokenizer has no end token (eos_token): a model trained on these plain texts does not learn to stop"
+        )
+    return notes
+
+
+def _check_same_ids(tokenizer: Any) -> None:
+    """Compares the tokenizer that transformers has made with its tokenizer.json.
+
+    transformers 5 builds the pre-tokenizer anew from the tokenizer's class, whatever tokenizer.json says. Other tools,
+    such as vLLM and llama.cpp, read that file. Without one, there is nothing to compare.
+    """
+    path = Path(tokenizer.name_or_path) / "tokenizer.json"
+    if not (tokenizer.is_fast and tokenizer.name_or_path and path.is_file()):
+        return
+    own, file = tokenizer.backend_tokenizer, Tokenizer.from_file(str(path))
+    for backend in (own, file):
+        backend.no_truncation()
+        backend.no_padding()
+    added = {token.content for token in file.get_added_tokens_decoder().values()}
+    after_control = [f"{token}word" for token in (tokenizer.bos_token, tokenizer.eos_token) if token in added]
+    for text in (*_SAMPLES, *after_control):
+        made, expected = _encoded(own, text), _encoded(file, text)
+        if made != expected:
+            raise UserError(
+                f"base.model: {path.parent}: {type(tokenizer).__name__} of transformers encodes {text!r} as {made}, but "
+                f"tokenizer.json, which other tools read, as {expected}; if the model was trained with the latter, set "
+                "tokenizer_class in tokenizer_config.json to TokenizersBackend, else write tokenizer.json anew with "
+                "save_pretrained"
+            )
+
+
+def _check_added_tokens(tokenizer: Any, rows: int) -> None:
+    """Refuses tokens beyond the embedding that any run or any text may use.
+
+    These are bos, end and pad tokens, and added tokens that are not special. Other special tokens come from the chat
+    template only: Gemma 3 has one for images that its text models lack.
+    """
+    for name in ("bos_token", "eos_token", "pad_token"):
+        index = getattr(tokenizer, f"{name}_id")
+        if index is not None and index >= rows:
+            refuse_beyond_embedding(tokenizer, index, rows, f"the tokenizer's {name}")
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if index >= rows and not token.special:
+            refuse_beyond_embedding(tokenizer, index, rows, "an added token")
+
+
+def _encoded(backend: Tokenizer, text: str) -> list[int] | str:
+    """The ids, or the error of a tokenizer that cannot encode the text."""
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # tokenizers raises this class itself
+        return str(error)
