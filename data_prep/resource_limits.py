@@ -69,6 +69,6 @@ def _number(group: Path, *names: str) -> int | None:
 def _text(path: Path) -> str:
     """Empty where there is no such file, as in the top group, or none that can be read."""
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""

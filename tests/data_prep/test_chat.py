@@ -31,9 +31,9 @@ def conversation(*turns: str) -> Document:
     return Document("task", [{"role": role, "content": content} for role, content in pairs], "file.jsonl:7")
 
 
-def encode(tokenizer, document, system_prompt=None):
+def encode(tokenizer, document, **keys):
     source = {"type": "files", "task": "task", "path": "unused"}
-    config = DataConfig(prepared_dir="unused", sources=[source], seq_len=512, system_prompt=system_prompt)
+    config = DataConfig(prepared_dir="unused", sources=[source], seq_len=512, **keys)
     (encoded,) = Encoder(tokenizer, config).encode([document])
     return encoded
 
@@ -74,7 +74,7 @@ def assert_scored(tokenizer, encoded, marked: str) -> None:
 )  # fmt: skip
 def test_answers_and_their_end_tokens_are_scored_and_nothing_else(style, turns, marked):
     tokenizer = tiny_tokenizer(*style)
-    assert_scored(tokenizer, encode(tokenizer, conversation(*turns)), marked)
+    assert_scored(tokenizer, encode(tokenizer, conversation(*turns), special_tokens_in_text="allow"), marked)
 
 
 def test_end_token_that_is_also_the_pad_token_is_scored():
