@@ -50,6 +50,12 @@ class FilesSource(Section):
     sample_by: Literal["document", "paragraph", "line"] = Field(
         default="document", description="what one document is in plain text: the file, a paragraph or a line"
     )
+    split: str | None = Field(
+        default=None,
+        min_length=1,
+        description="read only the files whose names tell of this split, such as train or validation; null: all, if "
+        "their names do not tell of several",
+    )
     fields: Fields = Field(default_factory=dict)
     metric: Metric = None
 

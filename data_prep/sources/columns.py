@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import HubSource
-from data_prep.sources.blocks import Row
+from data_prep.sources.arrow_values import record_converter
+from data_prep.sources.blocks import Row, Unreadable
 from data_prep.sources.text import first_repeated
 from data_prep.user_error import UserError
 
 _ROWS = 1000  # records converted to Python objects at once
-_EXACT = 2**53  # floats hold every whole number up to here
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's, since 2019
 
 
@@ -29,9 +29,9 @@ def read_hub(source: HubSource, key: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     try:
-        records = load_dataset(source.name, source.subset, split=source.split, revision=source.revision, streaming=True)
-        for number, record in enumerate(records):
-            yield number, without_table_padding(record)
+        rows = load_dataset(source.name, source.subset, split=source.split, revision=source.revision, streaming=True)
+        # as Arrow tables: they say which columns hold JSON, and how exact their numbers are
+        yield from enumerate(record for table in rows.with_format("arrow").iter(_ROWS) for record in _converted(table))
     except Exception as error:  # by `datasets`, huggingface_hub, fsspec and network libraries
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
@@ -54,17 +54,6 @@ def hub_revision(source: HubSource, key: str) -> str:
         ) from error
 
 
-def without_table_padding(value: Any) -> Any:
-    """The record as it was before it became a table row: without the nulls in columns that it does not use, and with
-    whole numbers that became floats beside a null or a fraction."""
-    if isinstance(value, dict):
-        return {name: without_table_padding(part) for name, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [without_table_padding(part) for part in value]
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT
-    return int(value) if is_whole else value
-
-
 def _records(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
     import pyarrow
 
@@ -75,15 +64,25 @@ def _records(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
                 raise ValueError(f"column {name!r} is repeated")
             batch.validate(full=True)  # checks UTF-8 and offsets; wrong offsets would crash the process
             for start in range(0, batch.num_rows, _ROWS):
-                for record in batch.slice(start, _ROWS).to_pylist():
-                    yield number, without_table_padding(record)
+                for record in _converted(batch.slice(start, _ROWS)):
+                    yield number, record
                     number += 1
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: invalid values
-        cause = " ".join(str(error).split())[:200]
+        cause = " ".join(str(error).split())[:200] if path.stat().st_size else "it is empty, 0 bytes"
         place = f"{path}, from record {number} on" if number else str(path)
         raise UserError(
             f"{place}: not a readable {kind} file ({cause}); download it again, or correct its format"
         ) from error
+
+
+def _converted(table: Any) -> Iterator[dict[str, Any] | Unreadable]:
+    """Records of a pyarrow.RecordBatch or pyarrow.Table."""
+    convert = record_converter(table.schema)
+    for row in table.to_pylist():
+        try:
+            yield convert(row)
+        except ValueError as error:
+            yield Unreadable(str(error))
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:

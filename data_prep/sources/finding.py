@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import FilesSource
+from data_prep.sources.file_kind import COMPRESSIONS, first_bytes, lacks_compression, mistaken_for
+from data_prep.sources.splits import files_of_split, refuse_several_splits
 from data_prep.user_error import UserError
 
 FORMATS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".arrow": "arrow", ".feather": "arrow", ".txt": "text", ".md": "text",
 }  # fmt: skip
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 _BOOKKEEPING = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}  # by `datasets`
 _ABOUT = {"readme", "license"}  # describe a downloaded folder; its data is in other files
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # raised when reading a damaged file
@@ -28,14 +30,18 @@ def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
     """The source's files, sorted by name, and the files of a folder that are skipped.
 
     Does not follow links to folders. `key`: the source's key in the recipe, for errors. Raises UserError if there is no
-    file, or one that is no regular file or has an unknown format.
+    file, for files of several splits, and for one that is no regular file, of an unknown format or not what its name
+    says.
     """
     skipped: list[Path] = []
+    folder = source.path.parent  # the names below it tell of splits
     if os.path.isdir(source.path):  # unlike Path.is_dir, false for paths that cannot be looked up
+        folder = source.path
         found, skipped = _in_folder(source, key)
     elif os.path.exists(source.path):
         found = [source.path]
     elif glob.has_magic(str(source.path)):
+        folder = next(parent for parent in source.path.parents if not glob.has_magic(str(parent)))
         found = _matches(str(source.path))
         if not found:
             raise UserError(f"{key}.path: no file matches {source.path}; correct the pattern")
@@ -44,12 +50,18 @@ def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
     for path in (*found, *skipped):
         if not _is_utf8(str(path)):  # neither manifest nor report could name it
             raise UserError(f"{key}.path: the name {str(path)!r} is not UTF-8; rename it")
+    if source.split is None:
+        refuse_several_splits(found, folder, key)
+    else:
+        found, others = files_of_split(found, folder, source.split, key)
+        skipped = sorted([*skipped, *others])
     for path in found:
         if not os.path.isfile(path):
             raise UserError(f"{key}.path: {path} is not a regular file or a link to one; remove or correct it")
+        _refuse_other_kind(path, source, key)
         if format_of(path, source) is None:
             raise UserError(
-                f"{key}.path: {path} does not end in {', '.join(FORMATS)} (with or without {', '.join(_COMPRESSED)}); "
+                f"{key}.path: {path} does not end in {', '.join(FORMATS)} (with or without {', '.join(COMPRESSIONS)}); "
                 f"set {key}.format"
             )
     return found, skipped
@@ -61,7 +73,7 @@ def format_of(path: Path, source: FilesSource) -> str | None:
 
 
 def is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in _COMPRESSED
+    return path.suffix.lower() in COMPRESSIONS
 
 
 def open_file(path: Path) -> io.BufferedReader:
@@ -76,8 +88,11 @@ def open_file(path: Path) -> io.BufferedReader:
 def unreadable_file(path: Path, error: Exception, key: str) -> UserError:
     """The error for a file that cannot be read to its end."""
     cause = " ".join(str(getattr(error, "strerror", None) or error).split())
-    is_damaged = is_compressed(path) and not getattr(error, "errno", None)  # errno: it could not be opened
-    advice = "it is truncated or damaged, download it again" if is_damaged else "give a readable file"
+    advice = "give a readable file"
+    if is_compressed(path) and not getattr(error, "errno", None):  # errno: it could not be opened
+        advice = "it is truncated or damaged, download it again"
+        if lacks_compression(first_bytes(path), path.suffix.lower()):
+            advice = f"it is not compressed, remove {path.suffix} from its name"
     return UserError(f"{key}.path: cannot read {path} ({cause}); {advice}")
 
 
@@ -87,12 +102,36 @@ def _open_zst(path: Path) -> Any:
     return pyarrow.input_stream(str(path), compression="zstd")
 
 
-def _in_folder(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
-    if os.path.exists(source.path / "dataset_dict.json"):
+def _refuse_other_kind(path: Path, source: FilesSource, key: str) -> None:
+    """Raises UserError for a file that is not what its name says, before anything is read."""
+    if _without_compression(path).suffix.lower() in _ARCHIVES:
+        raise UserError(f"{key}.path: {path} is an archive; unpack it, and give the folder")
+    try:
+        start = first_bytes(path)
+    except OSError as error:
+        raise unreadable_file(path, error, key) from error
+    if what := mistaken_for(start, format_of(path, source), path.suffix.lower()):
+        raise UserError(f"{key}.path: {path} is {what}")
+
+
+def _split_folder(source: FilesSource, key: str) -> Path:
+    """The folder to read: among several splits as `datasets` saves them, that of the source's split."""
+    folder = source.path
+    if os.path.exists(folder / "dataset_dict.json"):
+        if source.split is None:
+            raise UserError(f"{key}.path: {folder} holds several splits; give one of them, such as {folder / 'train'}")
+        if not os.path.isdir(folder / source.split):
+            raise UserError(f"{key}.split: {folder} has no split {source.split!r}; give the name of one of its folders")
+        return folder / source.split
+    if len(snapshots := sorted(folder.glob("snapshots/*"))) > 1 and os.path.isdir(folder / "blobs"):
         raise UserError(
-            f"{key}.path: {source.path} holds several splits; give one of them, such as {source.path / 'train'}"
+            f"{key}.path: {folder} holds {len(snapshots)} versions in the Hub's cache; give one, such as {snapshots[0]}"
         )
-    found = sorted(_walk(source.path, key))
+    return folder
+
+
+def _in_folder(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
+    found = sorted(_walk(_split_folder(source, key), key))
     skipped = [path for path in found if _is_skipped(path, source)]
     if len(skipped) == len(found):
         raise UserError(

@@ -15,8 +15,12 @@ DEEPEST = 100  # nested lists and objects
 _CHUNK = 2**20  # characters read at once
 _LARGEST = 2**28  # characters of one element
 _BLANKS = " \t\r\n"  # in JSON
+_NO_BLANK = re.compile(f"[^{_BLANKS}]")
+_SCALAR = re.compile(rf'[^{_BLANKS},:"\[\]{{}}]*')
 _SEPARATOR = re.compile(f"[{_BLANKS}]*,?[{_BLANKS}]*")
-_STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)  # a lone quote: no closing one
+_TEXT = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_STRING = re.compile(_TEXT, re.DOTALL)
+_STRING_OR_BRACKET = re.compile(_TEXT + r'|["\[\]{}]', re.DOTALL)  # a lone quote: no closing one
 _decode = json.JSONDecoder(strict=False).raw_decode
 
 
@@ -26,9 +30,18 @@ def read_json_array(file: BinaryIO, path: str) -> Iterator[Row]:
     An element that is not JSON ends where its brackets balance. Raises UserError for anything else in or after the
     array, since nothing then shows where the next element begins.
     """
-    window = _Window(file, path)
-    window.before_bracket()
-    window.at = window.text.index("[", window.at) + 1
+    window = Window(file, path)
+    window.next_character()
+    window.at += 1
+    yield from elements(window, path)
+    rest, bracket = window.before_bracket()
+    if rest := rest.strip(_BLANKS) + bracket:
+        advice = "remove it" if bracket != "[" else "remove it, or write each line as an object"
+        raise UserError(f"{path}: found {_shown(rest)} after the end of the array; {advice}")
+
+
+def elements(window: "Window", path: str) -> Iterator[tuple[int, bytes]]:
+    """The same for the array whose opening bracket the window has passed; moves past the array."""
     for count in itertools.count():
         place = f"{path}[{count}]"
         end = window.separator_end()
@@ -40,12 +53,9 @@ def read_json_array(file: BinaryIO, path: str) -> Iterator[Row]:
         window.at = end
         yield count, window.take_element(place)
     window.at = end + 1
-    rest, bracket = window.before_bracket()
-    if rest := rest.strip(_BLANKS) + bracket:
-        raise UserError(f"{path}: found {_shown(rest)} after the end of the array; remove it")
 
 
-class _Window:
+class Window:
     """A stretch of a file's text. Bytes that are not UTF-8 are lone surrogates in it; encoding restores them."""
 
     def __init__(self, file: BinaryIO, path: str) -> None:
@@ -53,6 +63,22 @@ class _Window:
         self._path = path
         self.text = ""
         self.at = 0  # text before this place is no longer needed
+        self._line, self._counted = 1, 0  # the line of the place up to which lines are counted
+
+    @property
+    def line(self) -> int:
+        """The line of `at`, from 1."""
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
+    def next_character(self) -> str:
+        """Moves over blanks to the next character; "" at the end of the file."""
+        while True:
+            found = _NO_BLANK.search(self.text, self.at)
+            self.at = found.start() if found else len(self.text)
+            if found or not self._read_on():
+                return self.text[self.at : self.at + 1]
 
     def separator_end(self) -> int:
         """Where blanks from `at` on end, with one comma between them at most."""
@@ -73,11 +99,47 @@ class _Window:
             if not self._read_on():
                 return self.text[self.at :], ""
 
-    def take_element(self, place: str) -> bytes:
-        """The list or object that begins at `at`; moves past it."""
+    def take_key(self, place: str) -> str:
+        """The key that begins at `at`; moves past it and its colon."""
+        text = self._take_string(place)
+        if self.next_character() != ":":
+            raise UserError(f"{place}: no value for a key; correct it")
+        self.at += 1
+        return str(json.loads(text, strict=False))
+
+    def skip_comma(self) -> None:
+        """Moves past a comma, if one follows."""
+        if self.next_character() == ",":
+            self.at += 1
+
+    def skip_value(self, place: str) -> None:
+        """Moves past the value that follows."""
+        character = self.next_character()
+        if character in ("[", "{"):
+            self.take_element(place)
+        elif character == '"':
+            self._take_string(place)
+        else:
+            while (found := _SCALAR.match(self.text, self.at)) and found.end() == len(self.text) and self._read_on():
+                pass
+            if not found or found.end() == self.at:
+                raise UserError(f"{place}: a value is missing; correct it")
+            self.at = found.end()
+
+    def _take_string(self, place: str) -> str:
+        if not self.text.startswith('"', self.at):
+            raise UserError(f"{place}: a key is missing; correct it")
+        while not (found := _STRING.match(self.text, self.at)):
+            if not self._read_on():
+                raise _no_end(place, "text")
+        self.at = found.end()
+        return found[0]
+
+    def take_element(self, place: str, whole: str = "array") -> bytes:
+        """The list or object that begins at `at`; moves past it. whole: what has no end if it has none."""
         while (end := _end_of_element(self.text, self.at, place)) is None:
             if not self._read_on():
-                raise _no_end(place)
+                raise _no_end(place, whole)
         element = self.text[self.at : end].encode(errors="surrogateescape")
         self.at = end
         return element
@@ -93,7 +155,8 @@ class _Window:
                 f"{self._path}: over {_LARGEST >> 20} MiB in one element of an array; look for a missing quote"
             )
         more = self._file.read(max(_CHUNK, len(needed)))
-        self.text, self.at = needed + more, 0
+        self._line += self.text.count("\n", self._counted, self.at)
+        self.text, self.at, self._counted = needed + more, 0, 0
         return bool(more)
 
 
@@ -136,7 +199,7 @@ def _end_by_brackets(text: str, start: int, place: str) -> int | None:
     return None
 
 
-def _no_element(window: _Window, place: str, expected: str) -> UserError:
+def _no_element(window: Window, place: str, expected: str) -> UserError:
     before, bracket = window.before_bracket()
     if not bracket:
         return _no_end(place)
@@ -144,8 +207,8 @@ def _no_element(window: _Window, place: str, expected: str) -> UserError:
     return UserError(f"{place}: found {found} in place of {expected}; expected one array of JSON objects, correct it")
 
 
-def _no_end(place: str) -> UserError:
-    return UserError(f"{place}: the array has no end; the file is cut off or a quote is missing")
+def _no_end(place: str, whole: str = "array") -> UserError:
+    return UserError(f"{place}: the {whole} has no end; the file is cut off or a quote is missing")
 
 
 def _shown(text: str) -> str:

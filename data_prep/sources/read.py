@@ -10,10 +10,13 @@ from data_prep.documents import Document
 from data_prep.forms import rename_fields, to_document
 from data_prep.sources.blocks import Block, Row, Unreadable, in_blocks
 from data_prep.sources.columns import read_arrow, read_hub, read_parquet
+from data_prep.sources.delimited import read_table, refuse_other_delimiters
+from data_prep.sources.file_kind import START, mistaken_for
 from data_prep.sources.finding import READ_ERRORS, find_files, format_of, is_compressed, open_file, unreadable_file
 from data_prep.sources.gym import GymProcess
-from data_prep.sources.json_array import read_json_array
-from data_prep.sources.text import parse_object, read_json_lines, read_plain_text, read_table, refuse_other_encodings
+from data_prep.sources.json_layout import find_layout, read_layout
+from data_prep.sources.text import parse_object, read_plain_text, refuse_other_encodings
+from data_prep.sources.tsv import read_tsv
 from data_prep.suite.tasks import records
 from data_prep.user_error import UserError
 
@@ -82,20 +85,29 @@ def _blocks_of_file(index: int, source: FilesSource, path: Path, key: str) -> It
             yield from in_blocks(index, str(path), False, read_parquet(path) if kind == "parquet" else read_arrow(path))
             return
         with open_file(path) as file:
-            by_line, rows = _text_rows(file, str(path), kind, source.sample_by)
-            yield from in_blocks(index, str(path), by_line, rows)
+            _refuse_no_text(file.peek(START), path, kind, key)
+            layout = find_layout(file, str(path), source.fields.values()) if kind == "json" else None
+        with open_file(path) as file:
+            if layout is not None:
+                yield from in_blocks(index, str(path), layout.by_line, read_layout(layout, file, str(path)))
+            else:
+                yield from in_blocks(index, str(path), True, _text_rows(file, str(path), kind, source.sample_by))
     except READ_ERRORS as error:
         raise unreadable_file(path, error, key) from error
 
 
-def _text_rows(file: io.BufferedReader, path: str, kind: str | None, sample_by: str) -> tuple[bool, Iterator[Row]]:
-    """Whether rows are numbered by line, and the rows."""
-    start = file.peek(64)
-    refuse_other_encodings(start, path)
+def _refuse_no_text(start: bytes, path: Path, kind: str | None, key: str) -> None:
+    """Raises UserError if a file whose unpacked bytes begin with `start` is something else than text in UTF-8."""
+    if what := mistaken_for(start, kind, ""):
+        raise UserError(f"{key}.path: {path} is {what}")
+    refuse_other_encodings(start, str(path))
+
+
+def _text_rows(file: io.BufferedReader, path: str, kind: str | None, sample_by: str) -> Iterator[Row]:
     if kind == "text":
-        return True, read_plain_text(file, path, sample_by)
-    if kind in ("csv", "tsv"):
-        return True, read_table(file, path, "," if kind == "csv" else "\t")
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        return False, read_json_array(file, path)
-    return True, read_json_lines(file)
+        return read_plain_text(file, path, sample_by)
+    delimiter = "," if kind == "csv" else "\t"
+    start = file.peek(START)
+    refuse_other_delimiters(start, path, delimiter)
+    is_quoted = start.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n")[:1] == b'"'  # then every cell is
+    return read_tsv(file, path) if kind == "tsv" and not is_quoted else read_table(file, path, delimiter)

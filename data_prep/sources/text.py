@@ -1,19 +1,19 @@
-"""Rows of text files: JSON lines, CSV, TSV, plain text."""
+"""Rows of text files: JSON lines and plain text."""
 
 import codecs
-import csv
-import io
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from data_prep.sources.blocks import Row, Unreadable
 from data_prep.user_error import UserError
 
+_SPEAKER = {"role", "from"}  # fields of a turn
+_RECORD = {"messages", "conversations", "instruction", "prompt", "text"}  # fields that make it a record
+_VIEWER = {"row_idx", "row", "truncated_cells"}
 _LARGEST = 2**26  # bytes of one plain text
-_ZERO_BYTE = "holds a zero byte, so it is not text; remove the byte"
+ZERO_BYTE = "holds a zero byte, so it is not text; remove the byte"
 
 
 def refuse_other_encodings(start: bytes, path: str) -> None:
@@ -32,16 +32,31 @@ def read_json_lines(file: BinaryIO) -> Iterator[Row]:
 
 
 def parse_object(text: bytes, origin: str, expected: str) -> dict[str, Any]:
-    """Parses one JSON object. Raises UserError for anything else, and for repeated keys."""
+    """Parses one JSON object, or a list of turns as {"messages": turns}. Raises UserError for anything else, and for
+    repeated keys."""
     try:
         record = json.loads(text.decode("utf-8-sig"), object_pairs_hook=without_repeats)
     except UnicodeDecodeError as error:
-        raise UserError(f"{origin}: {_no_utf8(text[error.start])}") from error
+        raise UserError(f"{origin}: {no_utf8(text[error.start])}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: not JSON ({_json_cause(error)}); expected {expected}, correct it") from error
+    if isinstance(record, list) and record and all(map(is_turn, record)):
+        return {"messages": record}
     if not isinstance(record, dict):
         raise UserError(f"{origin}: not a JSON object; expected {expected}, correct it")
-    return record
+    return _unwrapped(record, origin) if record.keys() == _VIEWER else record
+
+
+def is_turn(value: Any) -> bool:
+    """Whether a JSON value is a turn of a conversation rather than a record."""
+    return isinstance(value, dict) and not value.keys().isdisjoint(_SPEAKER) and value.keys().isdisjoint(_RECORD)
+
+
+def _unwrapped(row: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The record in a row as the Hub's viewer sends it."""
+    if row["truncated_cells"] or not isinstance(row["row"], dict):
+        raise UserError(f"{origin}: the Hub's viewer has cut {row['truncated_cells']}; download the dataset itself")
+    return dict(row["row"])
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -55,26 +70,6 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def first_repeated(names: list[str]) -> str | None:
     """The first name that occurs twice, if any."""
     return next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
-
-
-def read_table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
-    """Records of a CSV or TSV file with a header, numbered by their first line. Raises UserError if it is damaged."""
-    csv.field_size_limit(sys.maxsize)  # applies to all readers of the process; the default is 128 KiB
-    # Bytes that are not UTF-8 become lone surrogates, so that only their rows are bad.
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    lines = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    start = 1
-    try:
-        for values in lines:
-            if not header:
-                header = _checked_header(values, f"{path}:{start}")
-            elif values:
-                why = _not_a_row(values, header)
-                yield start, Unreadable(why) if why else dict(zip(header, values, strict=True))
-            start = lines.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{start}: not a table ({error}); correct the row or its quotes") from error
 
 
 def read_plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
@@ -92,38 +87,17 @@ def read_plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
         try:
             text = content.decode("utf-8-sig").replace("\r\n", "\n").strip("\n")  # indentation stays
         except UnicodeDecodeError as error:
-            yield number, Unreadable(_no_utf8(content[error.start]))
+            yield number, Unreadable(no_utf8(content[error.start]))
             continue
         if "\0" in text:
-            yield number, Unreadable(_ZERO_BYTE)
+            yield number, Unreadable(ZERO_BYTE)
         elif text.strip():
             yield number, {"text": text}
 
 
-def _checked_header(names: list[str], origin: str) -> list[str]:
-    if (name := first_repeated(names)) is not None:
-        raise UserError(f"{origin}: column {name!r} is repeated; rename one")
-    if byte := _escaped_byte(names):
-        raise UserError(f"{origin}: {_no_utf8(byte)}")
-    return names
-
-
-def _not_a_row(values: list[str], header: list[str]) -> str | None:
-    if len(values) != len(header):
-        return f"{len(values)} values in {len(header)} columns; correct the row or its quotes"
-    if byte := _escaped_byte(values):
-        return _no_utf8(byte)
-    return _ZERO_BYTE if any("\0" in value for value in values) else None
-
-
-def _escaped_byte(values: list[str]) -> int | None:
-    """The first byte that was not UTF-8 and was escaped when decoding, if any."""
-    text = "".join(values)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return text[error.start].encode(errors="surrogateescape")[0]
-    return None
+def no_utf8(byte: int) -> str:
+    """The reason for a row with a byte that is not UTF-8."""
+    return f"byte {byte:02x} is not UTF-8; save the file as UTF-8"
 
 
 def _paragraphs(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -132,10 +106,6 @@ def _paragraphs(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if not blank:
             (number, first), *rest = lines
             yield number, b"".join([first, *(line for _, line in rest)])
-
-
-def _no_utf8(byte: int) -> str:
-    return f"byte {byte:02x} is not UTF-8; save the file as UTF-8"
 
 
 def _json_cause(error: Exception) -> str:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_prep.publish import publish_atomically
+from data_prep.sources.file_kind import refuse_lfs_pointer
 from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line
 from trainer.base.safetensors_writer import translate_disk_errors
@@ -72,6 +73,7 @@ def save_adapter(
 
 def _names_in(folder: Path) -> set[str]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
+    refuse_lfs_pointer(path, "adapter")
     try:
         with safe_open(path, "pt") as file:
             return set(file.keys())

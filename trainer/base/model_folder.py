@@ -1,10 +1,11 @@
 """The local folder of a base model, found without importing anything heavy."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.sources.file_kind import refuse_lfs_pointer
 from data_prep.user_error import UserError
 
 if TYPE_CHECKING:
@@ -13,17 +14,21 @@ if TYPE_CHECKING:
 # Pickles and other formats stay where they are; code only on demand.
 FROM_THE_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 NOT_FROM_THE_HUB = ["consolidated*", "original/*"]  # the same weights once more, as their makers' own code reads them
+SMALL_FILES = ["config.json", "*token*", "*.model", "vocab*", "merges*"]  # without which no model is built
 
 
 def resolve_folder(base: "BaseModelConfig", patterns: Sequence[str] = FROM_THE_HUB) -> Path:
     """The local folder of `base.model`, fetched from the Hub where it is an id and not a folder.
 
-    patterns: the files that are fetched. Raises UserError where it is neither, or cannot be fetched.
+    patterns: the files that are fetched. Raises UserError where it is neither, cannot be fetched, or holds Git LFS
+    pointers.
     """
     folder = Path(base.model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"base.model: {folder} has no config.json; expected the folder of a transformers model")
+        for pattern in SMALL_FILES:
+            _refuse_lfs_pointers(folder.glob(pattern))
         return folder
     if folder.is_file():
         raise UserError(f"base.model: {folder} is a file; expected a folder with config.json and *.safetensors")
@@ -41,18 +46,26 @@ def files_of_model(folder: Path) -> list[Path]:
     """The safetensors files that transformers would read, sorted; some folders hold the weights in other forms too.
 
     That is model.safetensors, else what its index names, else all there are. Raises UserError for an index that cannot
-    be read.
+    be read, and for Git LFS pointers.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
     if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index}: not readable as an index ({one_line(error)}); fetch the model again") from error
-    return sorted(folder / name for name in names)
+        files = [whole]
+    elif index.is_file():
+        _refuse_lfs_pointers([index])
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: not readable as an index ({one_line(error)}); fetch the model again") from error
+        files = sorted(folder / name for name in names)
+    _refuse_lfs_pointers(files)
+    return files
+
+
+def _refuse_lfs_pointers(files: Iterable[Path]) -> None:
+    for path in sorted(files):
+        refuse_lfs_pointer(path, "base.model")
 
 
 def _fetch(base: "BaseModelConfig", patterns: Sequence[str]) -> Path:

@@ -83,7 +83,25 @@ def test_a_truncated_second_member_is_refused(tmp_path, ending, compress):
 def test_a_plain_file_with_the_ending_of_a_compression_is_refused(tmp_path, ending, compress):
     path = tmp_path / ("a.jsonl" + ending)
     path.write_bytes(LINES)
-    assert refusal(path).endswith("); it is truncated or damaged, download it again")
+    assert refusal(path).endswith(f"); it is not compressed, remove {ending} from its name")
+
+
+@each_compression
+def test_a_compressed_file_without_the_ending_is_refused(tmp_path, ending, compress):
+    for name in ("a.jsonl", "a.txt", "a.csv", "a.jsonl.gz" if ending != ".gz" else "a.jsonl.xz"):
+        path = tmp_path / name
+        path.write_bytes(compress(LINES))
+        assert refusal(path) == (
+            f"data.sources.0.path: {path} is compressed ({ending}), which its name does not say; unpack it, or end its "
+            f"name in {ending}"
+        )
+
+
+@each_compression
+def test_a_file_compressed_twice_is_refused(tmp_path, ending, compress):
+    path = tmp_path / ("a.jsonl" + ending)
+    path.write_bytes(compress(compress(LINES)))
+    assert f"{path} is compressed ({ending}), which its name does not say" in refusal(path)
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])  # pyarrow's .zst have no checksum

@@ -1,0 +1,93 @@
+"""Splits that the names of files tell of, such as train.jsonl beside test.jsonl, or train/ beside test/."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.user_error import UserError
+
+_SPLITS = {  # a word in a name, and the split
+    "train": "train", "training": "train", "valid": "validation", "val": "validation", "validation": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "eval", "evaluation": "eval",
+    "heldout": "heldout", "holdout": "heldout",
+}  # fmt: skip
+_WORD = re.compile(r"h[eo]ld[-_ ]?out|[a-z]+|\d+")
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where a file's name tells of a split."""
+
+    split: str
+    path: Path  # that stands for the split: a folder or a pattern
+    alone: bool  # whether the split is all that the name says: test-00000-of-00002.parquet
+
+
+def refuse_several_splits(files: Sequence[Path], folder: Path, key: str) -> None:
+    """Raises UserError if the names of these files below `folder` tell of several splits.
+
+    A file of no split beside test.jsonl is one more split: the data without its test set.
+    """
+    first: dict[str | None, tuple[Path, _Mark | None]] = {}
+    for path in files:
+        mark = _mark(path, folder)
+        known = first.setdefault(mark.split if mark else None, (path, mark))[1]
+        if mark and mark.alone and known and not known.alone:
+            first[mark.split] = (path, mark)
+    marks = [mark for _, mark in first.values() if mark]
+    is_rest_a_split = None in first and any(mark.alone and mark.split != "train" for mark in marks)
+    if len(marks) < (1 if is_rest_a_split else 2):
+        return
+    named = ", ".join(str(path.relative_to(folder)) for path, _ in first.values())
+    chosen = next((mark for mark in marks if mark.split == "train"), marks[0])
+    advice = f"set {key}.split: {chosen.split}, or path: {chosen.path}"
+    if is_rest_a_split and chosen.split != "train":
+        advice = f"give a path without {chosen.path}"
+    raise UserError(f"{key}.path: {folder} holds files of several splits ({named}); {advice}")
+
+
+def files_of_split(files: Sequence[Path], folder: Path, split: str, key: str) -> tuple[list[Path], list[Path]]:
+    """The files below `folder` of one split, and the others. Raises UserError if it has none."""
+    wanted = _words(split)
+    found = [path for path in files if _is_of(path.relative_to(folder), wanted)]
+    if not found:
+        marks = sorted({mark.split for path in files if (mark := _mark(path, folder))})
+        has = f"their names tell of {', '.join(marks)}" if marks else f"the first is {files[0].relative_to(folder)}"
+        raise UserError(f"{key}.split: none of the {len(files)} files in {folder} is of split {split!r}; {has}")
+    return found, [path for path in files if path not in {*found}]
+
+
+def _is_of(name: Path, wanted: list[str]) -> bool:
+    index = _deciding_part(name)
+    parts = [_words(part) for part in (name.parts if index is None else [name.parts[index]])]
+    return any(words[at : at + len(wanted)] == wanted for words in parts for at in range(len(words)))
+
+
+def _mark(path: Path, folder: Path) -> _Mark | None:
+    name = path.relative_to(folder)
+    index = _deciding_part(name)
+    if index is None or path.suffix.lower() == ".md":  # docs/testing.md is about tests
+        return None
+    part = name.parts[index]
+    is_file = index == len(name.parts) - 1
+    found = next(found for found in _WORD.finditer(part.lower()) if _split(found[0]) in _SPLITS.values())
+    rest = part[found.end() :]
+    endings = "".join(rest.partition(".")[1:])
+    ours = f"{part[: found.end()]}*{endings}" if is_file else part
+    words = [word for word in _words(part.partition(".")[0]) if not word.isdigit() and word != "of"]
+    return _Mark(_split(found[0]), folder.joinpath(*name.parts[:index], ours), len(words) == 1)
+
+
+def _deciding_part(name: Path) -> int | None:
+    """The index of the part of a path that tells the split: the file's name, else the innermost folder's."""
+    told = [i for i, part in enumerate(name.parts) if {*_SPLITS.values()} & {*_words(part)}]
+    return told[-1] if told else None
+
+
+def _words(name: str) -> list[str]:
+    return [_split(word) for word in _WORD.findall(name.lower())]
+
+
+def _split(word: str) -> str:
+    return _SPLITS.get(re.sub("[-_ ]", "", word), word)
