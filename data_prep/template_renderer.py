@@ -47,8 +47,9 @@ class TemplateRenderer:
 
     def stops(self) -> set[str]:
         """The tokens that end a generation, from the generation_config.json beside the tokenizer; empty without it."""
+        path = Path(self._tokenizer.name_or_path) / "generation_config.json"
         try:
-            config = json.loads((Path(self._tokenizer.name_or_path) / "generation_config.json").read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"))
             found = config.get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             return set()
