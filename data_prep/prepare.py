@@ -248,7 +248,7 @@ def _notes_on_tokens(config: DataConfig, tokenizer: Any, forms: dict[int, Counte
     for index in range(len(config.sources)):
         if found := tally.tokens_in_text(index):
             notes.append(
-                f"{source_key(index)}: documents hold control tokens in their text ({found}), encoded as ordinary text; "
-                "data.special_tokens_in_text: allow would make control tokens of them"
+                f"{source_key(index)}: documents hold control tokens in their text ({found}), encoded as ordinary "
+                "text; data.special_tokens_in_text: allow would make control tokens of them"
             )
     return notes

@@ -43,7 +43,8 @@ class Tally:
             )
 
     def tokens_in_text(self, source: int) -> str:
-        """Which control tokens the documents of a source hold in their text, with counts; empty if none."""
-        found = self._tokens_in_text.get(source, Counter()).most_common()
+        """Which control tokens the documents of a source hold in their text, the most frequent first; empty if none."""
+        counts = self._tokens_in_text.get(source, Counter())
+        found = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
         more = f", and {len(found) - _LISTED} others" if len(found) > _LISTED else ""
         return ", ".join(f"{token} in {count:,}" for token, count in found[:_LISTED]) + more

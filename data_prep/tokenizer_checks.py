@@ -89,10 +89,10 @@ def _check_same_ids(tokenizer: Any) -> None:
         made, expected = _encoded(own, text), _encoded(file, text)
         if made != expected:
             raise UserError(
-                f"base.model: {path.parent}: {type(tokenizer).__name__} of transformers encodes {text!r} as {made}, but "
-                f"tokenizer.json, which other tools read, as {expected}; if the model was trained with the latter, set "
-                "tokenizer_class in tokenizer_config.json to TokenizersBackend, else write tokenizer.json anew with "
-                "save_pretrained"
+                f"base.model: {path.parent}: {type(tokenizer).__name__} of transformers encodes {text!r} as {made}, "
+                f"but tokenizer.json, which other tools read, as {expected}; if the model was trained with the latter, "
+                "set tokenizer_class in tokenizer_config.json to TokenizersBackend, else write tokenizer.json anew "
+                "with save_pretrained"
             )
 
 

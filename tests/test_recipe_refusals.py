@@ -83,7 +83,7 @@ def test_key_that_resembles_none_is_reported_with_those_of_its_section(path):
             "data.held_out=-1",
             r"data\.held_out: -1 is neither a fraction .* per task \(such as 100, or 0 to train on all\)",
         ),
-        ("data.special_tokens_in_text=keep", r"data\.special_tokens_in_text: .*'encode_as_text', 'allow' or 'refuse'"),
+        ("data.special_tokens_in_text=keep", r"data\.special_tokens_in_text='keep': .*'encode_as_text', 'allow' or"),
         ("data.held_out=1.0", r"data\.held_out: 1\.0 is neither a fraction .* nor a whole number"),
         ("data.sources=[]", r"data\.sources=\[\]: list should have at least 1 item"),
         ("data.sources=[{type: csv}]", r"data\.sources\[0\]=.*: input tag 'csv' .* 'files', 'hub', 'reasoning_gym'"),

@@ -1,5 +1,6 @@
 """Control tokens in the text, and tokenizers that do not go with their model."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -32,7 +33,7 @@ def learned_rows(config: DataConfig, tokenizer) -> list[tuple[list[int], list[in
     documents = []
     for row in open_prepared(config, tokenizer).train:
         starts = [*(row["position_ids"] == 0).nonzero()[0].tolist(), len(row["input_ids"])]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             ids, labels = row["input_ids"][start:end].tolist(), row["labels"][start:end].tolist()
             documents.append((ids, [label for label in labels if label != IGNORED]))
     return documents
@@ -64,9 +65,9 @@ def test_control_tokens_in_the_text_are_encoded_as_ordinary_text_and_counted(tmp
     ]
     assert sorted(learned_rows(config, tokenizer)) == sorted(expected)
     notes = (
-        "note: data.sources.0: documents hold control tokens in their text (<|im_end|> in 2, <|im_start|> in 1), encoded "
-        "as ordinary text; data.special_tokens_in_text: allow would make control tokens of them",
-        "note: data.sources.1: documents hold control tokens in their text (<|im_start|> in 1, <|endoftext|> in 1), ",
+        "note: data.sources.0: documents hold control tokens in their text (<|im_end|> in 2, <|im_start|> in 1), "
+        "encoded as ordinary text; data.special_tokens_in_text: allow would make control tokens of them",
+        "note: data.sources.1: documents hold control tokens in their text (<|endoftext|> in 1, <|im_start|> in 1), ",
     )
     for note in notes:
         assert note in str(report) and note in (tmp_path / "prepared" / "report.md").read_text()

@@ -31,9 +31,9 @@ def conversation(*turns: str) -> Document:
     return Document("task", [{"role": role, "content": content} for role, content in pairs], "file.jsonl:7")
 
 
-def encode(tokenizer, document, system_prompt=None):
+def encode(tokenizer, document, **keys):
     source = {"type": "files", "task": "task", "path": "unused"}
-    config = DataConfig(prepared_dir="unused", sources=[source], seq_len=512, system_prompt=system_prompt)
+    config = DataConfig(prepared_dir="unused", sources=[source], seq_len=512, **keys)
     (encoded,) = Encoder(tokenizer, config).encode([document])
     return encoded
 
@@ -62,19 +62,27 @@ def assert_scored(tokenizer, encoded, marked: str) -> None:
         (CHATML, ["system: Sort.", "user: b a", "assistant: a b", "user: é", "assistant: 答 🙂 \n"],
          "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\nb a<|im_end|>\n<|im_start|>assistant\n⟦a b<|im_end|>⟧"
          "\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n⟦答 🙂 \n<|im_end|>⟧\n"),
-        (CHATML, ["user: <|im_end|>\n<|im_start|>assistant\nNo", "assistant: <|im_end|>\n<|im_end|>", "user: Yes"],
-         SYSTEM + "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n<|im_start|>assistant\n"
-         "⟦<|im_end|>\n<|im_end|><|im_end|>⟧\n<|im_start|>user\nYes<|im_end|>\n"),
         ((SPACED, CHATML_TOKENS, "<|im_end|>"), ["user: word", "assistant: word"],
          "user: word<|im_end|>assistant:⟦ word<|im_end|>⟧"),
         ((BARE, CHATML_TOKENS, "<|im_end|>"), ["assistant: w a", "assistant: b"],
          "w⟦ a<|im_end|>b<|im_end|>⟧"),  # no text to predict the first token from
     ],
-    ids=["single turn", "many turns", "special tokens in contents", "spaced", "bare"],
+    ids=["single turn", "many turns", "spaced", "bare"],
 )  # fmt: skip
 def test_answers_and_their_end_tokens_are_scored_and_nothing_else(style, turns, marked):
     tokenizer = tiny_tokenizer(*style)
     assert_scored(tokenizer, encode(tokenizer, conversation(*turns)), marked)
+
+
+def test_special_tokens_in_contents_do_not_shift_what_is_scored_where_they_are_allowed():
+    tokenizer = tiny_tokenizer()
+    turns = ["user: <|im_end|>\n<|im_start|>assistant\nNo", "assistant: <|im_end|>\n<|im_end|>", "user: Yes"]
+    assert_scored(
+        tokenizer,
+        encode(tokenizer, conversation(*turns), special_tokens_in_text="allow"),
+        SYSTEM + "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<|im_end|>\n<|im_end|><|im_end|>⟧\n<|im_start|>user\nYes<|im_end|>\n",
+    )
 
 
 def test_end_token_that_is_also_the_pad_token_is_scored():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from data_prep.config import DataConfig
-from data_prep.items import answer_of
 from data_prep.encode import Encoder
+from data_prep.items import answer_of
 from data_prep.prepare import prepare
 from data_prep.reader import open_prepared
 from data_prep.split import Split
