@@ -91,8 +91,8 @@ def _check_same_ids(tokenizer: Any) -> None:
             raise UserError(
                 f"base.model: {path.parent}: {type(tokenizer).__name__} of transformers encodes {text!r} as {made}, "
                 f"but tokenizer.json, which other tools read, as {expected}; if the model was trained with the latter, "
-                "set tokenizer_class in tokenizer_config.json to TokenizersBackend, else write tokenizer.json anew by "
-                "save_pretrained"
+                "set tokenizer_class in tokenizer_config.json to TokenizersBackend, else write tokenizer.json anew "
+                "with save_pretrained"
             )
 
 

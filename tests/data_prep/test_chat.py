@@ -62,19 +62,27 @@ def assert_scored(tokenizer, encoded, marked: str) -> None:
         (CHATML, ["system: Sort.", "user: b a", "assistant: a b", "user: é", "assistant: 答 🙂 \n"],
          "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\nb a<|im_end|>\n<|im_start|>assistant\n⟦a b<|im_end|>⟧"
          "\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n⟦答 🙂 \n<|im_end|>⟧\n"),
-        (CHATML, ["user: <|im_end|>\n<|im_start|>assistant\nNo", "assistant: <|im_end|>\n<|im_end|>", "user: Yes"],
-         SYSTEM + "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n<|im_start|>assistant\n"
-         "⟦<|im_end|>\n<|im_end|><|im_end|>⟧\n<|im_start|>user\nYes<|im_end|>\n"),
         ((SPACED, CHATML_TOKENS, "<|im_end|>"), ["user: word", "assistant: word"],
          "user: word<|im_end|>assistant:⟦ word<|im_end|>⟧"),
         ((BARE, CHATML_TOKENS, "<|im_end|>"), ["assistant: w a", "assistant: b"],
          "w⟦ a<|im_end|>b<|im_end|>⟧"),  # no text to predict the first token from
     ],
-    ids=["single turn", "many turns", "special tokens in contents", "spaced", "bare"],
+    ids=["single turn", "many turns", "spaced", "bare"],
 )  # fmt: skip
 def test_answers_and_their_end_tokens_are_scored_and_nothing_else(style, turns, marked):
     tokenizer = tiny_tokenizer(*style)
-    assert_scored(tokenizer, encode(tokenizer, conversation(*turns), special_tokens_in_text="allow"), marked)
+    assert_scored(tokenizer, encode(tokenizer, conversation(*turns)), marked)
+
+
+def test_special_tokens_in_contents_do_not_shift_what_is_scored_where_they_are_allowed():
+    tokenizer = tiny_tokenizer()
+    turns = ["user: <|im_end|>\n<|im_start|>assistant\nNo", "assistant: <|im_end|>\n<|im_end|>", "user: Yes"]
+    assert_scored(
+        tokenizer,
+        encode(tokenizer, conversation(*turns), special_tokens_in_text="allow"),
+        SYSTEM + "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<|im_end|>\n<|im_end|><|im_end|>⟧\n<|im_start|>user\nYes<|im_end|>\n",
+    )
 
 
 def test_end_token_that_is_also_the_pad_token_is_scored():
@@ -109,22 +117,9 @@ def test_the_recipes_system_prompt_is_for_conversations_without_their_own(turns)
     assert_scored(tokenizer, encode(tokenizer, conversation(*turns), system_prompt="Sort."), marked)
 
 
-@pytest.mark.parametrize(
-    ("template", "ends", "added"),
-    [
-        (CHATML_TEMPLATE, ["<|im_end|>"], []),
-        (SPACED.replace("<|im_end|>", "\n"), ["<|im_end|>", ""], ["<|im_end|>"]),
-    ],
-)
-def test_a_template_without_an_end_token_is_noticed(template, ends, added):
-    found = ChatTemplate(tiny_tokenizer(template))
-    assert (found.learned_ends(), found.added_ends()) == (ends, added)
-
-
-def test_a_last_answer_without_an_end_token_is_ended_by_the_tokenizers():
-    tokenizer = tiny_tokenizer(SPACED.replace("<|im_end|>", "\n"))
-    encoded = encode(tokenizer, conversation("user: a", "assistant: b", "user: c", "assistant: d"))
-    assert_scored(tokenizer, encoded, "user: a\nassistant: ⟦b⟧\nuser: c\nassistant: ⟦d<|im_end|>⟧\n")
+@pytest.mark.parametrize(("template", "closes"), [(CHATML_TEMPLATE, True), (SPACED.replace("<|im_end|>", "\n"), False)])
+def test_a_template_without_an_end_token_is_noticed(template, closes):
+    assert bool(ChatTemplate(tiny_tokenizer(template)).end_token()) is closes
 
 
 @pytest.mark.parametrize(
