@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_prep.documents import Message
 from data_prep.user_error import UserError
@@ -15,8 +14,6 @@ from data_prep.user_error import UserError
 Span = tuple[int, int]  # first character, and one past the last
 Tools = list[dict[str, Any]] | None  # JSON schemas
 
-# Its own annotation says that it returns a string.
-_write = cast(Callable[..., tuple[list[str], list[list[Span]]]], render_jinja_template)
 _MARK = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 # What templates raise themselves, and what they run into: a string joined to a dictionary, a missing key, ...
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError)
@@ -70,6 +67,13 @@ class TemplateRenderer:
         except _REFUSALS as error:
             raise _refusal(messages, origin, error) from error
         return texts[0], marks[0] if marks else []
+
+
+def _write(**arguments: Any) -> tuple[list[str], list[list[Span]]]:
+    """What transformers renders, and the marked spans; it is imported late, since it imports much and reads HF_HOME."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return cast(tuple[list[str], list[list[Span]]], render_jinja_template(**arguments))  # its annotation says str
 
 
 def _refusal(messages: Sequence[Message], origin: str, error: Exception) -> UserError:

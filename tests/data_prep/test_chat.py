@@ -117,9 +117,22 @@ def test_the_recipes_system_prompt_is_for_conversations_without_their_own(turns)
     assert_scored(tokenizer, encode(tokenizer, conversation(*turns), system_prompt="Sort."), marked)
 
 
-@pytest.mark.parametrize(("template", "closes"), [(CHATML_TEMPLATE, True), (SPACED.replace("<|im_end|>", "\n"), False)])
-def test_a_template_without_an_end_token_is_noticed(template, closes):
-    assert bool(ChatTemplate(tiny_tokenizer(template)).end_token()) is closes
+@pytest.mark.parametrize(
+    ("template", "ends", "added"),
+    [
+        (CHATML_TEMPLATE, ["<|im_end|>"], []),
+        (SPACED.replace("<|im_end|>", "\n"), ["<|im_end|>", ""], ["<|im_end|>"]),
+    ],
+)
+def test_a_template_without_an_end_token_is_noticed(template, ends, added):
+    found = ChatTemplate(tiny_tokenizer(template))
+    assert (found.learned_ends(), found.added_ends()) == (ends, added)
+
+
+def test_a_last_answer_without_an_end_token_is_ended_by_the_tokenizers():
+    tokenizer = tiny_tokenizer(SPACED.replace("<|im_end|>", "\n"))
+    encoded = encode(tokenizer, conversation("user: a", "assistant: b", "user: c", "assistant: d"))
+    assert_scored(tokenizer, encoded, "user: a\nassistant: ⟦b⟧\nuser: c\nassistant: ⟦d<|im_end|>⟧\n")
 
 
 @pytest.mark.parametrize(

@@ -64,4 +64,4 @@ def find_best(checkpoints: Path) -> tuple[int | None, str]:
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
     """The facts that `save` was given. Raises OSError or ValueError."""
-    return json.loads((checkpoint / FACTS).read_text())
+    return json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))

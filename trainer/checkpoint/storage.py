@@ -74,7 +74,9 @@ def read_pointer(checkpoints: Path, pointer: str) -> int | None:
     """The step of the folder that `latest` or `best` names; None without a pointer. It may be a link to the folder."""
     path = checkpoints / pointer
     try:
-        match = _FOLDER.fullmatch(path.readlink().name if path.is_symlink() else path.read_text().strip())
+        match = _FOLDER.fullmatch(
+            path.readlink().name if path.is_symlink() else path.read_text(encoding="utf-8").strip()
+        )
     except (FileNotFoundError, IsADirectoryError):
         return None
     return int(match[1]) if match else None
@@ -90,14 +92,14 @@ def steps_in(checkpoints: Path) -> list[int]:
 
 def tensor_files(checkpoint: Path) -> list[Path]:
     """Its safetensors files as the index lists them; others beside them, such as copies, are not part of it."""
-    index = json.loads((checkpoint / INDEX).read_text())
+    index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
     return [checkpoint / name for name in index["files"] if name.endswith(".safetensors")]
 
 
 def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where each one is as its index says."""
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         files = index["files"]
         if index["sha256"] != _digest(files):
             return f"{INDEX} is damaged"

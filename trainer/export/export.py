@@ -203,8 +203,8 @@ def _add_template_end(run: LoadedRun, folder: Path) -> None:
     ends = template_end_ids(run.tokenizer, ChatTemplate(run.tokenizer), reasons=True)
     if missing := [end for end in ends if end not in known]:
         path = folder / GENERATION_CONFIG_NAME  # as JSON: transformers refuses to write some older files
-        config = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps({**config, "eos_token_id": [*known, *missing]}, indent=2) + "\n")
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path.write_text(json.dumps({**config, "eos_token_id": [*known, *missing]}, indent=2) + "\n", encoding="utf-8")
 
 
 def _rank(updates: dict[str, LowRank]) -> int:

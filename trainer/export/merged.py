@@ -45,7 +45,7 @@ def write_merged(
     total = sum(_nbytes(opened, source, dtype) for sources in shards for source in sources)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     write_config(opened.weights.folder, folder, dtype)
     return total
 
