@@ -45,7 +45,8 @@ def _cells(line: str, columns: int) -> list[str]:
 
 def _split(line: str) -> tuple[list[str], bool]:
     """The cells if quotes may hold tabs, and whether a cell begins with quotes that the line does not end."""
-    cells, opens, at = [], False, 0
+    cells: list[str] = []
+    opens, at = False, 0
     while True:
         end = at
         if line.startswith('"', at):

@@ -210,3 +210,73 @@ def test_a_dataset_that_cannot_be_loaded_gives_a_one_line_error(monkeypatch):
         "or download it and use a source of type files"
     )
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@each_format
+def test_values_come_as_they_were_written(tmp_path, name, write):
+    turns = ['{"role": "user", "content": "a", "n": 4.0}', None, "null"]
+    columns = {
+        "json": pyarrow.array(['{"a": null}', '"text"', "4"], pyarrow.json_()),
+        "turns": pyarrow.ListArray.from_arrays(
+            [0, 3, 3, 3], pyarrow.array(turns, pyarrow.json_()), mask=pyarrow.array([False, False, True])
+        ),
+        "map": pyarrow.array([[("a", None), ("b", 2)], [], None], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "numbered": pyarrow.array([[(1, "x")], [], None], pyarrow.map_(pyarrow.int32(), pyarrow.string())),
+        "float": pyarrow.array([0.1, 4.0, 123456792.0], pyarrow.float32()),
+        "half": pyarrow.array([0.1, 2.0, None], pyarrow.float16()),
+        "bytes": pyarrow.array(["é".encode(), b"", b"\xff"], pyarrow.large_binary()),
+        "words": pyarrow.array(["a", "b", "a"]).dictionary_encode(),
+        "large": pyarrow.array([["x"], [None], []], pyarrow.large_list(pyarrow.large_string())),
+        "struct": pyarrow.array(
+            [{"p": 0.1, "q": None}, {"p": None, "q": [b"y"]}, None],
+            pyarrow.struct({"p": pyarrow.float32(), "q": pyarrow.list_(pyarrow.binary())}),
+        ),
+    }
+    write(tmp_path / name, pyarrow.table(columns))
+    turn = {"role": "user", "content": "a", "n": 4.0}
+    assert records(tmp_path / name) == [
+        {"json": {"a": None}, "turns": [turn, None, None], "map": {"a": None, "b": 2}, "numbered": {"1": "x"},
+         "float": 0.1, "half": 0.1, "bytes": "é", "words": "a", "large": ["x"], "struct": {"p": 0.1}},
+        {"json": "text", "turns": [], "map": {}, "numbered": {}, "float": 4, "half": 2, "bytes": "", "words": "b",
+         "large": [None], "struct": {"q": ["y"]}},
+        {"json": 4, "float": 123456792, "bytes": b"\xff", "words": "a", "large": []},
+    ]  # fmt: skip
+
+
+@each_format
+def test_a_damaged_value_spoils_its_row_only(tmp_path, name, write):
+    texts = pyarrow.array(['{"a": 1}', "{", '{"a": 1, "a": 2}', "[" * 100_000], pyarrow.json_())
+    repeated = pyarrow.array([[("k", 1), ("k", 2)], [], [], []], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    write(tmp_path / name, pyarrow.table({"j": texts, "m": repeated}))
+    assert [row.why.partition(" (")[2].partition(":")[0] for row in records(tmp_path / name)] == [
+        "key 'k' is repeated); correct it",
+        "Expecting property name enclosed in double quotes",
+        "key 'a' is repeated); correct it",
+        "maximum recursion depth exceeded while decoding a JSON array from a unicode string); correct it",
+    ]
+
+
+def test_a_dataset_of_the_hub_gives_values_as_they_were_written(monkeypatch):
+    from datasets import Dataset, Features, Json, List, Value
+
+    rows = [{"messages": [{"role": "user", "content": None}, {"a": 1}], "output": 0.1}]
+    features = Features({"messages": List(Json()), "output": Value("float32")})
+    dataset = Dataset.from_list(rows, features=features).to_iterable_dataset()
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **keys: dataset)
+    source = HubSource(type="hub", task="sums", name="some/set")
+    assert list(read_hub(source, "data.sources.0")) == [(0, rows[0])]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_an_empty_file_is_called_empty(tmp_path, name):
+    (tmp_path / name).touch()
+    assert "(it is empty, 0 bytes)" in refusal(tmp_path / name)
+
+
+def test_a_parquet_file_called_arrow_is_named_and_so_is_the_reverse(tmp_path):
+    table = pyarrow.table({"text": ["a"]})
+    write_parquet(tmp_path / "a.arrow", table)
+    write_file(tmp_path / "a.parquet", table)
+    for name, kind in (("a.arrow", "parquet"), ("a.parquet", "arrow")):
+        assert refusal(tmp_path / name).endswith(f"is a file in the format {kind}; set the source's `format: {kind}`")
+        assert texts(read(tmp_path / name, format=kind)) == ["a"]
