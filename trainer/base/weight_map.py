@@ -109,10 +109,10 @@ def match_names(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str
         if target in slots:
             _check_tensor(weights, source, slots[target])
             names[source] = target
-    unplaced = tuple(source for source in weights.names if source not in names and not source.endswith("inv_freq"))
+    unplaced = sorted(source for source in weights.names if source not in names and not source.endswith("inv_freq"))
     _leave_out_tied(model, weights, names)
     _check_missing(model, weights, names, slots)
-    return names, unplaced
+    return names, tuple(unplaced)
 
 
 def _refuse_unknown_matrices(model: PreTrainedModel) -> None:
