@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -84,18 +83,15 @@ def test_long_agent_traces_render_a_few_beginnings_however_long_they_are(monkeyp
     template.learned_ends()  # renders conversations of its own
     write, written = template._renderer.text, []
     monkeypatch.setattr(template._renderer, "text", lambda *a, **named: written.append(1) or write(*a, **named))
-    counts, seconds = [], []
+    counts = []
     for length in (40, 400):
         written.clear()
-        started = time.process_time()
         text, spans = template.render(agent_trace(length), "trace.jsonl:1")
-        seconds.append(time.process_time() - started)
         counts.append(len(written))
         called = [text[slice(*span)] for span in spans.values()][:-1]
         prefix = " to=functions.run<|channel|>commentary json<|message|>"
         assert called == [f'{prefix}{{"cmd": "ls {index}"}}<|call|>' for index in range(length)]
     assert counts[0] == counts[1] <= 6
-    assert seconds[1] < 40 * seconds[0]  # about 10 times; 100 if it grew with the square
 
 
 def test_a_refused_system_turn_in_the_middle_is_told_with_a_remedy():
