@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,7 +16,7 @@ from tests.adapters.reference import off
 from tests.support.tiny_adapters import TOKENS, logits, plain_model, wake
 from tests.support.tiny_models import tiny_llama
 from trainer.adapters import EXPERT_METHODS
-from trainer.adapters.adapter_folder import load_adapter, save_adapter
+from trainer.adapters.adapter_folder import COMMON_KEYS, drop_default_keys, load_adapter, save_adapter
 from trainer.adapters.attach import attach_adapter, check_adapter, peft_config
 from trainer.adapters.layer import Experts
 from trainer.recipe import AdapterConfig
@@ -99,6 +99,47 @@ def test_a_saved_configuration_states_every_default(tmp_path, method):
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is config
     assert (loaded.expert_rank, loaded.alpha) == (8, 16.0)
+
+
+def test_a_saved_lora_states_only_what_every_reader_knows(tmp_path, llama):
+    """Older PEFT refuses keys that it does not know."""
+    folder = saved(tmp_path / "adapter", llama, section("lora"))
+    assert json.loads((folder / "adapter_config.json").read_text()) == {
+        "base_model_name_or_path": str(llama),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": section("lora").alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": section("lora").total_rank,
+        "target_modules": ["down_proj", "gate_proj", "up_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}},
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+        {"exclude_modules": ["down_proj"]},
+        {"key_of_a_later_version": 1},
+    ],
+)
+def test_settings_that_differ_from_their_defaults_stay(tmp_path, settings):
+    LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    common = {"r": 2, "lora_alpha": 8, "target_modules": ["up_proj"], "peft_type": "LORA", "bias": "none"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings, "peft_version": "0.15.0"}))
+    drop_default_keys(tmp_path)
+    found = json.loads(path.read_text())
+    assert found.items() >= {**common, **settings}.items()
+    assert found.keys() == COMMON_KEYS | settings.keys()
 
 
 def test_target_that_the_model_does_not_have_is_refused_with_those_that_it_has(llama):

@@ -1,13 +1,14 @@
 """An adapter's folder in PEFT's format: read whole or not at all, written and verified before anyone can see it."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -16,6 +17,10 @@ from data_prep.publish import publish_atomically
 from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line
 from trainer.base.safetensors_writer import translate_disk_errors
+
+# The keys of a LoRA's adapter_config.json that every reader knows, and that some demand.
+COMMON_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
+COMMON_KEYS |= {"target_modules", "bias", "fan_in_fan_out", "init_lora_weights", "modules_to_save"}
 
 
 def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
@@ -61,6 +66,7 @@ def save_adapter(
     with publish_atomically(folder) as staging:
         with translate_disk_errors(staging):
             model.save_pretrained(str(staging), state_dict=parameters, save_embedding_layers=False)
+            drop_default_keys(staging)
         written = load_file(staging / SAFETENSORS_WEIGHTS_NAME)
         if len(written) != len(parameters):
             raise RuntimeError(f"{staging}: {len(written)} tensors were written of {len(parameters)}")
@@ -68,6 +74,28 @@ def save_adapter(
             if not torch.equal(written.get(_name_on_disk(name), torch.empty(0)), tensor):
                 raise RuntimeError(f"{staging}: {name} was not written as it is")
         also(staging)
+
+
+def drop_default_keys(folder: Path) -> None:
+    """Leaves in a plain LoRA's adapter_config.json the common keys, and those that differ from PEFT's defaults.
+
+    PEFT writes all it knows, most of it null, and older PEFT refuses keys that it does not know. Configurations of our
+    own methods are read by this package only and stay as they are.
+    """
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config["peft_type"] != PeftType.LORA:
+        return
+    defaults = LoraConfig().to_dict()
+    kept = {key: value for key, value in config.items() if key in COMMON_KEYS or _says_something(value, defaults, key)}
+    kept.pop("peft_version", None)  # who wrote it, not what it needs
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"].sort()  # PEFT keeps a set, in another order each time
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _says_something(value: Any, defaults: dict[str, Any], key: str) -> bool:
+    return value not in (None, [], {}, defaults.get(key))
 
 
 def _names_in(folder: Path) -> set[str]:

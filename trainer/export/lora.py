@@ -15,6 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from data_prep.user_error import UserError
+from trainer.adapters.adapter_folder import drop_default_keys
 from trainer.adapters.layer import Experts
 from trainer.base.safetensors_writer import write_tensors
 from trainer.export.mean_gates import adapted_by_experts
@@ -80,6 +81,7 @@ def write_lora(folder: Path, updates: dict[str, LowRank], adapter: PeftConfig) -
         inference_mode=True,
         **{key: getattr(adapter, key) for key in SELECTORS},
     ).save_pretrained(str(folder))
+    drop_default_keys(folder)
     tensors = {}
     for name, update in updates.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = update.a.contiguous()
