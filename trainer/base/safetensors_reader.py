@@ -1,6 +1,7 @@
 """Reads the tensors of a model's safetensors files by ranges, so that none needs to be whole in memory."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from data_prep.user_error import UserError
 from trainer.base.model_folder import files_of_model
 from trainer.base.nf4 import BLOCK
 
-BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of one element, by the dtypes that can be read
+READABLE = ("BF16", "F16", "F32")  # dtypes of weights
 # Elements compared at once.
 PIECE = 2**20
 
@@ -49,11 +50,12 @@ class Weights:
         return math.prod(self.shape(name))
 
     def dtype(self, name: str) -> str:
-        """The dtype as safetensors writes it: BF16, F16, F32, or one that BYTES does not list."""
+        """The dtype as safetensors writes it: BF16, F16, F32, or one that READABLE does not list."""
         return self._slices[name].get_dtype()
 
     def nbytes(self, name: str) -> int:
-        return math.prod(self.shape(name)) * BYTES[self.dtype(name)]
+        bits = re.search(r"\d+", self.dtype(name))  # BF16, I64, F8_E4M3, ...; BOOL has none
+        return self.numel(name) * (int(bits[0]) if bits else 8) // 8
 
     def read(self, name: str, start: int, stop: int, piece: int) -> Iterator[Tensor]:
         """The flat elements [start, stop) of a tensor, in order, about `piece` elements (whole blocks) at a time.
@@ -73,6 +75,10 @@ class Weights:
             self.bytes_read += rows.nbytes
             yield rows.reshape(-1)[low - first * row : high - first * row]
             low = high
+
+    def stored(self, name: str) -> Tensor:
+        """The whole tensor as the file holds it, in whatever dtype."""
+        return self._slices[name][...]
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape and values."""

@@ -1,7 +1,5 @@
 """Maps the tensors of a model's files to its parameters, on meta, and refuses what does not fit before it is read."""
 
-import logging
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,25 +15,29 @@ from trainer.base.base_fingerprint import fingerprint
 from trainer.base.document_isolation import check_document_isolation
 from trainer.base.model_config import parse_config
 from trainer.base.model_folder import resolve_folder
-from trainer.base.safetensors_reader import BYTES, Weights
+from trainer.base.safetensors_reader import READABLE, Weights
 
 if TYPE_CHECKING:
     from trainer.recipe import BaseModelConfig
 
-logger = logging.getLogger(__name__)
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class OpenedBase:
-    """A base that can be loaded: its model on meta, its files, and {name in the files: name in the model}."""
+    """A base that can be loaded: its model on meta, its files, and {name in the files: name in the model}.
+
+    unplaced: names in the files of tensors that the model's class does not know, such as heads that predict several
+    tokens (MTP). They are not loaded.
+    """
 
     base: "BaseModelConfig"
     model: PreTrainedModel
     weights: Weights
     names: dict[str, str]
     fingerprint: str
+    unplaced: tuple[str, ...] = ()
 
 
 def open_base(base: "BaseModelConfig") -> OpenedBase:
@@ -51,9 +53,16 @@ def open_base(base: "BaseModelConfig") -> OpenedBase:
     config = parse_config(base)
     model = skeleton(config, base)
     weights = Weights(resolve_folder(base))
-    names = match_names(model, weights)
+    names, unplaced = match_names(model, weights)
     check_document_isolation(config, base.attention, base.trust_remote_code)
-    return OpenedBase(base, model, weights, names, fingerprint(weights.folder))
+    return OpenedBase(base, model, weights, names, fingerprint(weights.folder), unplaced)
+
+
+def describe_unplaced(opened: OpenedBase) -> str:
+    """How many tensors the model's class does not know, and the first of them."""
+    shown = ", ".join(opened.unplaced[:NAMES_SHOWN])
+    more = ", ..." if len(opened.unplaced) > NAMES_SHOWN else ""
+    return f"{len(opened.unplaced)} tensors that {type(opened.model).__name__} does not know ({shown}{more})"
 
 
 def skeleton(config: PretrainedConfig, base: "BaseModelConfig") -> PreTrainedModel:
@@ -78,12 +87,12 @@ def skeleton(config: PretrainedConfig, base: "BaseModelConfig") -> PreTrainedMod
     return model
 
 
-def match_names(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
+def match_names(model: PreTrainedModel, weights: Weights) -> tuple[dict[str, str], tuple[str, ...]]:
     """Which tensor of the files goes to which parameter or buffer: {name in the files: name in the model}.
 
+    Then the names in the files that have no place in the model, apart from rotary frequencies, which it computes.
     Names go through transformers' own conversion table, so far as it only renames. Checks that every
-    parameter finds its tensor, with its shape and in a readable dtype; tensors that the model does not know
-    are left out.
+    parameter finds its tensor, with its shape and in a readable dtype.
     """
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
@@ -100,10 +109,10 @@ def match_names(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
         if target in slots:
             _check_tensor(weights, source, slots[target])
             names[source] = target
+    unplaced = sorted(source for source in weights.names if source not in names and not source.endswith("inv_freq"))
     _leave_out_tied(model, weights, names)
     _check_missing(model, weights, names, slots)
-    _warn_of_unused(model, set(weights.names) - set(names))
-    return names
+    return names, tuple(unplaced)
 
 
 def _refuse_unknown_matrices(model: PreTrainedModel) -> None:
@@ -118,7 +127,7 @@ def _refuse_unknown_matrices(model: PreTrainedModel) -> None:
 
 
 def _check_tensor(weights: Weights, source: str, slot: torch.Tensor) -> None:
-    if weights.dtype(source) not in BYTES:
+    if weights.dtype(source) not in READABLE:
         raise UserError(
             f"base.model: tensor {source} in {weights.folder} has dtype {weights.dtype(source)}; expected "
             "bf16, fp16 or fp32: take the model before its quantisation"
@@ -154,11 +163,3 @@ def _check_missing(model: PreTrainedModel, weights: Weights, names: dict[str, st
             f"base.model: {weights.folder} lacks {len(missing)} tensors of {model.config.model_type}, first "
             f"{missing[0]}; fetch the model again, with all its files"
         )
-
-
-def _warn_of_unused(model: PreTrainedModel, unused: set[str]) -> None:
-    expected = model._keys_to_ignore_on_load_unexpected or []
-    unused = {name for name in unused if not any(re.search(pattern, name) for pattern in expected)}
-    unused -= {name for name in unused if name in model.all_tied_weights_keys or name.endswith("inv_freq")}
-    if unused:
-        logger.warning("%d tensors of the files have no place in the model, first %s", len(unused), min(unused))

@@ -13,7 +13,7 @@ from trainer.adapters.attach import check_adapter
 from trainer.base.base_fingerprint import check_base_file
 from trainer.base.document_isolation import check_positions
 from trainer.base.model_config import load_tokenizer
-from trainer.base.weight_map import OpenedBase, open_base
+from trainer.base.weight_map import OpenedBase, describe_unplaced, open_base
 from trainer.distributed.deepspeed_config import check_expert_parallel, check_sharded_base, read_deepspeed_config
 from trainer.objective.batches import BatchPlan, plan_batches, steps_in
 from trainer.objective.optimizer import check_optimizer
@@ -66,6 +66,11 @@ def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
 def warnings_about(recipe: Recipe, opened: OpenedBase) -> list[str]:
     """Lines about settings that are allowed, and probably not meant."""
     lines = []
+    if opened.unplaced:
+        lines.append(
+            f"warning: base.model holds {describe_unplaced(opened)}; they are neither used nor trained, and merged "
+            "exports keep them as they are"
+        )
     longest = getattr(opened.model.config, "max_position_embeddings", None)
     if longest is not None and recipe.data.seq_len > longest:
         lines.append(
