@@ -6,9 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data_prep.user_error import UserError
+from tests.support.finished_run import finish_run, prepare_tasks
 from tests.support.full_disk import files_up_to
 from tests.support.tiny_adapters import logits, plain_model
 from trainer.base.loader import load_base
@@ -18,6 +20,7 @@ from trainer.export.export import ExportRequest, export
 from trainer.export.load_exported import load_merged
 from trainer.export.lora import LowRank
 from trainer.export.merged import write_merged
+from trainer.training.run_plan import warnings_about
 
 BF16 = 2.0**-8  # of a value: what rounding to bf16 changes at most
 
@@ -96,6 +99,60 @@ def run_bytes(path):
     """What a file's tensors take."""
     with safe_open(path, "pt") as file:
         return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+
+
+EXTRA = {  # heads for later tokens, under the two kinds of name that families use, in dtypes that stay as they are
+    "model.layers.2.eh_proj.weight": torch.randn(64, 128).to(torch.float16),
+    "mtp.layers.0.mlp.up_proj.weight": torch.randn(96, 64).to(torch.float8_e4m3fn),
+    "mtp.layers.0.counts": torch.arange(3),
+    "mtp.layers.0.mask": torch.tensor([True, False]),
+    "mtp.scale": torch.tensor(0.5),
+}
+
+
+@pytest.fixture
+def run_with_extra_tensors(tmp_path):
+    """A run whose base holds tensors that LlamaForCausalLM does not know."""
+    folder = prepare_tasks(tmp_path / "extra")
+    path = folder / "base" / "model.safetensors"
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # the model computes these
+    save_file({**load_file(path), **EXTRA, **frequencies}, path, metadata={"format": "pt"})
+    return finish_run(folder, tmp_path / "runs" / "extra")
+
+
+def test_tensors_that_the_model_does_not_know_are_kept_as_they_are_and_named(run_with_extra_tensors):
+    run = run_with_extra_tensors
+    exported = export(ExportRequest(run.folder, "merged"))
+    found, base = (load_file(folder / "model.safetensors") for folder in (exported.folder, run.base))
+    assert found.keys() == base.keys() - {"model.layers.0.self_attn.rotary_emb.inv_freq"}
+    for name, tensor in EXTRA.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+    assert exported.facts["kept_as_they_are"] == sorted(EXTRA)
+    assert "5 tensors that LlamaForCausalLM does not know (model.layers.2.eh_proj.weight, mtp.layers" in exported.what
+    expected = logits(lora_on(plain_model(run.base), run))
+    torch.testing.assert_close(logits(plain_model(exported.folder)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_in_many_files_they_are_in_the_index(run_with_extra_tensors, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    total = write_merged(folder, open_base(run_with_extra_tensors.recipe.base), {}, shard_bytes=60_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert total == sum(run_bytes(path) for path in folder.glob("*.safetensors")) == index["metadata"]["total_size"]
+    for name in EXTRA:
+        with safe_open(folder / index["weight_map"][name], "pt") as file:
+            assert name in file.keys()  # noqa: SIM118 (a safe_open handle is no mapping)
+
+
+def test_training_names_them_once(run_with_extra_tensors):
+    recipe = run_with_extra_tensors.recipe
+    (line,) = warnings_about(recipe, open_base(recipe.base))
+    start = (
+        "warning: base.model holds 5 tensors that LlamaForCausalLM does not know (model.layers.2.eh_proj.weight, mtp."
+    )
+    assert line.startswith(start)
+    assert line.endswith(", ...); they are neither used nor trained, and merged exports keep them as they are")
 
 
 def test_tokenizer_and_chat_template_come_along(make_run):

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,11 +15,14 @@ from data_prep.chat import ChatTemplate
 from data_prep.publish import blame_option, publish_atomically
 from data_prep.reader import PreparedSet, manifest_for, open_prepared
 from data_prep.user_error import UserError
+from trainer.adapters.adapter_folder import drop_default_keys
 from trainer.base.base_fingerprint import BASE_FILE
-from trainer.base.weight_map import open_base
+from trainer.base.model_folder import resolve_folder
+from trainer.base.weight_map import describe_unplaced, open_base
 from trainer.evaluation.generation import config_end_ids, template_end_ids
 from trainer.evaluation.loaded_models import LoadedRun, load_run
 from trainer.evaluation.runner import sample_per_task
+from trainer.export.base_files import copy_code, copy_tokenizer
 from trainer.export.fidelity import TaskFidelity, fidelity_table, item_scorer, measure
 from trainer.export.load_exported import free_bytes, load_merged, load_plain_lora
 from trainer.export.lora import LowRank, low_rank_updates, write_lora
@@ -121,6 +124,7 @@ def _check_task(request: ExportRequest, recipe: Recipe) -> None:
 
 def _copy_adapter(request: ExportRequest, staging: Path) -> Exported:
     shutil.copytree(request.run / run_dir.ADAPTER, staging, dirs_exist_ok=True)
+    drop_default_keys(staging)  # runs of older code have them
     what = "the adapter as it is, for PEFT after `import trainer.adapters`, so it needs this package"
     return Exported(request.folder, what, "exact: nothing was changed")
 
@@ -131,9 +135,9 @@ def _export_low_rank(request: ExportRequest, staging: Path) -> Exported:
     prepared = open_prepared(run.recipe.data, run.tokenizer)
     gates = _gates(request, run, prepared)
     updates = low_rank_updates(run.model, gates)
-    run.tokenizer.save_pretrained(str(staging))
+    _copy_tokenizer(run, staging)
     write = _write_lora if request.to == "lora" else _write_merged
-    what, size = write(request, run, updates, staging)
+    what, size, kept = write(request, run, updates, staging)
     if gates:
         over = "all tasks" if request.task is None else f"task {request.task}"
         what += f"; gates fixed at their mean over {over} on at most {request.rows} rows"
@@ -143,6 +147,7 @@ def _export_low_rank(request: ExportRequest, staging: Path) -> Exported:
         "task": request.task,
         "rows": request.rows,
         "gates": {name: omega.tolist() for name, omega in gates.items()},
+        "kept_as_they_are": kept,
     }
     return Exported(request.folder, what, measured, fidelity, facts)
 
@@ -156,21 +161,35 @@ def _gates(request: ExportRequest, run: LoadedRun, prepared: PreparedSet) -> dic
     return mean_gates(run.model, rows, task)
 
 
-def _write_lora(request: ExportRequest, run: LoadedRun, updates: dict[str, LowRank], staging: Path) -> tuple[str, int]:
+def _copy_tokenizer(run: LoadedRun, staging: Path) -> None:
+    base = resolve_folder(run.recipe.base)
+    template = cast(str, run.tokenizer.chat_template) if run.recipe.data.chat_template is not None else None
+    copy_tokenizer(base, staging, run.tokenizer, template)
+    if run.recipe.base.trust_remote_code:
+        copy_code(base, staging)
+
+
+def _write_lora(
+    request: ExportRequest, run: LoadedRun, updates: dict[str, LowRank], staging: Path
+) -> tuple[str, int, list[str]]:
     write_lora(staging, updates, run.model.peft_config["default"])
     shutil.copy(request.run / run_dir.ADAPTER / BASE_FILE, staging)
-    return f"a LoRA of rank {_rank(updates)} for plain PEFT, in fp32", 0
+    return f"a LoRA of rank {_rank(updates)} for plain PEFT, in fp32", 0, []
 
 
 def _write_merged(
     request: ExportRequest, run: LoadedRun, updates: dict[str, LowRank], staging: Path
-) -> tuple[str, int]:
-    """Returns a description, and the bytes that the exported model takes in memory."""
+) -> tuple[str, int, list[str]]:
+    """Returns a description, the bytes that the exported model takes in memory, and the tensors kept as they are."""
     dequantized = run.model.get_base_model() if request.base == "dequantised" else None
-    size = write_merged(staging, open_base(run.recipe.base), updates, dequantized)
+    opened = open_base(run.recipe.base)
+    size = write_merged(staging, opened, updates, dequantized)
     _add_template_end(run, staging)
     base = "base dequantized from NF4" if dequantized is not None else "original base"
-    return f"the {base} with a LoRA of rank {_rank(updates)} merged, in {run.recipe.base.dtype}", size
+    what = f"the {base} with a LoRA of rank {_rank(updates)} merged, in {run.recipe.base.dtype}"
+    if opened.unplaced:
+        what += f"; {describe_unplaced(opened)} are kept as they are"
+    return what, size, list(opened.unplaced)
 
 
 def _add_template_end(run: LoadedRun, folder: Path) -> None:

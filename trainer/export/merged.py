@@ -4,7 +4,6 @@ Writes one file at a time: besides the run's own model, memory holds the tensors
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from trainer.base.nf4 import NF4Linear
 from trainer.base.safetensors_reader import Weights
 from trainer.base.safetensors_writer import write_tensors
 from trainer.base.weight_map import DTYPES, OpenedBase
+from trainer.export.base_files import write_config
 from trainer.export.lora import LowRank
 
 SHARD = 2 * 10**9  # approximate bytes per file; a larger tensor gets its own file
-NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def write_merged(
@@ -32,21 +31,22 @@ def write_merged(
 
     Returns the total bytes. W comes from the base's files or, if the run's base model is given as `dequantized`, from
     its NF4 linears; then the NF4 linears without an update are written dequantized too. The sum is computed in fp32 and
-    rounded once. Tensors keep the names they have in the base's files. No tokenizer is written.
+    rounded once. Tensors keep the names they have in the base's files; those that the model's class does not know are
+    written as they are. No tokenizer is written.
     """
     dtype = DTYPES[opened.base.dtype]
     files: dict[str, str] = {}
     shards = list(_shards(opened, dtype, shard_bytes))
     for number, sources in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {source: _merged(opened, source, updates, dequantized).to(dtype) for source in sources}
+        tensors = {source: _written(opened, source, dtype, updates, dequantized) for source in sources}
         write_tensors(tensors, folder / name)
         files |= dict.fromkeys(sources, name)
-    total = sum(opened.weights.numel(source) for source in opened.names) * dtype.itemsize
+    total = sum(_nbytes(opened, source, dtype) for sources in shards for source in sources)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    _write_config(folder, opened, dtype)
+    write_config(opened.weights.folder, folder, dtype)
     return total
 
 
@@ -54,14 +54,28 @@ def _shards(opened: OpenedBase, dtype: torch.dtype, most: int) -> Iterator[list[
     """The tensor names of each file, in the base's order, up to `most` bytes per file."""
     shard: list[str] = []
     filled = 0
-    for source in opened.names:
-        size = opened.weights.numel(source) * dtype.itemsize
+    for source in (*opened.names, *opened.unplaced):
+        size = _nbytes(opened, source, dtype)
         if shard and filled + size > most:
             yield shard
             shard, filled = [], 0
         shard.append(source)
         filled += size
     yield shard
+
+
+def _nbytes(opened: OpenedBase, source: str, dtype: torch.dtype) -> int:
+    """Of a tensor as it is written."""
+    weights = opened.weights
+    return weights.numel(source) * dtype.itemsize if source in opened.names else weights.nbytes(source)
+
+
+def _written(
+    opened: OpenedBase, source: str, dtype: torch.dtype, updates: dict[str, LowRank], dequantized: nn.Module | None
+) -> Tensor:
+    if source not in opened.names:
+        return opened.weights.stored(source)
+    return _merged(opened, source, updates, dequantized).to(dtype)
 
 
 @torch.no_grad()
@@ -88,14 +102,3 @@ def _dequantized(model: nn.Module, target: str) -> Tensor | None:
 def _read(weights: Weights, source: str) -> Tensor:
     numel = weights.numel(source)
     return torch.cat(list(weights.read(source, 0, numel, max(numel, 1)))).view(weights.shape(source))
-
-
-def _write_config(folder: Path, opened: OpenedBase, dtype: torch.dtype) -> None:
-    base = opened.weights.folder
-    config = json.loads((base / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": NAMES[dtype]}, indent=2) + "\n")
-    other_files = [base / "generation_config.json", *(base.glob("*.py") if opened.base.trust_remote_code else ())]
-    for path in other_files:
-        if path.is_file():
-            shutil.copy(path, folder / path.name)
