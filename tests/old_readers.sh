@@ -9,7 +9,7 @@ environment="${1:-.venv-old-readers}"
 [ -x "$environment/bin/python" ] || "${PYTHON:-python3}" -m venv "$environment"
 grep '^torch==' constraints.txt > "$environment/torch.txt"
 "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -c "$environment/torch.txt" \
-  torch transformers==4.45.0 peft==0.10.0
+  torch transformers==4.45.0 peft==0.5.0
 exports="$(mktemp -d)"
 trap 'rm -r "$exports"' EXIT
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

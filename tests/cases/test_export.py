@@ -11,7 +11,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}:{{ message['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
 )
-KNOWN_SINCE_PEFT_0_3 = {
+KNOWN_SINCE_PEFT_0_5 = {
     "base_model_name_or_path",
     "bias",
     "fan_in_fan_out",
@@ -63,7 +63,7 @@ def test_an_exported_lora_has_only_keys_that_older_readers_know(run, tmp_path):
     """Case 36-adapter-config-with-many-new-keys."""
     folder = export(ExportRequest(run.folder, "lora", tmp_path / "lora")).folder
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config.keys() == KNOWN_SINCE_PEFT_0_3
+    assert config.keys() == KNOWN_SINCE_PEFT_0_5
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 12, 12)
     assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
 
@@ -73,4 +73,4 @@ def test_an_old_runs_lora_exported_as_it_is_has_only_keys_that_older_readers_kno
     old = finish_run(run.base.parent, tmp_path / "runs" / "lora", "lora")
     assert "kasa_config" in json.loads((old.folder / "adapter" / "adapter_config.json").read_text())
     folder = export(ExportRequest(old.folder, "peft")).folder
-    assert json.loads((folder / "adapter_config.json").read_text()).keys() == KNOWN_SINCE_PEFT_0_3
+    assert json.loads((folder / "adapter_config.json").read_text()).keys() == KNOWN_SINCE_PEFT_0_5

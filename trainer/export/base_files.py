@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*.jinja")
 TOKENIZER_FILES = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.model.v*",
-    "*.tiktoken", "tekken.json",
-)  # fmt: skip
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "*.model.v*", "*.tiktoken", "tekken.json"),
+)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 ONLY_IN_TRANSFORMERS_5 = "TokenizersBackend"
