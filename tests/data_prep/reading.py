@@ -1,5 +1,7 @@
 """Reads sources as `prepare` does, in this process and without a tokenizer."""
 
+import io
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,19 @@ def places(documents: list[Document]) -> list[str]:
 def texts(documents: list[Document]) -> list[list[str] | str]:
     """The text of each, or the contents of its turns."""
     return [d.text if d.text is not None else [turn["content"] for turn in d.messages] for d in documents]
+
+
+class GeneratedBytes(io.RawIOBase):
+    """A file that is made while it is read: `count` times `row` with commas between, after `start`, before `end`."""
+
+    def __init__(self, start: bytes, row: bytes, end: bytes, count: int) -> None:
+        between = itertools.repeat(b"," + row, count - 1)
+        self._pieces = itertools.chain([start + row], between, [end])
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        piece = next(self._pieces, b"")
+        buffer[: len(piece)] = piece
+        return len(piece)

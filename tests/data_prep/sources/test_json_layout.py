@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.documents import Document
 from data_prep.sources.json_layout import find_layout, read_layout
-from tests.data_prep.reading import places, read, refusal, rows_of, texts
+from tests.data_prep.reading import GeneratedBytes, places, read, refusal, rows_of, texts
 
 RECORDS = [{"instruction": "a", "output": "1"}, {"instruction": "b", "output": "2"}]
 TURNS = [
@@ -148,25 +148,12 @@ def test_a_damaged_first_line_does_not_hide_the_others(file, first):
 def test_rows_within_an_object_are_read_in_the_memory_of_few():
     record = json.dumps({"instruction": "a" * 1000, "output": "b" * 1000}).encode()
 
-    class Rows(io.RawIOBase):
-        """Ten megabytes, generated while they are read."""
-
-        left = 5000
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: bytearray) -> int:
-            if self.left < 0:
-                return 0
-            piece = b"]}" if not self.left else (b'{"n": 1, "data": [' if self.left == 5000 else b",") + record
-            self.left -= 1
-            buffer[: len(piece)] = piece
-            return len(piece)
+    def opened() -> io.BufferedReader:
+        return io.BufferedReader(GeneratedBytes(b'{"n": 1, "data": [', record, b"]}", 5000))  # ten megabytes
 
     tracemalloc.start()
-    layout = find_layout(io.BufferedReader(Rows()), "made", ())
-    count = sum(1 for _ in read_layout(layout, io.BufferedReader(Rows()), "made"))
+    layout = find_layout(opened(), "made", ())
+    count = sum(1 for _ in read_layout(layout, opened(), "made"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (layout.key, count) == ("data", 5000)

@@ -11,7 +11,7 @@ import pytest
 from data_prep.documents import Document
 from data_prep.sources.json_array import read_json_array
 from data_prep.user_error import UserError
-from tests.data_prep.reading import places, read, refusal, rows_of, texts
+from tests.data_prep.reading import GeneratedBytes, places, read, refusal, rows_of, texts
 
 GOOD = b'{"instruction": "Add 2 and 2.", "output": "4"}'
 LINE = "expected one JSON object per line, correct it"
@@ -203,24 +203,9 @@ def test_an_array_holds_half_surrogates_as_lines_do(tmp_path):
 def test_an_array_is_read_in_the_memory_of_few_records():
     record = json.dumps({"instruction": "a" * 1000, "output": "b" * 1000}).encode()
 
-    class Array(io.RawIOBase):
-        """Ten megabytes, generated while they are read."""
-
-        left = 5000
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: bytearray) -> int:
-            if self.left < 0:
-                return 0
-            piece = b"]" if not self.left else (b"[" if self.left == 5000 else b",") + record
-            self.left -= 1
-            buffer[: len(piece)] = piece
-            return len(piece)
-
+    array = GeneratedBytes(b"[", record, b"]", 5000)  # ten megabytes
     tracemalloc.start()
-    count = sum(1 for _ in read_json_array(io.BufferedReader(Array()), "made"))
+    count = sum(1 for _ in read_json_array(io.BufferedReader(array), "made"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 5000
