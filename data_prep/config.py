@@ -53,8 +53,8 @@ class FilesSource(Section):
     split: str | None = Field(
         default=None,
         min_length=1,
-        description="read only the files whose names tell of this split, such as train or validation; null: all, if "
-        "their names do not tell of several",
+        description="read only the files named after this split, such as train or validation; null: all, unless they "
+        "are named after several",
     )
     fields: Fields = Field(default_factory=dict)
     metric: Metric = None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.unique_keys import load_yaml
+from data_prep.recipe_yaml import load_yaml
 from data_prep.user_error import UserError
 from tests.support.minimal_recipe import MINIMAL
 from trainer.recipe_file import load_recipe

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from data_prep.config import Source
-from data_prep.unique_keys import RepeatedKey, UnclearNumber, dump_yaml, load_yaml
+from data_prep.recipe_yaml import RepeatedKey, UnclearNumber, dump_yaml, load_yaml
 from data_prep.user_error import UserError
 from trainer.recipe import Recipe
 

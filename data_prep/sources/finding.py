@@ -34,7 +34,7 @@ def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
     says.
     """
     skipped: list[Path] = []
-    folder = source.path.parent  # the names below it tell of splits
+    folder = source.path.parent  # names below it may name splits
     if os.path.isdir(source.path):  # unlike Path.is_dir, false for paths that cannot be looked up
         folder = source.path
         found, skipped = _in_folder(source, key)

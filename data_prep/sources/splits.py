@@ -1,4 +1,4 @@
-"""Splits that the names of files tell of, such as train.jsonl beside test.jsonl, or train/ beside test/."""
+"""Splits named by files and folders, such as train.jsonl beside test.jsonl, or train/ beside test/."""
 
 import re
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ _SPLITS = {  # a word in a name, and the split
     "dev": "validation", "test": "test", "testing": "test", "eval": "eval", "evaluation": "eval",
     "heldout": "heldout", "holdout": "heldout",
 }  # fmt: skip
+_NAMES = frozenset(_SPLITS.values())
 _WORD = re.compile(r"h[eo]ld[-_ ]?out|[a-z]+|\d+")
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where a file's name tells of a split."""
+    """The split that a file's name or folder names."""
 
     split: str
     path: Path  # that stands for the split: a folder or a pattern
@@ -25,7 +26,7 @@ class _Mark:
 
 
 def refuse_several_splits(files: Sequence[Path], folder: Path, key: str) -> None:
-    """Raises UserError if the names of these files below `folder` tell of several splits.
+    """Raises UserError if these files below `folder` are named after several splits.
 
     A file of no split beside test.jsonl is one more split: the data without its test set.
     """
@@ -55,7 +56,8 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str, key: str) ->
         marks = sorted({mark.split for path in files if (mark := _mark(path, folder))})
         has = f"their names tell of {', '.join(marks)}" if marks else f"the first is {files[0].relative_to(folder)}"
         raise UserError(f"{key}.split: none of the {len(files)} files in {folder} is of split {split!r}; {has}")
-    return found, [path for path in files if path not in {*found}]
+    chosen = {*found}
+    return found, [path for path in files if path not in chosen]
 
 
 def _is_of(name: Path, wanted: list[str]) -> bool:
@@ -71,7 +73,7 @@ def _mark(path: Path, folder: Path) -> _Mark | None:
         return None
     part = name.parts[index]
     is_file = index == len(name.parts) - 1
-    found = next(found for found in _WORD.finditer(part.lower()) if _split(found[0]) in _SPLITS.values())
+    found = next(found for found in _WORD.finditer(part.lower()) if _split(found[0]) in _NAMES)
     rest = part[found.end() :]
     endings = "".join(rest.partition(".")[1:])
     ours = f"{part[: found.end()]}*{endings}" if is_file else part
@@ -80,9 +82,9 @@ def _mark(path: Path, folder: Path) -> _Mark | None:
 
 
 def _deciding_part(name: Path) -> int | None:
-    """The index of the part of a path that tells the split: the file's name, else the innermost folder's."""
-    told = [i for i, part in enumerate(name.parts) if {*_SPLITS.values()} & {*_words(part)}]
-    return told[-1] if told else None
+    """The index of the part of a path that names the split: the file, else the innermost folder that does."""
+    naming = [index for index, part in enumerate(name.parts) if not _NAMES.isdisjoint(_words(part))]
+    return naming[-1] if naming else None
 
 
 def _words(name: str) -> list[str]:

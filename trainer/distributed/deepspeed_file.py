@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_prep.sources.text import first_repeated
 from data_prep.user_error import UserError
 from trainer.distributed.deepspeed_sections import DeepSpeedFile
 from trainer.recipe_file import explain
@@ -47,8 +48,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """json.loads would keep the last value of a key and drop the others silently."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in found if keys.count(key) > 1)} is given twice; remove one")
-    return found
+    if (key := first_repeated([key for key, _ in pairs])) is not None:
+        raise ValueError(f"key {key} is given twice; remove one")
+    return dict(pairs)

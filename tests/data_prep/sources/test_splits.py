@@ -1,4 +1,4 @@
-"""Folders and patterns whose files' names tell of several splits are refused; `split` chooses one."""
+"""Folders and patterns whose files are named after several splits are refused; `split` chooses one."""
 
 import pytest
 
