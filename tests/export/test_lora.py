@@ -43,7 +43,7 @@ def test_plain_peft_computes_our_model_with_fixed_gates(make_run, tmp_path):
     folders = [export(ExportRequest(run.folder, "lora")).folder for run in runs.values()]
     base = runs["teamlora"].base
     command = [sys.executable, "-c", PLAIN_PEFT, str(base), str(tmp_path), *map(str, folders)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         untouched = logits(plain_model(base))

@@ -34,7 +34,7 @@ class Workplace:
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess:
         """Runs a command in the folder."""
         env = self.environment()
-        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300, **options)
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=600, **options)
 
     def teamlora(self, *arguments: str) -> subprocess.CompletedProcess:
         return self.run("teamlora", *arguments)
@@ -68,7 +68,7 @@ def make_workplace(folder: Path) -> Workplace:
 
 
 def wait_for_steps(metrics: Path, count: int) -> None:
-    ending = time.monotonic() + 300
+    ending = time.monotonic() + 900
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
         assert time.monotonic() < ending, f"{metrics} never came to {count} steps"
         time.sleep(0.1)

@@ -33,7 +33,7 @@ def test_a_good_set_up_passes_and_every_check_says_so(cluster, place):
     assert {finding["level"] for finding in findings(done)} == {"ok"}
     expected = "reached machine slots packages code recipe base prepared clock port connection memory"
     assert set(expected.split()) <= {finding["what"] for finding in findings(done)}
-    assert cluster.wait_until_idle(5) == []
+    assert cluster.wait_until_idle() == []
 
 
 @pytest.mark.parametrize("name", BAD_SETUPS)
@@ -46,7 +46,7 @@ def test_a_bad_set_up_is_found_on_the_host_that_has_it(cluster, place, tmp_path,
     assert (finding["level"], finding["host"], finding["what"]) == (bad.level, bad.host, bad.what)
     assert bad.text in finding["text"]
     assert finding["remedy"]
-    assert cluster.wait_until_idle(5) == []
+    assert cluster.wait_until_idle() == []
 
 
 def test_a_line_that_deepspeeds_launcher_cannot_read_is_an_error(cluster, place):

@@ -13,7 +13,7 @@ from tests.support.workplace import wait_for_steps
 pytestmark = pytest.mark.slow
 
 TIMEOUT = 8  # seconds that a rank waits for another
-LIMIT = 60  # seconds, for a launch to end after the harm
+LIMIT = 120  # seconds, for a launch to end after the harm
 
 
 def told_after(harm: Callable[[], object], train: Train, run: str) -> str:
@@ -35,12 +35,12 @@ def test_a_killed_rank_ends_the_run_on_both_hosts(cluster, train, lost):
     survivor = 1 - lost
     assert f"rank {survivor}: another rank has ended or does not answer" in told
     assert f"{NODES[lost]}: ssh exited with exit code 247" in told  # DeepSpeed's -9
-    assert cluster.wait_until_idle(5) == []
+    assert cluster.wait_until_idle() == []
 
 
 def test_a_node_that_is_cut_off_ends_the_run_on_both_hosts(cluster, train):
     with ExitStack() as cut:
         told = told_after(lambda: cut.enter_context(cluster.cut_off("node-b")), train, "cut_off")
-        assert cluster.wait_until_idle(TIMEOUT + 10) == []
+        assert cluster.wait_until_idle() == []
     assert "rank 0: another rank has ended or does not answer" in told
     assert "node-b: ssh exited with exit code 255" in told

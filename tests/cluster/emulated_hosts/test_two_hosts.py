@@ -27,7 +27,7 @@ def refused(done: CompletedProcess, cluster) -> str:
     """The one line that refused the launch, which has ended everywhere."""
     assert done.returncode == MISTAKE, done.stdout + done.stderr
     (line,) = errors(done)
-    assert cluster.wait_until_idle(5) == []
+    assert cluster.wait_until_idle() == []
     return line
 
 
@@ -46,7 +46,7 @@ def test_two_hosts_train_as_two_ranks_on_one(shared, cluster, train):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ranks           2 on 2 nodes: node-a (1), node-b (1); eth0; met in " in done.stdout
     assert_same_training(shared, "one_host", "two_hosts")
-    assert cluster.wait_until_idle(5) == []
+    assert cluster.wait_until_idle() == []
 
 
 @pytest.mark.parametrize("dispatch", ["weights", "tokens"])
@@ -58,7 +58,7 @@ def test_experts_placed_on_two_hosts_train_as_those_of_two_ranks_on_one(shared, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "experts         1 of 2 on each of 2 ranks" in done.stdout
     assert_same_training(shared, one, two)
-    assert cluster.wait_until_idle(5) == []
+    assert cluster.wait_until_idle() == []
 
 
 def test_a_signal_to_one_rank_saves_the_run_of_both_hosts(shared, cluster, train):
@@ -68,7 +68,7 @@ def test_a_signal_to_one_rank_saves_the_run_of_both_hosts(shared, cluster, train
     done = ended(launched)
     assert done.returncode == STOPPED, done.stdout + done.stderr
     assert "as a signal asked; saved in runs/signalled/checkpoints; start again to go on" in done.stdout
-    assert cluster.wait_until_idle(5) == []
+    assert cluster.wait_until_idle() == []
 
 
 def test_a_hostfile_that_is_missing_does_not_train_on_one_host_in_silence(cluster, train):

@@ -239,5 +239,5 @@ def check_on_hosts(
     (place.folder / "hosts").write_text(hostfile)
     command = ("teamlora", "check", place.recipe.name, "--hostfile", "hosts", "--json", *options)
     started = time.perf_counter()
-    done = cluster.launcher.run(*command, folder=place.folder, env=place.environment(), timeout=120)
+    done = cluster.launcher.run(*command, folder=place.folder, env=place.environment(), timeout=300)
     return done, time.perf_counter() - started

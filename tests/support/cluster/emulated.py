@@ -144,7 +144,7 @@ class Cluster:
         """Those of all hosts, but for ssh's daemons and their sessions."""
         return [process for host in (self.launcher, *self.nodes.values()) for process in host.processes()]
 
-    def wait_until_idle(self, seconds: float) -> list[list[str]]:
+    def wait_until_idle(self, seconds: float = 60) -> list[list[str]]:
         """The commands that still run on any host when the time is over: none as soon as there are none."""
         ending = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < ending:

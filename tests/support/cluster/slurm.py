@@ -15,7 +15,7 @@ SBATCH = str(REPOSITORY / "launch" / "slurm.sbatch")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 PACKAGES = "slurm-wlm munge"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-LIMIT = 300  # seconds
+LIMIT = 600  # seconds
 # No cgroups, which namespaces may not offer. A requeued job waits for cred_expire seconds, and for the next schedule.
 SETTINGS = f"""ClusterName=emulated
 SlurmctldHost=launcher
