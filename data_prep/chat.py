@@ -19,7 +19,7 @@ from data_prep.chat_skeleton import Skeleton, read_skeleton, unreadable
 from data_prep.documents import Message, reasoning_parts
 from data_prep.marked_conversation import Header, MarkedConversation, is_answer
 from data_prep.spellings import spellings
-from data_prep.template_renderer import Span, TemplateRenderer, Tools
+from data_prep.template_renderer import Span, TemplateRenderer, Tools, generation_stops
 from data_prep.turn_ends import TurnEnds, find_turn_ends
 from data_prep.user_error import UserError
 
@@ -118,6 +118,10 @@ class ChatTemplate:
     def learned_ends(self) -> list[str]:
         """The special tokens that end learned turns: the last answer, earlier ones, and calls. An empty string among
         them stands for turns that no special token ends."""
+        return self._learned_ends
+
+    @cached_property
+    def _learned_ends(self) -> list[str]:
         ends = []
         for messages in ([_QUESTION, _REPLY], *_FOLLOWED.values(), [_QUESTION, _CALLS]):
             try:
@@ -256,7 +260,7 @@ class ChatTemplate:
                 marker = self._ends.last_token(text[slice(*spans[1])])
             except UserError:
                 marker = ""
-            stops = marker in self._renderer.stops()
+            stops = marker in generation_stops(self._tokenizer)
             self._appended[has_calls] = marker if stops else self._tokenizer.eos_token or ""
         return self._appended[has_calls]
 

@@ -1,6 +1,5 @@
 """Turns documents into token ids and labels."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,7 @@ class Encoded:
     scored: np.ndarray  # bool: whether the token is a label, as in assistant turns and their end tokens
     piece: int  # 0, 1, ... if the document was split
     cut: bool  # whether the document was longer than seq_len
+    tokens_in_text: frozenset[str] = frozenset()  # control tokens that the whole document's text holds
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -45,6 +45,7 @@ class Removed:
     place: str  # where it is in the source, and for BAD_ROW what is wrong with it
     reason: str
     piece: int = 0  # as in Encoded
+    tokens_in_text: frozenset[str] = frozenset()  # as in Encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,6 @@ class _Rendered:
 class Encoder:
     """Tokenizes documents and labels what is to be learned, by character position, never by token id.
 
-    tokens_in_text: documents encoded so far that hold a control token in their text, by token.
     Raises UserError if the tokenizer gives no character offsets or, for conversations, has no chat template.
     """
 
@@ -70,12 +70,11 @@ class Encoder:
         self._template: ChatTemplate | None = None
         self._control = ControlTokens(tokenizer, config.special_tokens_in_text)
         self._rows = embedding_rows(tokenizer)
-        self.tokens_in_text: Counter[str] = Counter()
-        # Whether the tokenizer itself adds bos before a text; chat templates write their own.
+        # bos, if the tokenizer itself adds it before a text; chat templates write their own
         backend = tokenizer.backend_tokenizer
         with_specials, without = (backend.encode("a", add_special_tokens=s).ids for s in (True, False))
         starts = with_specials[: len(with_specials) - len(without)]
-        self._opening = (tokenizer.bos_token or "") if tokenizer.bos_token_id in starts else ""
+        self._opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id in starts else []
 
     @property
     def template(self) -> ChatTemplate:
@@ -124,8 +123,8 @@ class Encoder:
     def _render(self, document: Document) -> "_Rendered":
         if document.text is not None:
             own, hidden = self._control.hide(document.text, document.origin)
-            text = self._opening + own + (self._tokenizer.eos_token or "")
-            return _Rendered(text, [(len(self._opening), len(text))], hidden)
+            text = own + (self._tokenizer.eos_token or "")
+            return _Rendered(text, [(0, len(text))], hidden)
         given = with_system_prompt(document.messages, self._config.system_prompt)
         (messages, tools), hidden = self._control.hide([given, document.tools], document.origin)
         text, parts = self.template.learned(messages, document.origin, tools)
@@ -134,18 +133,19 @@ class Encoder:
         return _Rendered(text, [span for index in learned for span in parts[index + added]], hidden)
 
     def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
-        self.tokens_in_text.update(rendered.hidden)
-        ids = np.array(encoding.ids, dtype=np.int32)
+        # As an id: some tokenizers write no space before a text that begins with bos.
+        opening = [] if document.text is None else self._opening
+        ids = np.array(opening + encoding.ids, dtype=np.int32)
         if self._rows is not None and len(ids) and ids.max() >= self._rows:
             refuse_beyond_embedding(self._tokenizer, int(ids.max()), self._rows, f"used in {document.origin}")
-        scored = _scored(encoding, len(rendered.text), rendered.spans)
+        scored = np.concatenate([np.zeros(len(opening), bool), _scored(encoding, len(rendered.text), rendered.spans)])
         seq_len, over_long = self._config.seq_len, len(ids) > self._config.seq_len
         if not over_long:
             starts = [0]
         elif self._config.over_long == "split":
             starts = list(range(0, len(ids), seq_len))
         elif self._config.over_long == "drop":
-            return [Removed(document.origin, OVER_LONG)]
+            return [Removed(document.origin, OVER_LONG, 0, rendered.hidden)]
         else:
             starts = [0 if self._config.over_long == "cut_right" else len(ids) - seq_len]
         pieces: list[Encoded | Removed] = []
@@ -153,9 +153,11 @@ class Encoder:
             learned = scored[start : start + seq_len].copy()
             learned[:1] = False  # in a packed row it would be predicted from another document's last token
             if learned.any():
-                pieces.append(Encoded(document, ids[start : start + seq_len], learned, piece, over_long))
+                part = ids[start : start + seq_len]
+                pieces.append(Encoded(document, part, learned, piece, over_long, rendered.hidden))
             else:
-                pieces.append(Removed(document.origin, NO_LABELS_AFTER_CUT if over_long else EMPTY_ANSWER, piece))
+                reason = NO_LABELS_AFTER_CUT if over_long else EMPTY_ANSWER
+                pieces.append(Removed(document.origin, reason, piece, rendered.hidden))
         return pieces
 
 

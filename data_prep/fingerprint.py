@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 from data_prep.chat import check_offsets
 from data_prep.config import DataConfig, FilesSource, HubSource, ReasoningGymSource
 from data_prep.sources.columns import hub_revision
-from data_prep.sources.finding import find_files, unreadable_file
+from data_prep.sources.finding import find_files, refuse_other_kind, unreadable_file
 from data_prep.sources.read import source_key
 from data_prep.suite.tasks import packages_of
+from data_prep.template_renderer import generation_stops
 from data_prep.user_error import UserError
 
 SourceState = dict[str, Any]
@@ -21,7 +23,7 @@ PACKAGE = Path(__file__).parent
 _DECISIVE_LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow")
 _TOKENIZER_FILES = (
     "*token*", "*.jinja", "additional_chat_templates/*", "*.model", "vocab*", "merges*", "config.json",
-    "chat_template.json",
+    "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
 
@@ -48,22 +50,42 @@ def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
     }
 
 
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """What decides a prepared set of a tokenizer and what is beside it: its hashes, and where generation stops."""
+    return {**tokenizer_hashes(tokenizer), "stops": sorted(generation_stops(tokenizer))}
+
+
 def source_states(config: DataConfig, remembered: Sequence[SourceState] = ()) -> list[SourceState]:
     """The state of every source: path, size, modification time and sha256 of files, the commit of Hub datasets.
 
-    A file whose size (bytes) and modification time (ns) equal the remembered ones is not read again.
-    Raises UserError if a file cannot be read or the Hub cannot be reached.
+    A file whose size (bytes) and modification time (ns) equal the remembered ones is not read again. All others are
+    looked at before any is read as a whole.
+    Raises UserError if a file cannot be read or is not what its name says, or if the Hub cannot be reached.
     """
+    files = {
+        index: _checked_files(source, source_key(index), config.prepared_dir, remembered)
+        for index, source in enumerate(config.sources)
+        if isinstance(source, FilesSource)
+    }
     states: list[SourceState] = []
     for index, source in enumerate(config.sources):
         key = source_key(index)
-        if isinstance(source, FilesSource):
-            files = find_files(source, key)[0]
-            _refuse_own_output(source, files, config.prepared_dir, key)
-            states += file_states(files, f"{key}.path", remembered)
+        if index in files:
+            states += file_states(files[index], f"{key}.path", remembered)
         elif isinstance(source, HubSource):
             states.append({"key": f"{key}.name", "path": source.name, "sha256": hub_revision(source, key)})
     return states
+
+
+def _checked_files(source: FilesSource, key: str, prepared_dir: Path, remembered: Sequence[SourceState]) -> list[Path]:
+    """The source's files. Raises UserError for those that are this set's own, or not what their names say."""
+    files = find_files(source, key)[0]
+    _refuse_own_output(source, files, prepared_dir, key)
+    known = {state["path"]: state for state in remembered}
+    for path in files:
+        if not _is_unchanged(path, known.get(str(path), {})):
+            refuse_other_kind(path, source, key)
+    return files
 
 
 def _refuse_own_output(source: FilesSource, files: Iterable[Path], prepared_dir: Path, key: str) -> None:
@@ -90,14 +112,22 @@ def same_content(states: Sequence[SourceState], others: Sequence[SourceState]) -
 
 def _file_state(path: Path, key: str, remembered: SourceState) -> SourceState:
     try:
-        stat = path.stat()
-        state = {"key": key, "path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if all(remembered.get(name) == state[name] for name in ("bytes", "mtime_ns")):
+        state = {"key": key, "path": str(path), **_size_and_time(path)}
+        if _is_unchanged(path, remembered):
             return {**state, "sha256": remembered["sha256"]}
         with path.open("rb") as file:
             return {**state, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     except OSError as error:
         raise unreadable_file(path, error, key.removesuffix(".path")) from error
+
+
+def _is_unchanged(path: Path, remembered: SourceState) -> bool:
+    return bool(remembered) and os.path.exists(path) and _size_and_time(path).items() <= remembered.items()
+
+
+def _size_and_time(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def tokenizer_files(folder: Path, config: DataConfig) -> list[Path]:
@@ -107,8 +137,11 @@ def tokenizer_files(folder: Path, config: DataConfig) -> list[Path]:
     return sorted(found) + ([own] if own and own.is_file() else [])
 
 
-def preparation_key(config: DataConfig, sources: Sequence[SourceState], tokenizer: dict[str, str]) -> str:
-    """sha256 of everything that decides a prepared set's content: equal keys mean equal bytes."""
+def preparation_key(config: DataConfig, sources: Sequence[SourceState], tokenizer: dict[str, Any]) -> str:
+    """sha256 of everything that decides a prepared set's content: equal keys mean equal bytes.
+
+    tokenizer: its state.
+    """
     decisive = {
         "config": comparable_config(config),
         "sources": [(state["key"], state["path"], state["sha256"]) for state in sources],

@@ -25,7 +25,7 @@ from data_prep.fingerprint import (
     preparation_key,
     same_content,
     source_states,
-    tokenizer_hashes,
+    tokenizer_state,
 )
 from data_prep.manifest import FORMAT_VERSION, SPLITS, describe_split, read_manifest, write_manifest
 from data_prep.mixing import draw
@@ -57,25 +57,25 @@ def prepare(
     refuse_missing_library(config.cleaning)
     refuse_unknown_tasks(config)
     refuse_foreign_folder(config.prepared_dir)
-    check_tokenizer(tokenizer)
+    remarks = check_tokenizer(tokenizer)
     with exclusive_preparation(config.prepared_dir, say):
         previous = _previous_manifest(config)
         sources = source_states(config, previous.get("sources", ()))
-        hashes = tokenizer_hashes(tokenizer)
-        key = preparation_key(config, sources, hashes)
+        made_for = tokenizer_state(tokenizer)
+        key = preparation_key(config, sources, made_for)
         if previous.get("key") == key:
             return PrepareReport(config.prepared_dir, previous, time.perf_counter() - started, reused=True)
         made_from = {
             "format_version": FORMAT_VERSION,
             "key": key,
-            "tokenizer": hashes,
+            "tokenizer": made_for,
             "tokenizer_files": file_states(tokenizer_files, "base.model"),
             "sources": sources,
             "libraries": library_versions(config),
             "code": code_hash(),
         }
         with blame_option("data.prepared_dir", config.prepared_dir), publish_atomically(config.prepared_dir) as folder:
-            manifest = made_from | _write_set(config, tokenizer, folder)
+            manifest = made_from | _write_set(config, tokenizer, folder, remarks)
             write_manifest(manifest, folder)
             write_report(manifest, folder)
             write_plots(manifest, folder)
@@ -104,8 +104,8 @@ def find_unchanged_set(config: DataConfig, tokenizer_files: Sequence[Path]) -> P
     return PrepareReport(config.prepared_dir, previous, time.perf_counter() - started, reused=True)
 
 
-def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Writes rows and items into `folder`; returns what the manifest says about them."""
+def _write_set(config: DataConfig, tokenizer: Any, folder: Path, remarks: list[str]) -> dict[str, Any]:
+    """Writes rows and items into `folder`; returns what the manifest says about them. remarks: further notes."""
     removals, tally = Removals(), Tally()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spool") as spool_folder, Spool(Path(spool_folder)) as spool:
         _encode_sources(spool, config, tokenizer, removals, tally)
@@ -141,7 +141,7 @@ def _write_set(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, An
         },
         "different_documents": _by_task(config, documents["task"][split.train]),
         "learned_ends": [end for end in template.learned_ends() if end] if template else [],
-        "notes": preparation_notes(config, tokenizer, template, tally, not_held_out),
+        "notes": remarks + preparation_notes(config, tokenizer, template, tally, not_held_out),
         "config": config.model_dump(mode="json"),
     }
 

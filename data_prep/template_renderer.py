@@ -42,17 +42,6 @@ class TemplateRenderer:
             return None
         return self._render(messages, origin, tools, return_assistant_tokens_mask=True)[1]
 
-    def stops(self) -> set[str]:
-        """The tokens that end a generation, from the generation_config.json beside the tokenizer; empty without it."""
-        path = Path(self._tokenizer.name_or_path) / "generation_config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            found = config.get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            return set()
-        ids = found if isinstance(found, list) else [] if found is None else [found]
-        return {token for token in self._tokenizer.convert_ids_to_tokens(ids) if token}
-
     def _render(
         self, messages: Sequence[Message], origin: str, tools: Tools, **options: bool
     ) -> tuple[str, list[Span]]:
@@ -67,6 +56,18 @@ class TemplateRenderer:
         except _REFUSALS as error:
             raise _refusal(messages, origin, error) from error
         return texts[0], marks[0] if marks else []
+
+
+def generation_stops(tokenizer: Any) -> set[str]:
+    """The tokens that end a generation, from the generation_config.json beside the tokenizer; empty without it."""
+    path = Path(tokenizer.name_or_path) / "generation_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = config.get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return set()
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    return {token for token in tokenizer.convert_ids_to_tokens(ids) if token}
 
 
 def _write(**arguments: Any) -> tuple[list[str], list[list[Span]]]:

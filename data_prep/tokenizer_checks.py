@@ -11,7 +11,6 @@ from data_prep.user_error import UserError
 _SAMPLES = (
     "Hello world",
     "It's",
-    " leading space",
     "a   b ",
     "two\n\nlines\n\ttab",
     "1234567 3.14",
@@ -22,14 +21,18 @@ _SAMPLES = (
     "🙂 👩\u200d👧",
     "def f(x):\n    return x[0] != {'a': 1}\n",
 )
+_SPACE = "▁"  # SentencePiece writes it for a space
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raises UserError if the tokenizer gives other ids than its file, or ids that its model has no embedding for."""
-    _check_same_ids(tokenizer)
+def check_tokenizer(tokenizer: Any) -> list[str]:
+    """Remarks on what the tokenizer and its file do differently, and which of them training follows.
+
+    Raises UserError if the tokenizer gives other ids than its file, or ids that its model has no embedding for.
+    """
     rows = embedding_rows(tokenizer)
     if rows is not None:
         _check_added_tokens(tokenizer, rows)
+    return _compare_with_file(tokenizer)
 
 
 def embedding_rows(tokenizer: Any) -> int | None:
@@ -70,30 +73,45 @@ def notes_on_tokenizer(tokenizer: Any, with_texts: bool) -> list[str]:
     return notes
 
 
-def _check_same_ids(tokenizer: Any) -> None:
+def _compare_with_file(tokenizer: Any) -> list[str]:
     """Compares the tokenizer that transformers has made with its tokenizer.json.
 
     transformers 5 builds the pre-tokenizer anew from the tokenizer's class, whatever tokenizer.json says. Other tools,
-    such as vLLM and llama.cpp, read that file. Without one, there is nothing to compare.
+    such as llama.cpp, read that file. Without one, there is nothing to compare.
+
+    LlamaTokenizer does so on purpose where the file prepends a space to every piece of text, as Llama 2's does (see
+    huggingface/transformers#47700). That shows before leading spaces and after control tokens only.
     """
     path = Path(tokenizer.name_or_path) / "tokenizer.json"
     if not (tokenizer.is_fast and tokenizer.name_or_path and path.is_file()):
-        return
+        return []
     own, file = tokenizer.backend_tokenizer, Tokenizer.from_file(str(path))
     for backend in (own, file):
         backend.no_truncation()
         backend.no_padding()
     added = {token.content for token in file.get_added_tokens_decoder().values()}
     after_control = [f"{token}word" for token in (tokenizer.bos_token, tokenizer.eos_token) if token in added]
-    for text in (*_SAMPLES, *after_control):
-        made, expected = _encoded(own, text), _encoded(file, text)
-        if made != expected:
+    texts = (*_SAMPLES, " leading space", *after_control)
+    different = [text for text in texts if _ids(own, text) != _ids(file, text)]
+    name = type(tokenizer).__name__
+    for text in different:
+        if text in _SAMPLES or _without_spaces(own, text) != _without_spaces(file, text):
             raise UserError(
-                f"base.model: {path.parent}: {type(tokenizer).__name__} of transformers encodes {text!r} as {made}, "
-                f"but tokenizer.json, which other tools read, as {expected}; if the model was trained with the latter, "
-                "set tokenizer_class in tokenizer_config.json to TokenizersBackend, else write tokenizer.json anew "
-                "with save_pretrained"
+                f"base.model: {path.parent}: {name} of transformers encodes {text!r} as {_ids(own, text)}, but "
+                f"tokenizer.json, which other tools read, as {_ids(file, text)}; if the model was trained with the "
+                "latter, set tokenizer_class in tokenizer_config.json to TokenizersBackend, else write tokenizer.json "
+                "anew with save_pretrained"
             )
+    return [_note_on_spaces(name, text, _ids(own, text), _ids(file, text)) for text in different[-1:]]
+
+
+def _note_on_spaces(name: str, text: str, made: Any, expected: Any) -> str:
+    return (
+        f"{name} of transformers and tokenizer.json add different spaces before texts or after control tokens "
+        f"({text!r} is {made}, not {expected}); this set has the ids of {name}, as apply_chat_template gives them; for "
+        "those of tools that read the file, such as llama.cpp, set tokenizer_class in tokenizer_config.json to "
+        "PreTrainedTokenizerFast"
+    )
 
 
 def _check_added_tokens(tokenizer: Any, rows: int) -> None:
@@ -111,9 +129,20 @@ def _check_added_tokens(tokenizer: Any, rows: int) -> None:
             refuse_beyond_embedding(tokenizer, index, rows, "an added token")
 
 
-def _encoded(backend: Tokenizer, text: str) -> list[int] | str:
+def _ids(backend: Tokenizer, text: str) -> list[int] | str:
     """The ids, or the error of a tokenizer that cannot encode the text."""
     try:
         return backend.encode(text, add_special_tokens=False).ids
     except Exception as error:  # tokenizers raises this class itself
         return str(error)
+
+
+def _without_spaces(backend: Tokenizer, text: str) -> list[str]:
+    """Control tokens, and the text between them as the pieces spell it, without SentencePiece's spaces."""
+    added, written = backend.get_added_tokens_decoder(), [""]
+    for index in ids if isinstance(ids := _ids(backend, text), list) else ():
+        if index in added:
+            written += [added[index].content, ""]
+        else:
+            written[-1] += (backend.id_to_token(index) or "").replace(_SPACE, "")
+    return written

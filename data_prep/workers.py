@@ -128,7 +128,6 @@ class BlockEncoder:
                     raise
                 removals.append(Removal(task, BAD_ROW, str(error)))
         encoded: list[Encoded] = []
-        self._encoder.tokens_in_text.clear()
         results = self._encoder.encode(documents)
         for result in results:
             if isinstance(result, Removed):
@@ -148,7 +147,7 @@ class BlockEncoder:
             SourceCounts(
                 Counter(document.form for document in documents),
                 Counter(name for document in documents for name in document.unread),
-                self._encoder.tokens_in_text.copy(),
+                Counter(token for result in results if not result.piece for token in result.tokens_in_text),
                 sum(bool(document.tools) for document in documents),
             ),
             sum(result.piece > 0 for result in results),

@@ -29,9 +29,9 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # raised when rea
 def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
     """The source's files, sorted by name, and the files of a folder that are skipped.
 
-    Does not follow links to folders. `key`: the source's key in the recipe, for errors. Raises UserError if there is no
-    file, for files of several splits, and for one that is no regular file, of an unknown format or not what its name
-    says.
+    Does not follow links to folders, and opens no file. `key`: the source's key in the recipe, for errors. Raises
+    UserError if there is no file, for files of several splits, and for one that is no regular file or whose name has
+    the ending of an archive or of an unknown format.
     """
     skipped: list[Path] = []
     folder = source.path.parent  # names below it may name splits
@@ -58,7 +58,8 @@ def find_files(source: FilesSource, key: str) -> tuple[list[Path], list[Path]]:
     for path in found:
         if not os.path.isfile(path):
             raise UserError(f"{key}.path: {path} is not a regular file or a link to one; remove or correct it")
-        _refuse_other_kind(path, source, key)
+        if _without_compression(path).suffix.lower() in _ARCHIVES:
+            raise UserError(f"{key}.path: {path} is an archive; unpack it, and give the folder")
         if format_of(path, source) is None:
             raise UserError(
                 f"{key}.path: {path} does not end in {', '.join(FORMATS)} (with or without {', '.join(COMPRESSIONS)}); "
@@ -102,10 +103,8 @@ def _open_zst(path: Path) -> Any:
     return pyarrow.input_stream(str(path), compression="zstd")
 
 
-def _refuse_other_kind(path: Path, source: FilesSource, key: str) -> None:
-    """Raises UserError for a file that is not what its name says, before anything is read."""
-    if _without_compression(path).suffix.lower() in _ARCHIVES:
-        raise UserError(f"{key}.path: {path} is an archive; unpack it, and give the folder")
+def refuse_other_kind(path: Path, source: FilesSource, key: str) -> None:
+    """Raises UserError for a file whose first bytes show that it is not what its name says, or that cannot be read."""
     try:
         start = first_bytes(path)
     except OSError as error:

@@ -12,7 +12,15 @@ from data_prep.sources.blocks import Block, Row, Unreadable, in_blocks
 from data_prep.sources.columns import read_arrow, read_hub, read_parquet
 from data_prep.sources.delimited import read_table, refuse_other_delimiters
 from data_prep.sources.file_kind import START, mistaken_for
-from data_prep.sources.finding import READ_ERRORS, find_files, format_of, is_compressed, open_file, unreadable_file
+from data_prep.sources.finding import (
+    READ_ERRORS,
+    find_files,
+    format_of,
+    is_compressed,
+    open_file,
+    refuse_other_kind,
+    unreadable_file,
+)
 from data_prep.sources.gym import GymProcess
 from data_prep.sources.json_layout import find_layout, read_layout
 from data_prep.sources.text import parse_object, read_plain_text, refuse_other_encodings
@@ -77,6 +85,7 @@ def _document(
 
 
 def _blocks_of_file(index: int, source: FilesSource, path: Path, key: str) -> Iterator[Block]:
+    refuse_other_kind(path, source, key)
     try:
         kind = format_of(path, source)
         if kind in ("parquet", "arrow"):

@@ -184,8 +184,18 @@ def test_an_unchanged_set_is_kept_without_reading_a_tokenizer(folder_config, bas
         lambda tmp: write_jsonl(tmp / "sums" / "c.jsonl", SUMS[:1]),
         lambda tmp: (tmp / "sums" / "b.jsonl").unlink(),
         lambda tmp: (tmp / "sums" / "b.jsonl").rename(tmp / "sums" / "0.jsonl"),
+        lambda tmp: (tmp / "base" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}'),
     ],
-    ids=["vocabulary", "end token", "template", "source", "source added", "source removed", "source renamed"],
+    ids=[
+        "vocabulary",
+        "end token",
+        "template",
+        "source",
+        "source added",
+        "source removed",
+        "source renamed",
+        "where generation stops",
+    ],
 )
 def test_what_can_change_the_rows_makes_them_again(folder_config, base, tmp_path, change):
     prepare_as_the_command(folder_config, base)
@@ -205,8 +215,16 @@ def test_what_can_change_the_rows_makes_them_again(folder_config, base, tmp_path
         (lambda tmp: (tmp / "base" / "model.safetensors").write_bytes(b"weights"), False),
         (lambda tmp: (tmp / "base" / "chat_template.jinja").write_text("{{ 1 }}"), True),
         (lambda tmp: (tmp / "sums" / ".hidden.jsonl").write_text("{"), False),
+        (lambda tmp: (tmp / "base" / "generation_config.json").write_text('{"temperature": 0.6}'), True),
     ],
-    ids=["time of a tokenizer file", "time of a source", "weights", "the tokenizer's own template", "hidden file"],
+    ids=[
+        "time of a tokenizer file",
+        "time of a source",
+        "weights",
+        "the tokenizer's own template",
+        "hidden file",
+        "how generation samples",
+    ],
 )
 def test_what_cannot_change_the_rows_keeps_them(folder_config, base, tmp_path, change, needs_tokenizer):
     prepare_as_the_command(folder_config, base)

@@ -1,6 +1,7 @@
 """Opening a prepared set: only with the configuration it was made for, and only if it is complete."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,17 @@ def test_a_damaged_set_is_refused(config_of, tokenizer, damage):
     prepare(config, tokenizer)
     damage(config.prepared_dir)
     refused(r"^data\.prepared_dir: .*remove (it|the folder) and run", config, tokenizer)
+
+
+def test_opening_a_set_reads_no_source(config_of, tokenizer, monkeypatch):
+    config = config_of()
+    prepare(config, tokenizer)
+    opened, open_path = [], Path.open
+
+    def recording(path: Path, *arguments, **keys):
+        opened.append(path)
+        return open_path(path, *arguments, **keys)
+
+    monkeypatch.setattr(Path, "open", recording)
+    open_prepared(config, tokenizer)
+    assert opened and config.sources[0].path not in opened

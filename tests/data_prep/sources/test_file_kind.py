@@ -6,6 +6,9 @@ import zipfile
 
 import pytest
 
+from data_prep.config import DataConfig
+from data_prep.fingerprint import source_states
+from data_prep.user_error import UserError
 from tests.data_prep.reading import read, refusal, texts
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4711\n"
@@ -80,3 +83,13 @@ def test_a_folder_of_several_versions_in_the_hubs_cache(tmp_path):
         f"data.sources.0.path: {tmp_path} holds 2 versions in the Hub's cache; give one, such as {tmp_path}/snapshots/a"
     )
     assert texts(read(tmp_path / "snapshots/a")) == ["a"]
+
+
+def test_a_preparation_looks_at_every_file_before_it_reads_one_to_its_end(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_bytes(POINTER)
+    source = {"type": "files", "task": "task", "path": tmp_path}
+    config = DataConfig(prepared_dir=tmp_path.parent / "prepared", sources=[source], seq_len=64)
+    monkeypatch.setattr("hashlib.file_digest", lambda *arguments: pytest.fail("a file was read"))
+    with pytest.raises(UserError, match=r"b\.jsonl is a Git LFS pointer, not the file; run `git lfs pull`$"):
+        source_states(config)
