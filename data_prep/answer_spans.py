@@ -40,7 +40,7 @@ def spans_by_beginnings(
         through = write(messages[: index + 1], tools=tools)
         if not prompt or not text.startswith(prompt) or not through.startswith(prompt):
             return None
-        end = ends.within(through[len(prompt) :], text[len(prompt) :], 0)
+        end = ends.within(through[len(prompt) :], text[len(prompt) :])
         if end is None:
             return None
         spans[index] = (len(prompt), len(prompt) + end)

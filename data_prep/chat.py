@@ -155,6 +155,14 @@ class ChatTemplate:
             return True
         return texts[0] != texts[1]
 
+    def writes_text_beside_calls(self) -> bool:
+        """Whether the text of answers that also call tools is written, where the conversation goes on."""
+        calls = {**_CALLS, "content": _ANSWER}
+        try:
+            return _ANSWER in self._rendered([_QUESTION, calls, _RESULT, _REPLY], _PROBE, None).text
+        except UserError:
+            return True
+
     def _reasoned_turn(self) -> str:
         """What the template writes for an answer with reasoning, before its end; empty if it refuses that."""
         try:

@@ -131,7 +131,16 @@ class _VerbatimEnds:
         if token and after.count(token, begin) == 1:
             return after.index(token, begin) + len(token)
         own = after if is_last else self._marked.own_text(place)
-        end = None if own is None else self._ends.within(own, after, begin)
-        if end is not None:
-            self._tokens[kind] = self._ends.last_token(after[:end])
-        return end
+        if own is None:
+            raise UserError(
+                f"{self._origin}: where the turn of messages[{place.message}] ends cannot be seen: the tokenizer's "
+                "chat template refuses the conversation up to there; mark what is learned with {% generation %} in a "
+                "copy of the template under data.chat_template"
+            )
+        # From the calls on: before them, some templates write the reasoning only where no other answer follows.
+        calls = self._marked.end_of_names(place.message, own)
+        length = None if calls is None else self._ends.within(own[calls:], after[begin:])
+        if length is None:
+            return None
+        self._tokens[kind] = self._ends.last_token(after[: begin + length])
+        return begin + length

@@ -29,18 +29,18 @@ class TurnEnds:
             return len(self.common)
         return self._through_next(after, 0) or 0
 
-    def within(self, own: str, after: str, begin: int) -> int | None:
+    def within(self, own: str, after: str) -> int | None:
         """Where a turn that begins `after` ends; None if that cannot be known.
 
-        own: the turn where the conversation ends with it, to its last character. begin: where its calls begin.
+        own: the turn where the conversation ends with it, to its last character.
         """
         if self.tokens:
             shared = "".join(_shared(self.special.split(own), self.special.split(after)))
-            ends = [found.end() for found in self.special.finditer(shared, begin)]
+            ends = [found.end() for found in self.special.finditer(shared)]
             if ends and not self.special.split(own[ends[-1] :])[0].strip():  # nothing but another token may follow
                 return ends[-1]
         written = own.rstrip()
-        if len(written) <= begin or not after.startswith(written):
+        if not written or not after.startswith(written):
             return None
         return self._through_next(after, len(written)) or len(written)
 

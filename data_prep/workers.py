@@ -79,12 +79,14 @@ class SourceCounts:
     unread: Counter[str] = field(default_factory=Counter)  # rows by what is not read of them, as in Document.unread
     tokens_in_text: Counter[str] = field(default_factory=Counter)  # documents by control token in their text
     with_tools: int = 0  # documents that give tools
+    with_text_beside_calls: int = 0  # documents with answers that hold both text and tool calls
 
     def add(self, other: "SourceCounts") -> None:
         self.forms += other.forms
         self.unread += other.unread
         self.tokens_in_text += other.tokens_in_text
         self.with_tools += other.with_tools
+        self.with_text_beside_calls += other.with_text_beside_calls
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class BlockEncoder:
                 Counter(name for document in documents for name in document.unread),
                 Counter(token for result in results if not result.piece for token in result.tokens_in_text),
                 sum(bool(document.tools) for document in documents),
+                sum(map(_has_text_beside_calls, documents)),
             ),
             sum(result.piece > 0 for result in results),
         )
@@ -159,6 +162,10 @@ class BlockEncoder:
         (may,) = may_be_held_out(np.frombuffer(digest[:8], ">u8"), config.held_out)
         item = held_out_item(document, config) if may else b""
         return _Row(number, digest, document.learned_mark(config.mask_history), item)
+
+
+def _has_text_beside_calls(document: Document) -> bool:
+    return any("tool_calls" in turn and (turn.get("content") or "").strip() for turn in document.messages)
 
 
 def _describe(encoded: list[Encoded], rows: list[_Row], task: int, items: list[bytes]) -> np.ndarray:

@@ -362,6 +362,36 @@ def test_turns_before_the_first_question_are_found_though_their_prompt_is_refuse
     ]
 
 
+def test_the_analysis_before_a_call_is_learned_only_where_gpt_oss_writes_it():
+    thought = {"reasoning_content": "hm", "thinking": "hm"}
+    called = [*turns("user: a"), calls({"x": 1}, **thought), result("5")]
+    first = ' to=functions.add<|channel|>commentary json<|message|>{"x": 1}<|call|>'
+    second = ' to=functions.add<|channel|>commentary json<|message|>{"x": "<|call|>"}<|call|>'
+    analysis = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    assert learned("gpt_oss", called) == [analysis + first]
+    assert learned("gpt_oss", [*called, calls({"x": "<|call|>"}, **thought)]) == [analysis + first, analysis + second]
+    answered = [*called, calls({"x": "<|call|>"}, **thought), result("6"), *turns("assistant: b")]
+    assert learned("gpt_oss", answered) == [first, second, "<|channel|>final<|message|>b<|return|>"]
+
+
+def test_a_template_that_refuses_to_end_with_a_call_is_named_where_calls_end_with_a_token_of_their_own():
+    text = (TEMPLATES / "gpt_oss.jinja").read_text()
+    refusal = "{%- if messages[-1].tool_calls %}{{ raise_exception('Results are missing.') }}{% endif -%}"
+    template = ChatTemplate(tiny_tokenizer(refusal + text, tuple(SPECIALS["gpt_oss"].split()), "<|return|>"))
+    with pytest.raises(UserError) as caught:
+        template.learned([*turns("user: a"), calls({"x": 1}), result("5"), *turns("assistant: b")], "file.jsonl:7")
+    assert str(caught.value) == (
+        "file.jsonl:7: where the turn of messages[1] ends cannot be seen: the tokenizer's chat template refuses the "
+        "conversation up to there; mark what is learned with {% generation %} in a copy of the template under "
+        "data.chat_template"
+    )
+
+
+def test_templates_that_leave_out_the_text_beside_calls_are_known():
+    writes = {family: template_of(family).writes_text_beside_calls() for family in [*SPECIALS, "qwen3", "llama3"]}
+    assert {family for family, does in writes.items() if not does} == {"command", "llama3"}
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "glm4"])
 def test_end_tokens_within_calls_and_answers_do_not_end_turns(family):
     end = {"gpt_oss": "<|call|>", "glm4": "<|observation|>"}[family]

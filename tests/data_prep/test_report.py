@@ -12,6 +12,7 @@ from data_prep.prepare import prepare
 from data_prep.prepare_report import PrepareReport, write_report
 from data_prep.reader import open_prepared
 from tests.data_prep.conftest import SUMS, WORDS, write_jsonl
+from tests.data_prep.test_chat_templates import LLAMA3
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 COLUMNS = ["task", "documents", "held out", "rows", "tokens", "labelled", "share", "cut", "removed"]
@@ -217,3 +218,17 @@ def test_fields_that_are_not_read_are_noted_with_counts_by_source(config_of, tok
     older = {name: part for name, part in report.manifest.items() if name != "unread"}
     write_report(older, report.directory)
     assert "\n  - not read: " not in (report.directory / "report.md").read_text()
+
+
+def test_text_beside_calls_that_the_template_leaves_out_is_noted_with_its_count(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": text, **calls}]}
+        for i, (text, calls) in enumerate(
+            [("Let me add.", {"tool_calls": [call]}), (" ", {"tool_calls": [call]}), ("Two", {})]
+        )
+    ]
+    source = {"type": "files", "task": "calls", "path": write_jsonl(tmp_path / "calls.jsonl", rows)}
+    config = DataConfig(prepared_dir=tmp_path / "prepared", seq_len=128, held_out=0, sources=[source])
+    expected = "note: data.sources.0: the chat template does not write the text beside tool calls that 1 records give"
+    assert expected in str(prepare(config, tiny_tokenizer(*LLAMA3)))
