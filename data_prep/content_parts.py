@@ -81,8 +81,7 @@ def turns_of(parts: Sequence[Part], role: str, where: str) -> list[Message]:
 
 def _read_part(part: Any, field: str, where: str, unread: set[str]) -> Part:
     spelt = part.get("type") if isinstance(part, dict) else None
-    kind = _KINDS.meaning(spelt) if isinstance(spelt, str) else None
-    if kind is None:
+    if not isinstance(spelt, str) or (kind := _KINDS.meaning(spelt)) is None:
         found = f"of type {spelt!r}" if isinstance(part, dict) else f"that is {kind_of(part)}"
         raise UserError(
             f"{where}: `{field}` has a part {found}; expected parts of type text, tool_use, tool_result or "

@@ -11,11 +11,14 @@ from data_prep.chat import ChatTemplate, check_offsets
 from data_prep.config import DataConfig
 from data_prep.control_tokens import ControlTokens
 from data_prep.documents import Document, with_system_prompt
+from data_prep.omissions import leaves_out_text
 from data_prep.template_renderer import Span
 from data_prep.tokenizer_checks import embedding_rows, refuse_beyond_embedding
 from data_prep.user_error import UserError
 
 IGNORED = -100  # label of tokens that are not scored, as in torch and transformers
+
+_NOT_WRITTEN = " (not in the chat template)"
 
 NO_ASSISTANT_TURN = "no_assistant_turn"
 EMPTY_ANSWER = "empty_answer"
@@ -60,6 +63,7 @@ class Encoder:
     """Tokenizes documents and labels what is to be learned, by character position, never by token id.
 
     tokens_in_text: documents encoded so far that hold a control token in their text, by token.
+    left_out: documents of which the chat template leaves something out that is no reason to refuse them, by what it is.
     Raises UserError if the tokenizer gives no character offsets or, for conversations, has no chat template.
     """
 
@@ -71,6 +75,7 @@ class Encoder:
         self._control = ControlTokens(tokenizer, config.special_tokens_in_text)
         self._rows = embedding_rows(tokenizer)
         self.tokens_in_text: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         # Whether the tokenizer itself adds bos before a text; chat templates write their own.
         backend = tokenizer.backend_tokenizer
         with_specials, without = (backend.encode("a", add_special_tokens=s).ids for s in (True, False))
@@ -127,11 +132,17 @@ class Encoder:
             text = self._opening + own + (self._tokenizer.eos_token or "")
             return _Rendered(text, [(len(self._opening), len(text))], hidden)
         given = with_system_prompt(document.messages, self._config.system_prompt)
-        (messages, tools), hidden = self._control.hide([given, document.tools], document.origin)
-        text, parts = self.template.learned(messages, document.origin, tools)
+        said = [given, document.tools, document.settings]
+        (messages, tools, settings), hidden = self._control.hide(said, document.origin)
+        template = self.template.with_settings(settings, document.origin)
+        rendered = template.learned(messages, document.origin, tools)
+        self.left_out.update(f"setting {name}{_NOT_WRITTEN}" for name in template.unknown_settings(settings))
+        if leaves_out_text(rendered.text, rendered.spans, messages):
+            self.left_out[f"text beside calls{_NOT_WRITTEN}"] += 1
         added = len(messages) - len(document.messages)
         learned = document.learned_turns(self._config.mask_history)
-        return _Rendered(text, [span for index in learned for span in parts[index + added]], hidden)
+        spans = [span for index in learned for span in rendered.parts[index + added]]
+        return _Rendered(rendered.text, spans, hidden)
 
     def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
         self.tokens_in_text.update(rendered.hidden)

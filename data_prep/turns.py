@@ -1,8 +1,9 @@
 """The turns of a conversation: roles, contents, tool calls, and which turns are learned."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 from data_prep.content_parts import answer_of, read_parts, turns_of
@@ -42,6 +43,7 @@ _MEANINGS = Spellings(
 )  # fmt: skip
 _LIKE_A_FLAG = re.compile("loss|train|learn|mask|weight|supervis|ignore")
 _FLAGS = {"true": True, "yes": True, "false": False, "no": False}
+_FLAGS_OF_TABLES = {**_FLAGS, "1": True, "1.0": True, "0": False, "0.0": False}  # all values are texts in CSV
 
 
 @dataclass(slots=True)
@@ -72,6 +74,20 @@ def read_turns(value: Any, where: str) -> list[Turn]:
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is {kind_of(value)}; expected a list of one or more turns, correct the record")
     return [read for index, turn in enumerate(value) for read in _read_turn(parsed(turn), f"{where}[{index}]")]
+
+
+def refuse_unlearned(record: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a record whose own flag, such as `train: false`, says that nothing of it is learned."""
+    for name, value in record.items():
+        if (meaning := _MEANINGS.meaning(name)) not in ("learned", "masked"):
+            continue
+        value = decoded(value)
+        value = _FLAGS_OF_TABLES.get(value.strip().lower()) if isinstance(value, str) else value
+        if isinstance(value, bool | int | float | Decimal) and value == (0 if meaning == "learned" else 1):
+            raise UserError(
+                f"{where}: field `{name}` is {record[name]!r}, which may say that the record is not learned; remove "
+                "the record (data.cleaning.bad_rows: drop leaves it out), or rename the field"
+            )
 
 
 def exchange(question: str, answer: str) -> list[Turn]:

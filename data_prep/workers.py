@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -129,6 +129,7 @@ class BlockEncoder:
                 removals.append(Removal(task, BAD_ROW, str(error)))
         encoded: list[Encoded] = []
         self._encoder.tokens_in_text.clear()
+        self._encoder.left_out.clear()
         results = self._encoder.encode(documents)
         for result in results:
             if isinstance(result, Removed):
@@ -147,12 +148,18 @@ class BlockEncoder:
             removals,
             SourceCounts(
                 Counter(document.form for document in documents),
-                Counter(name for document in documents for name in document.unread),
+                self._unread(block, documents),
                 self._encoder.tokens_in_text.copy(),
                 sum(bool(document.tools) for document in documents),
             ),
             sum(result.piece > 0 for result in results),
         )
+
+    def _unread(self, block: Block, documents: Sequence[Document]) -> Counter[str]:
+        """Rows by what is not read of them, in the file or by the chat template."""
+        unread = Counter(name for document in documents for name in document.unread)
+        unread.update(dict.fromkeys(block.unread, len(block.rows)))
+        return unread + self._encoder.left_out
 
     def _row(self, number: int, document: Document) -> _Row:
         config = self._config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.chat import ChatTemplate
+from data_prep.chat import ChatTemplate, Rendered
 from data_prep.user_error import UserError
 from tests.data_prep.test_chat_templates import LLAMA3, QWEN3, turns
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -281,8 +281,11 @@ def template_of(family: str) -> ChatTemplate:
 
 
 def learned(family: str, messages: list[dict], tools=None) -> list[str]:
-    text, parts = template_of(family).learned(messages, "file.jsonl:7", tools)
-    return [text[slice(*span)] for spans in parts.values() for span in spans]
+    return parts_of(template_of(family).learned(messages, "file.jsonl:7", tools))
+
+
+def parts_of(found: Rendered) -> list[str]:
+    return [found.text[slice(*span)] for spans in found.parts.values() for span in spans]
 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
@@ -383,8 +386,7 @@ MARKED = (  # the user learns answers without their thoughts, ends included
 def test_only_what_the_template_marks_for_learning_is_learned():
     template = ChatTemplate(tiny_tokenizer(MARKED))
     messages = [*CONVERSATIONS["thinking"], *turns("user: c", "assistant: d")]
-    text, parts = template.learned(messages, "file.jsonl:7")
-    assert [[text[slice(*span)] for span in spans] for spans in parts.values()] == [["b<|im_end|>"], ["d<|im_end|>"]]
+    assert parts_of(template.learned(messages, "file.jsonl:7")) == ["b<|im_end|>", "d<|im_end|>"]
     assert template.learned_ends() == ["<|im_end|>"]
 
 
@@ -392,8 +394,8 @@ def test_marks_find_answers_that_the_template_rewrites():
     template = ChatTemplate(
         tiny_tokenizer(MARKED.replace("m.content + '<|im_end|>' }}{% end", "m.content | upper }}{% end"))
     )
-    text, parts = template.learned(turns("user: a", "assistant: b", "user: c", "assistant: d"), "file.jsonl:7")
-    assert [text[slice(*span)] for spans in parts.values() for span in spans] == ["B", "D"]
+    messages = turns("user: a", "assistant: b", "user: c", "assistant: d")
+    assert parts_of(template.learned(messages, "file.jsonl:7")) == ["B", "D"]
     assert template.learned_ends() == [""]  # the marks leave out what ends a turn
 
 
