@@ -8,8 +8,7 @@ token id and no template is special-cased.
 """
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -18,12 +17,14 @@ from data_prep.answer_spans import answer_spans, spans_by_beginnings
 from data_prep.chat_skeleton import Skeleton, read_skeleton, unreadable
 from data_prep.documents import Message, reasoning_parts
 from data_prep.marked_conversation import Header, MarkedConversation, is_answer
+from data_prep.omissions import check_arguments, check_reasoning
 from data_prep.spellings import spellings
-from data_prep.template_renderer import Span, TemplateRenderer, Tools, generation_stops
+from data_prep.template_renderer import TEMPLATE_SETTINGS, Span, TemplateRenderer, Tools, generation_stops
 from data_prep.turn_ends import TurnEnds, find_turn_ends
 from data_prep.user_error import UserError
 
 _PLAIN = {"role", "content"}  # the fields of a message whose skeleton depends on its role only
+_MOST_SETTINGS = 64  # kept at a time; records may name dates in theirs
 _ANSWER = "<<answer>>"
 _PROBE = "the chat template"  # the place named in errors about conversations of our own
 
@@ -46,7 +47,7 @@ def check_offsets(tokenizer: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rendered:
+class Rendered:
     """A conversation's text, the spans of its assistant turns, and the parts of them to learn, by index of message."""
 
     text: str
@@ -55,12 +56,12 @@ class _Rendered:
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer.
+    """The chat template of one tokenizer, with the values of `settings` for variables of its own (enable_thinking).
 
     Raises UserError if the tokenizer has no chat template or gives no character offsets.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, settings: Mapping[str, Any] | None = None):
         check_offsets(tokenizer)
         if not tokenizer.chat_template:
             raise UserError(
@@ -74,10 +75,31 @@ class ChatTemplate:
                 "under data.chat_template"
             )
         self._tokenizer = tokenizer
-        self._renderer = TemplateRenderer(tokenizer)
+        self._renderer = TemplateRenderer(tokenizer, settings)
         self._skeletons: dict[tuple[str, ...], Skeleton] = {}
         self._prompts: dict[tuple[Any, ...], Header] = {}
         self._appended: dict[bool, str] = {}
+        self._with_settings: dict[str, ChatTemplate] = {}
+
+    def with_settings(self, settings: Mapping[str, Any] | None, origin: str) -> "ChatTemplate":
+        """The same template with other settings, about which everything is found out anew.
+
+        Raises UserError, naming `origin`, if turns then end in another way: generation would not stop there.
+        """
+        if not settings:
+            return self
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._with_settings:
+            if len(self._with_settings) == _MOST_SETTINGS:
+                self._with_settings.clear()
+            other = ChatTemplate(self._tokenizer, settings)
+            if not {*other.learned_ends()} <= {*self.learned_ends()}:
+                raise UserError(
+                    f"{origin}: with the record's `{TEMPLATE_SETTINGS}` {key}, the chat template ends turns in another "
+                    "way; remove the field, or write what it sets into data.chat_template"
+                )
+            self._with_settings[key] = other
+        return self._with_settings[key]
 
     def render(self, messages: Sequence[Message], origin: str, tools: Tools = None) -> tuple[str, dict[int, Span]]:
         """The conversation's text, and the span of every assistant turn, in order, by index into `messages`.
@@ -92,13 +114,10 @@ class ChatTemplate:
         rendered = self._rendered(messages, origin, tools)
         return rendered.text, rendered.spans
 
-    def learned(
-        self, messages: Sequence[Message], origin: str, tools: Tools = None
-    ) -> tuple[str, dict[int, list[Span]]]:
-        """As `render`, but gives what is to be learned of every assistant turn: all of it, or what the template marks
-        with `{% generation %}`."""
-        rendered = self._rendered(messages, origin, tools)
-        return rendered.text, rendered.parts
+    def learned(self, messages: Sequence[Message], origin: str, tools: Tools = None) -> Rendered:
+        """As `render`, and also gives what is to be learned of every assistant turn: all of it, or what the template
+        marks with `{% generation %}`."""
+        return self._rendered(messages, origin, tools)
 
     def prompt(
         self, messages: Sequence[Message], origin: str, tools: Tools = None, answer: Message | None = None
@@ -122,13 +141,14 @@ class ChatTemplate:
 
     @cached_property
     def _learned_ends(self) -> list[str]:
-        ends = []
+        ends: list[str] = []
         for messages in ([_QUESTION, _REPLY], *_FOLLOWED.values(), [_QUESTION, _CALLS]):
             try:
-                text, parts = self.learned(messages, _PROBE)
+                found = self.learned(messages, _PROBE)
             except UserError:
                 continue
-            ends += [self._ends.last_token(text[slice(*spans[-1])]) if spans else "" for spans in parts.values()]
+            turns = [found.text[slice(*spans[-1])] if spans else "" for spans in found.parts.values()]
+            ends += map(self._ends.last_token, turns)
         return [*dict.fromkeys(ends)]
 
     def added_ends(self) -> list[str]:
@@ -147,6 +167,10 @@ class ChatTemplate:
         templates = self._tokenizer.chat_template
         return any("strftime_now" in t for t in (templates.values() if isinstance(templates, dict) else [templates]))
 
+    def unknown_settings(self, settings: Mapping[str, Any] | None) -> list[str]:
+        """The names among these settings that no variable of the template has."""
+        return [name for name in settings or () if not self._renderer.mentions(name)]
+
     def writes_tools(self) -> bool:
         """Whether a conversation's tools change its text."""
         try:
@@ -154,14 +178,6 @@ class ChatTemplate:
         except UserError:
             return True
         return texts[0] != texts[1]
-
-    def writes_text_beside_calls(self) -> bool:
-        """Whether the text of answers that also call tools is written, where the conversation goes on."""
-        calls = {**_CALLS, "content": _ANSWER}
-        try:
-            return _ANSWER in self._rendered([_QUESTION, calls, _RESULT, _REPLY], _PROBE, None).text
-        except UserError:
-            return True
 
     def _reasoned_turn(self) -> str:
         """What the template writes for an answer with reasoning, before its end; empty if it refuses that."""
@@ -177,7 +193,7 @@ class ChatTemplate:
         specials = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
         return find_turn_ends(specials, self._renderer.text)
 
-    def _rendered(self, messages: Sequence[Message], origin: str, tools: Tools) -> _Rendered:
+    def _rendered(self, messages: Sequence[Message], origin: str, tools: Tools) -> Rendered:
         """The conversation in the first spelling of its tool calls that the template writes completely."""
         refused: list[UserError] = []
         incomplete: list[UserError] = []  # these say more: the template takes this spelling, but does not write it all
@@ -193,7 +209,7 @@ class ChatTemplate:
                 incomplete.append(error)
         raise [*incomplete, *refused][0]
 
-    def _labelled(self, text: str, messages: list[Message], origin: str, tools: Tools) -> _Rendered:
+    def _labelled(self, text: str, messages: list[Message], origin: str, tools: Tools) -> Rendered:
         marks = self._renderer.marks(messages, origin, tools)
         try:
             spans, is_open = self._find_answers(text, messages, origin, tools)
@@ -202,16 +218,16 @@ class ChatTemplate:
             if marks is None or len(marks) != len(answers):
                 raise
             spans, is_open = dict(zip(answers, marks, strict=True)), False
-        _check_reasoning(text, spans, messages, origin)
-        _check_arguments(text, spans, messages, origin)
+        check_reasoning(text, spans, messages, origin)
+        check_arguments(text, spans, messages, origin)
         if marks is not None:
             parts = {index: [m for m in marks if m[0] < end and m[1] > start] for index, (start, end) in spans.items()}
-            return _Rendered(text, spans, parts)
+            return Rendered(text, spans, parts)
         if is_open:
             last, (start, end) = len(messages) - 1, spans[len(messages) - 1]
             stop = self._stop_after(bool(messages[last].get("tool_calls")))
             text, spans[last] = text[:end] + stop + text[end:], (start, end + len(stop))
-        return _Rendered(text, spans, {index: [span] for index, span in spans.items()})
+        return Rendered(text, spans, {index: [span] for index, span in spans.items()})
 
     def _find_answers(
         self, text: str, messages: list[Message], origin: str, tools: Tools
@@ -297,27 +313,3 @@ def _rewritten(messages: Sequence[Message], text: str) -> frozenset[int]:
             elif content not in text:
                 rewritten.add(index)
     return frozenset(rewritten)
-
-
-def _check_reasoning(text: str, spans: dict[int, Span], messages: Sequence[Message], origin: str) -> None:
-    """Raises UserError if the last answer's reasoning is not in its span."""
-    for index in [*spans][-1:]:
-        if not all(part in text[slice(*spans[index])] for part in reasoning_parts(messages[index])):
-            raise UserError(
-                f"{origin}: the tokenizer's chat template leaves out the reasoning of messages[{index}], the last "
-                "answer; name one that writes it under data.chat_template, or remove the reasoning from the record"
-            )
-
-
-def _check_arguments(text: str, spans: dict[int, Span], messages: Sequence[Message], origin: str) -> None:
-    """Raises UserError if the name of a call's argument is not in its turn. Names that JSON would escape may differ."""
-    for index, span in spans.items():
-        for call in messages[index].get("tool_calls") or ():
-            arguments = call["function"]["arguments"]
-            names = json.loads(arguments) if isinstance(arguments, str) else arguments
-            turn = text[slice(*span)]
-            if missing := next((name for name in names if re.fullmatch(r"\w+", name) and name not in turn), None):
-                raise UserError(
-                    f"{origin}: the tokenizer's chat template leaves out argument {missing!r} of a call in "
-                    f"messages[{index}]; name one that writes it under data.chat_template"
-                )

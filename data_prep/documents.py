@@ -24,6 +24,7 @@ class Document:
     form: str = "chat"  # form of its record: Alpaca, ShareGPT, ...
     text: str | None = None  # learned entirely, without chat template
     tools: list[dict[str, Any]] | None = None  # JSON schemas, for the chat template
+    settings: dict[str, Any] | None = None  # values for variables of the chat template, such as enable_thinking
     given: frozenset[int] = frozenset()  # indices of assistant turns that belong to the question and are not learned
     choices: tuple[str, ...] = ()  # possible answers; a model should rate the last turn's the likeliest
     unread: tuple[str, ...] = ()  # what its record says beyond this, such as "column lang"
@@ -34,9 +35,10 @@ class Document:
         return turns[-1:] if last_only else turns
 
     def learned_mark(self, last_only: bool) -> int:
-        """A number below 2**32; it differs where equal conversations have different turns to learn."""
+        """A number below 2**32; it differs where equal conversations have different turns to learn, or settings."""
         learned = self.learned_turns(last_only)
-        return zlib.crc32(bytes(i in learned for i, turn in enumerate(self.messages) if turn["role"] == "assistant"))
+        turns = bytes(i in learned for i, turn in enumerate(self.messages) if turn["role"] == "assistant")
+        return zlib.crc32(turns + (json.dumps(self.settings, sort_keys=True).encode() if self.settings else b""))
 
     def digest(self, seed: int, system_prompt: str | None) -> bytes:
         """16 bytes that depend on the seed and the normalized text only, not on task or source.

@@ -10,17 +10,28 @@ from data_prep.chat import ChatTemplate, check_offsets
 from data_prep.config import DataConfig
 from data_prep.control_tokens import ControlTokens
 from data_prep.documents import Document, with_system_prompt
+from data_prep.omissions import leaves_out_text
 from data_prep.template_renderer import Span
 from data_prep.tokenizer_checks import embedding_rows, refuse_beyond_embedding
 from data_prep.user_error import UserError
 
 IGNORED = -100  # label of tokens that are not scored, as in torch and transformers
 
+_NOT_WRITTEN = " (not in the chat template)"
+
 NO_ASSISTANT_TURN = "no_assistant_turn"
 EMPTY_ANSWER = "empty_answer"
 BAD_ROW = "bad_row"
 OVER_LONG = "over_long"
 NO_LABELS_AFTER_CUT = "no_labels_after_cut"
+
+
+@dataclass(frozen=True, slots=True)
+class Remarks:
+    """What is told of a document, though it is no reason to remove it."""
+
+    tokens_in_text: frozenset[str] = frozenset()  # control tokens that its text holds, for which stand-ins are rendered
+    left_out: frozenset[str] = frozenset()  # what the chat template does not write of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +43,7 @@ class Encoded:
     scored: np.ndarray  # bool: whether the token is a label, as in assistant turns and their end tokens
     piece: int  # 0, 1, ... if the document was split
     cut: bool  # whether the document was longer than seq_len
-    tokens_in_text: frozenset[str] = frozenset()  # control tokens that the whole document's text holds
+    remarks: Remarks = Remarks()  # on the whole document
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -45,7 +56,7 @@ class Removed:
     place: str  # where it is in the source, and for BAD_ROW what is wrong with it
     reason: str
     piece: int = 0  # as in Encoded
-    tokens_in_text: frozenset[str] = frozenset()  # as in Encoded
+    remarks: Remarks = Remarks()  # as in Encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,7 @@ class _Rendered:
 
     text: str
     spans: list[Span]
-    hidden: frozenset[str]  # control tokens in the document, for which stand-ins are in the text
+    remarks: Remarks
 
 
 class Encoder:
@@ -87,7 +98,7 @@ class Encoder:
         rendered = [self._rendered(document) for document in documents]
         texts = [result for result in rendered if not isinstance(result, Removed)]
         # The template has already written the special tokens.
-        encodings = iter(self._control.encode([t.text for t in texts], [bool(t.hidden) for t in texts]))
+        encodings = iter(self._control.encode([t.text for t in texts], [bool(t.remarks.tokens_in_text) for t in texts]))
         results: list[Encoded | Removed] = []
         for document, result in zip(documents, rendered, strict=True):
             if isinstance(result, Removed):
@@ -124,13 +135,18 @@ class Encoder:
         if document.text is not None:
             own, hidden = self._control.hide(document.text, document.origin)
             text = own + (self._tokenizer.eos_token or "")
-            return _Rendered(text, [(0, len(text))], hidden)
+            return _Rendered(text, [(0, len(text))], Remarks(hidden))
         given = with_system_prompt(document.messages, self._config.system_prompt)
-        (messages, tools), hidden = self._control.hide([given, document.tools], document.origin)
-        text, parts = self.template.learned(messages, document.origin, tools)
+        said = [given, document.tools, document.settings]
+        (messages, tools, settings), hidden = self._control.hide(said, document.origin)
+        template = self.template.with_settings(settings, document.origin)
+        rendered = template.learned(messages, document.origin, tools)
+        left_out = [f"setting {name}" for name in template.unknown_settings(settings)]
+        left_out += ["text beside calls"] if leaves_out_text(rendered.text, rendered.spans, messages) else []
         added = len(messages) - len(document.messages)
         learned = document.learned_turns(self._config.mask_history)
-        return _Rendered(text, [span for index in learned for span in parts[index + added]], hidden)
+        spans = [span for index in learned for span in rendered.parts[index + added]]
+        return _Rendered(rendered.text, spans, Remarks(hidden, frozenset(what + _NOT_WRITTEN for what in left_out)))
 
     def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
         # As an id: some tokenizers write no space before a text that begins with bos.
@@ -145,7 +161,7 @@ class Encoder:
         elif self._config.over_long == "split":
             starts = list(range(0, len(ids), seq_len))
         elif self._config.over_long == "drop":
-            return [Removed(document.origin, OVER_LONG, 0, rendered.hidden)]
+            return [Removed(document.origin, OVER_LONG, 0, rendered.remarks)]
         else:
             starts = [0 if self._config.over_long == "cut_right" else len(ids) - seq_len]
         pieces: list[Encoded | Removed] = []
@@ -154,10 +170,10 @@ class Encoder:
             learned[:1] = False  # in a packed row it would be predicted from another document's last token
             if learned.any():
                 part = ids[start : start + seq_len]
-                pieces.append(Encoded(document, part, learned, piece, over_long, rendered.hidden))
+                pieces.append(Encoded(document, part, learned, piece, over_long, rendered.remarks))
             else:
                 reason = NO_LABELS_AFTER_CUT if over_long else EMPTY_ANSWER
-                pieces.append(Removed(document.origin, reason, piece, rendered.hidden))
+                pieces.append(Removed(document.origin, reason, piece, rendered.remarks))
         return pieces
 
 

@@ -11,12 +11,14 @@ from typing import Any
 from data_prep.config import FieldName
 from data_prep.documents import Document, Message, normalize_text
 from data_prep.fields import TOOLS, Fields, Spellings, refuse_media
+from data_prep.template_renderer import RESERVED_SETTINGS, TEMPLATE_SETTINGS
 from data_prep.tool_calls import read_tools
-from data_prep.turns import Turn, conversation, exchange, read_turns
+from data_prep.turns import Turn, conversation, exchange, read_turns, refuse_unlearned
 from data_prep.user_error import UserError
 from data_prep.values import (
+    as_json,
+    as_object,
     decoded,
-    is_blank,
     is_empty,
     kind_of,
     number_as_text,
@@ -36,7 +38,7 @@ _BESIDE = Spellings(  # fields beside any conversation
             "system_instructions",
         ),
         "tools": TOOLS,
-        "template's": ("chat_template_kwargs", "template_kwargs", "chat_template_args"),
+        "settings": (TEMPLATE_SETTINGS, "template_kwargs", "chat_template_args"),
     }
 )  # fmt: skip
 _EXPECTED = (
@@ -55,6 +57,7 @@ def to_document(record: Mapping[str, Any], task: str, origin: str) -> Document:
                 "answers as `messages`, or use a preference trainer such as TRL's DPOTrainer"
             )
     refuse_media(record, origin)
+    refuse_unlearned(record, origin)
     for field, form in _FORMS.items():
         if record.get(field) is not None:
             return form(record, task, origin)
@@ -139,19 +142,41 @@ def _document(
     """
     fields = Fields(record, _BESIDE, origin)
     fields.remove(*read)
-    if (name := fields.take("template's")) and not is_blank(record[name]):
-        raise UserError(
-            f"{origin}: has `{name}`, settings of the chat template for one record, but all records are written with "
-            "the same ones; remove the field, and write what it sets into data.chat_template"
-        )
+    settings = _settings(fields)
     found = conversation(_with_system(fields, turns), read_tools(fields))
     choices = _choices(record, turns[-1].message, origin)
     if choices:
         fields.remove("choices")
     unread = (*(f"column {name}" for name in fields.left), *sorted(found.unread))
     return Document(
-        task, found.messages, origin, form, tools=found.tools, given=found.given, choices=choices, unread=unread
+        task,
+        found.messages,
+        origin,
+        form,
+        tools=found.tools,
+        settings=settings,
+        given=found.given,
+        choices=choices,
+        unread=unread,
     )
+
+
+def _settings(fields: Fields) -> dict[str, Any] | None:
+    """The values that a record gives to variables of the chat template, without nulls; None if it has none."""
+    name = fields.take("settings")
+    if name is None or is_empty(fields.values[name]):
+        return None
+    found = as_object(fields.values[name])
+    if not isinstance(found, dict):
+        raise UserError(f"{fields.where}: field `{name}` is {kind_of(found)}; expected an object of settings")
+    settings = {key: value for key, value in as_json(found, name, fields.where).items() if value is not None}
+    for key, value in settings.items():
+        if key in RESERVED_SETTINGS or key.endswith("_token") or isinstance(value, list | dict):
+            raise UserError(
+                f"{fields.where}: `{name}` sets `{key}` to {kind_of(value)}; expected only texts, numbers, true and "
+                "false for variables of the chat template's own, such as enable_thinking; remove it"
+            )
+    return settings or None
 
 
 def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:

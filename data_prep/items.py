@@ -1,6 +1,6 @@
 """Held-out items, for generating and scoring answers: a conversation up to its last answer, and that answer.
 
-Keys of a line of items.jsonl; the last four are optional:
+Keys of a line of items.jsonl; the last five are optional:
 
     task      name of the task
     messages  the conversation up to the answer, the recipe's system prompt included: [{"role", "content", ...}, ...]
@@ -8,6 +8,8 @@ Keys of a line of items.jsonl; the last four are optional:
     reasoning_content
               text that the model should write before it, if the record has it in a separate field
     tools     JSON schemas, for the chat template
+    chat_template_kwargs
+              values for variables of the chat template, such as enable_thinking, if the record has them
     choices   two or more different texts, one of them `answer`; the model chooses the likeliest
     metric    the recipe's metric for the task: exact_match, choices, token_f1 or rouge_l; absent: choices if the item
               has them, else exact_match. With metric choices every item has choices.
@@ -18,6 +20,7 @@ from typing import Any
 
 from data_prep.config import DataConfig
 from data_prep.documents import Document, Message, with_system_prompt
+from data_prep.template_renderer import TEMPLATE_SETTINGS
 from data_prep.user_error import UserError
 
 
@@ -44,6 +47,7 @@ def held_out_item(document: Document, config: DataConfig) -> bytes:
         "answer": answer["content"],
         **_reasoning(answer),
         **({"tools": document.tools} if document.tools else {}),
+        **({TEMPLATE_SETTINGS: document.settings} if document.settings else {}),
         **({"choices": list(document.choices)} if document.choices else {}),
         **({"metric": metric} if metric else {}),
     }

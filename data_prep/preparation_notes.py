@@ -69,11 +69,6 @@ def _on_counts(counts: SourceCounts, template: ChatTemplate | None) -> list[str]
     notes += [f": {note}" for note in note_on_unread(counts.unread)]
     if counts.with_tools and template and not template.writes_tools():
         notes.append(f": the chat template does not write the tools that {counts.with_tools:,} records give")
-    if counts.with_text_beside_calls and template and not template.writes_text_beside_calls():
-        notes.append(
-            f": the chat template does not write the text beside tool calls that {counts.with_text_beside_calls:,} "
-            "records give"
-        )
     if counts.tokens_in_text:
         notes.append(
             f": documents hold control tokens in their text ({_most_frequent(counts.tokens_in_text)}), encoded as "

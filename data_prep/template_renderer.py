@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,16 +14,29 @@ from data_prep.user_error import UserError
 Span = tuple[int, int]  # first character, and one past the last
 Tools = list[dict[str, Any]] | None  # JSON schemas
 
+TEMPLATE_SETTINGS = "chat_template_kwargs"  # how records, transformers and vLLM name a template's own variables
+RESERVED_SETTINGS = frozenset(  # what transformers' functions take under these names, or templates get from them
+    (
+        "messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "return_assistant_tokens_mask", "tokenize", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "tokenizer_kwargs", "raise_exception", "strftime_now",
+    )
+)  # fmt: skip
+
 _MARK = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 # What templates raise themselves, and what they run into: a string joined to a dictionary, a missing key, ...
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError)
 
 
 class TemplateRenderer:
-    """Writes conversations with the chat template of one tokenizer, exactly as given: null fields are passed on."""
+    """Writes conversations with the chat template of one tokenizer, exactly as given: null fields are passed on.
 
-    def __init__(self, tokenizer: Any):
+    settings: values for variables of the template's own.
+    """
+
+    def __init__(self, tokenizer: Any, settings: Mapping[str, Any] | None = None):
         self._tokenizer = tokenizer
+        self._settings = dict(settings or {})
         self._has_marks: dict[str, bool] = {}  # by template: a tokenizer can have one for tools
 
     def text(
@@ -42,6 +55,12 @@ class TemplateRenderer:
             return None
         return self._render(messages, origin, tools, return_assistant_tokens_mask=True)[1]
 
+    def mentions(self, name: str) -> bool:
+        """Whether the template, or one of several, holds this name."""
+        templates = self._tokenizer.chat_template
+        word = re.compile(rf"\b{re.escape(name)}\b")
+        return any(map(word.search, templates.values() if isinstance(templates, dict) else [templates]))
+
     def _render(
         self, messages: Sequence[Message], origin: str, tools: Tools, **options: bool
     ) -> tuple[str, list[Span]]:
@@ -51,6 +70,7 @@ class TemplateRenderer:
                 tools=tools or None,
                 chat_template=self._tokenizer.get_chat_template(None, tools or None),
                 **options,
+                **self._settings,
                 **self._tokenizer.special_tokens_map,
             )
         except _REFUSALS as error:

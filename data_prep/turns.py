@@ -1,10 +1,12 @@
 """The turns of a conversation: roles, contents, tool calls, and which turns are learned."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
+from data_prep.content_parts import answer_of, read_parts, turns_of
 from data_prep.documents import Message
 from data_prep.fields import TOOLS, Fields, Spellings, folded, refuse_media
 from data_prep.tool_calls import in_order_of_calls, read_calls, read_tools
@@ -40,8 +42,8 @@ _MEANINGS = Spellings(
     }
 )  # fmt: skip
 _LIKE_A_FLAG = re.compile("loss|train|learn|mask|weight|supervis|ignore")
-_PART = {"type", "text"}
 _FLAGS = {"true": True, "yes": True, "false": False, "no": False}
+_FLAGS_OF_TABLES = {**_FLAGS, "1": True, "1.0": True, "0": False, "0.0": False}  # all values are texts in CSV
 
 
 @dataclass(slots=True)
@@ -71,7 +73,21 @@ def read_turns(value: Any, where: str) -> list[Turn]:
     value = parsed(value)
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is {kind_of(value)}; expected a list of one or more turns, correct the record")
-    return [_read_turn(parsed(turn), f"{where}[{index}]") for index, turn in enumerate(value)]
+    return [read for index, turn in enumerate(value) for read in _read_turn(parsed(turn), f"{where}[{index}]")]
+
+
+def refuse_unlearned(record: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a record whose own flag, such as `train: false`, says that nothing of it is learned."""
+    for name, value in record.items():
+        if (meaning := _MEANINGS.meaning(name)) not in ("learned", "masked"):
+            continue
+        value = decoded(value)
+        value = _FLAGS_OF_TABLES.get(value.strip().lower()) if isinstance(value, str) else value
+        if isinstance(value, bool | int | float | Decimal) and value == (0 if meaning == "learned" else 1):
+            raise UserError(
+                f"{where}: field `{name}` is {record[name]!r}, which may say that the record is not learned; remove "
+                "the record (data.cleaning.bad_rows: drop leaves it out), or rename the field"
+            )
 
 
 def exchange(question: str, answer: str) -> list[Turn]:
@@ -117,18 +133,19 @@ def _tools(turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> list[di
     return tools
 
 
-def _read_turn(turn: Any, where: str) -> Turn:
+def _read_turn(turn: Any, where: str) -> list[Turn]:
+    """A turn; several if it holds results, which are turns of their own."""
     if not isinstance(turn, dict):
         raise UserError(f"{where} is {kind_of(turn)}; expected an object with `role` and `content`")
     role_field, content_field = ("from", "value") if "from" in turn else ("role", "content")
     content = turn.get(content_field)
     if len(turn) == 2 and isinstance(content, str) and (role := _PLAIN_ROLES.get(str(turn.get(role_field)))):
         refuse_surrogates(content, content_field, where)  # most turns are like this; it saves time
-        return Turn({"role": role, "content": content}, where)
+        return [Turn({"role": role, "content": content}, where)]
     return _read_any_turn({name: value for name, value in turn.items() if value is not None}, where)
 
 
-def _read_any_turn(turn: dict[str, Any], where: str) -> Turn:
+def _read_any_turn(turn: dict[str, Any], where: str) -> list[Turn]:
     fields = Fields(turn, _MEANINGS, where)
     role_field, content_field = ("from", "value") if "from" in turn else ("role", "content")
     fields.remove(role_field, content_field)
@@ -140,17 +157,18 @@ def _read_any_turn(turn: dict[str, Any], where: str) -> Turn:
         message["tool_calls"] = read_calls(turn[content_field], where, read.unread)
     elif (calls := fields.take("tool_calls")) and not is_empty(turn[calls]):
         message["tool_calls"] = _calls_of(fields, calls, role, read.unread)
+    further: list[Message] = []
     if "tool_calls" not in message or (content_field in turn and not read.is_call):
-        message["content"] = _content(turn, content_field, where, read.unread)
+        further = _add_content(turn, content_field, read)
     for meaning in ("tool_call_id", "name") if role == "tool" else ("tool_call_id",):
         if name := fields.take(meaning):
-            message[meaning] = text_of(turn, name, where)
+            _add({meaning: text_of(turn, name, where)}, read)
     if message["role"] == "assistant" and (name := fields.take("reasoning")):
-        message["reasoning_content"] = text_of(turn, name, where)
+        _add({"reasoning_content": text_of(turn, name, where)}, read)
     read.tools = read_tools(fields)
     read.learned = _learned(fields, read)
     read.unread |= {f"field {name} of turns" for name in fields.left}
-    return read
+    return [read, *(Turn(other, where) for other in further)]
 
 
 def _role(spelt: str, where: str) -> str:
@@ -170,18 +188,28 @@ def _calls_of(fields: Fields, name: str, role: str, unread: set[str]) -> list[di
     return read_calls(fields.values[name], fields.where, unread)
 
 
-def _content(turn: dict[str, Any], name: str, where: str, unread: set[str]) -> str:
-    """The text of a turn; it may be in OpenAI's list of parts, if all parts are text."""
-    parts = turn.get(name)
-    if not isinstance(parts, list) or not parts:
-        return text_of(turn, name, where)
-    parts = [parsed(part) for part in parts]
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            found = f"of type {part.get('type')!r}" if isinstance(part, dict) else f"that is {kind_of(part)}"
-            raise UserError(f"{where}: `{name}` has a part {found}; expected parts of text only, remove the record")
-        unread |= {f"field {name} of content parts" for name in part.keys() - _PART}
-    return "".join(text_of(part, "text", where) for part in parts)
+def _add_content(turn: dict[str, Any], name: str, read: Turn) -> list[Message]:
+    """Adds the content of a turn, a text or a list of parts. Returns the further turns in it, which are results."""
+    content = turn.get(name)
+    if not isinstance(content, list) or not content:
+        read.message["content"] = text_of(turn, name, read.where)
+        return []
+    parts = read_parts(content, name, read.where, read.unread)
+    if read.message["role"] == "assistant":
+        _add(answer_of(parts, read.where), read)
+        return []
+    first, *further = turns_of(parts, read.message["role"], read.where)
+    read.message.update(first)
+    return further
+
+
+def _add(said: Message, read: Turn) -> None:
+    """Adds fields to a turn. Raises UserError where it has them with other values, as parts of its content."""
+    for name, value in said.items():
+        if read.message.setdefault(name, value) != value:
+            raise UserError(
+                f"{read.where}: `{name}` differs between the turn and the parts of its content; keep one of the two"
+            )
 
 
 def _learned(fields: Fields, turn: Turn) -> bool | None:

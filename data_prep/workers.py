@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -79,14 +79,12 @@ class SourceCounts:
     unread: Counter[str] = field(default_factory=Counter)  # rows by what is not read of them, as in Document.unread
     tokens_in_text: Counter[str] = field(default_factory=Counter)  # documents by control token in their text
     with_tools: int = 0  # documents that give tools
-    with_text_beside_calls: int = 0  # documents with answers that hold both text and tool calls
 
     def add(self, other: "SourceCounts") -> None:
         self.forms += other.forms
         self.unread += other.unread
         self.tokens_in_text += other.tokens_in_text
         self.with_tools += other.with_tools
-        self.with_text_beside_calls += other.with_text_beside_calls
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,9 @@ class BlockEncoder:
             removals,
             SourceCounts(
                 Counter(document.form for document in documents),
-                Counter(name for document in documents for name in document.unread),
-                Counter(token for result in results if not result.piece for token in result.tokens_in_text),
+                _not_read(block, documents, results),
+                Counter(token for result in results if not result.piece for token in result.remarks.tokens_in_text),
                 sum(bool(document.tools) for document in documents),
-                sum(map(_has_text_beside_calls, documents)),
             ),
             sum(result.piece > 0 for result in results),
         )
@@ -164,8 +161,12 @@ class BlockEncoder:
         return _Row(number, digest, document.learned_mark(config.mask_history), item)
 
 
-def _has_text_beside_calls(document: Document) -> bool:
-    return any("tool_calls" in turn and (turn.get("content") or "").strip() for turn in document.messages)
+def _not_read(block: Block, documents: Sequence[Document], results: Sequence[Encoded | Removed]) -> Counter[str]:
+    """Rows of a block by what is not read of them, in the file or by the chat template."""
+    found = Counter(name for document in documents for name in document.unread)
+    found.update(dict.fromkeys(block.unread, len(block.rows)))
+    found.update(what for result in results if not result.piece for what in result.remarks.left_out)
+    return found
 
 
 def _describe(encoded: list[Encoded], rows: list[_Row], task: int, items: list[bytes]) -> np.ndarray:

@@ -27,13 +27,16 @@ class Block:
     place: str  # the file, dataset or generator
     by_line: bool  # whether row numbers are lines, from 1, or records, from 0
     rows: list[Row]
+    unread: tuple[str, ...] = ()  # what the file says beside its rows, as in Document.unread
 
     def origin(self, number: int) -> str:
         """Where a row is: "file:line" or "file[record]"."""
         return f"{self.place}:{number}" if self.by_line else f"{self.place}[{number}]"
 
 
-def in_blocks(source: int, place: str, by_line: bool, rows: Iterator[Row]) -> Iterator[Block]:
+def in_blocks(
+    source: int, place: str, by_line: bool, rows: Iterator[Row], unread: tuple[str, ...] = ()
+) -> Iterator[Block]:
     """Groups rows into blocks of at most 256 rows and about 2 MB."""
     block: list[Row] = []
     size = 0
@@ -41,10 +44,10 @@ def in_blocks(source: int, place: str, by_line: bool, rows: Iterator[Row]) -> It
         block.append(row)
         size += _size(row[1])
         if len(block) == _ROWS or size >= _SIZE:
-            yield Block(source, place, by_line, block)
+            yield Block(source, place, by_line, block, unread)
             block, size = [], 0
     if block:
-        yield Block(source, place, by_line, block)
+        yield Block(source, place, by_line, block, unread)
 
 
 def _size(value: Any) -> int:

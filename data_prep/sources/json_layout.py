@@ -19,6 +19,7 @@ _COLUMNS = "features"  # a list of objects beside the rows, in what the Hub's vi
 class Layout:
     kind: Literal["lines", "array", "object", "series"]  # series: values over several lines each, one after another
     key: str = ""  # of the array within the object
+    unread: tuple[str, ...] = ()  # what stands beside that array, such as "key license beside data"
 
     @property
     def by_line(self) -> bool:
@@ -35,6 +36,7 @@ def find_layout(file: BinaryIO, path: str, fields: Collection[str]) -> Layout:
     """
     window = Window(file, path)
     lists: list[str] = []
+    keys: list[str] = []
     try:
         first = window.next_character()
         start = window.line
@@ -42,7 +44,7 @@ def find_layout(file: BinaryIO, path: str, fields: Collection[str]) -> Layout:
             if not _is_list_of_turns(window, path, fields):
                 return Layout("array")
         elif first == "{":
-            lists = _lists_of_records(window, path, _FIELDS.union(fields))
+            lists = _lists_of_records(window, path, _FIELDS.union(fields), keys)
         else:
             return Layout("lines")
         kind: Literal["lines", "series"] = "lines" if window.line == start else "series"
@@ -55,7 +57,7 @@ def find_layout(file: BinaryIO, path: str, fields: Collection[str]) -> Layout:
             f"{path}: one object with several lists of records ({', '.join(lists)}); expected one list, save each as a "
             "file of its own"
         )
-    return Layout("object", lists[0])
+    return Layout("object", lists[0], tuple(f"key {key} beside {lists[0]}" for key in keys if key != lists[0]))
 
 
 def read_layout(layout: Layout, file: BinaryIO, path: str) -> Iterator[Row]:
@@ -86,10 +88,14 @@ def _is_list_of_turns(window: Window, path: str, fields: Collection[str]) -> boo
     return True
 
 
-def _lists_of_records(window: Window, path: str, known: Collection[str]) -> list[str]:
-    """Keys of the lists of records in the object at the window's place, none if it is a record; moves past it."""
+def _lists_of_records(window: Window, path: str, known: Collection[str], keys: list[str]) -> list[str]:
+    """Keys of the lists of records in the object at the window's place, none if it is a record; moves past it.
+
+    Adds all keys of the object to `keys`.
+    """
     lists, is_record = [], False
     for key in _keys(window, path):
+        keys.append(key)
         is_record |= key in known
         if window.next_character() != "[":
             window.skip_value(path)

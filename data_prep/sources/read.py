@@ -98,7 +98,8 @@ def _blocks_of_file(index: int, source: FilesSource, path: Path, key: str) -> It
             layout = find_layout(file, str(path), source.fields.values()) if kind == "json" else None
         with open_file(path) as file:
             if layout is not None:
-                yield from in_blocks(index, str(path), layout.by_line, read_layout(layout, file, str(path)))
+                rows = read_layout(layout, file, str(path))
+                yield from in_blocks(index, str(path), layout.by_line, rows, layout.unread)
             else:
                 yield from in_blocks(index, str(path), True, _text_rows(file, str(path), kind, source.sample_by))
     except READ_ERRORS as error:

@@ -69,7 +69,44 @@ def test_results_follow_the_order_of_their_calls_and_unknown_ids_are_refused():
     assert refusal({"messages": [USER, calls, wrong]}).startswith("messages[2]: `tool_call_id` is 'r', but no call")
 
 
-def test_an_unknown_role_and_settings_of_the_template_are_refused_by_name():
+def test_an_unknown_role_is_refused_by_name():
     assert refusal({"messages": [USER, {"role": "critic", "content": "c"}]}).startswith("messages[1]: role 'critic' is")
-    record = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"enable_thinking": False}}
-    assert refusal(record).startswith("has `chat_template_kwargs`, settings of the chat template for one record")
+
+
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "template_kwargs"])
+@pytest.mark.parametrize("value", [{"enable_thinking": False, "date": None}, '{"enable_thinking": false}'])
+def test_a_records_settings_of_the_chat_template_are_taken(name, value):
+    found = document({"messages": [USER, ASSISTANT], name: value})
+    assert (found.settings, found.unread) == ({"enable_thinking": False}, ())
+    assert document({"messages": [USER, ASSISTANT], name: {}}).settings is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"tools": []}, "`chat_template_kwargs` sets `tools` to an empty list; expected only texts, numbers, true and"),
+        ({"add_generation_prompt": True}, "`chat_template_kwargs` sets `add_generation_prompt` to true or false; "),
+        ({"bos_token": "<s>"}, "`chat_template_kwargs` sets `bos_token` to text; expected"),
+        ({"xml_tools": ["f"]}, "`chat_template_kwargs` sets `xml_tools` to list; expected"),
+        ("fast", "field `chat_template_kwargs` is text; expected an object of settings"),
+    ],
+)
+def test_settings_that_the_renderer_makes_itself_are_refused(value, expected):
+    assert refusal({"messages": [USER, ASSISTANT], "chat_template_kwargs": value}).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "flag", [{"train": False}, {"weight": 0}, {"loss": "no"}, {"trainable": "0"}, {"mask": True}, {"weight": 0.0}]
+)
+@pytest.mark.parametrize("record", [{"messages": [USER, ASSISTANT]}, {"text": "a"}], ids=["chat", "text"])
+def test_a_record_whose_own_flag_says_that_it_is_not_learned_is_refused(record, flag):
+    ((name, value),) = flag.items()
+    assert refusal({**record, **flag}) == (
+        f"field `{name}` is {value!r}, which may say that the record is not learned; remove the record "
+        "(data.cleaning.bad_rows: drop leaves it out), or rename the field"
+    )
+
+
+@pytest.mark.parametrize("flag", [{"train": True}, {"weight": 0.5}, {"mask": [0]}, {"loss": 1.73}, {"train": "a"}])
+def test_other_values_of_a_records_flag_are_named_as_not_read(flag):
+    assert document({"messages": [USER, ASSISTANT], **flag}).unread == (f"column {next(iter(flag))}",)

@@ -24,8 +24,8 @@ def learned(case: str) -> list[list[str]]:
     template, rows = template_of(case), []
     for number, line in enumerate((CASES / case / "rows.jsonl").read_text().splitlines(), 1):
         document = to_document(json.loads(line), "task", f"rows.jsonl:{number}")
-        text, parts = template.learned(document.messages, document.origin, document.tools)
-        rows.append([text[slice(*span)] for spans in parts.values() for span in spans])
+        found = template.learned(document.messages, document.origin, document.tools)
+        rows.append([found.text[slice(*span)] for spans in found.parts.values() for span in spans])
     return rows
 
 

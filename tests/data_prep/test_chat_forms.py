@@ -119,7 +119,7 @@ def deep(levels: int) -> Any:
         ([{"role": "user", "content": "a\udc00"}], "messages[0]: field `content` holds half a surrogate pair at char"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
-            "messages[0]: `content` has a part of type 'image_url'; expected parts of text only, remove the record",
+            "messages[0]: `content` has a part of type 'image_url'; expected parts of type text, ",
         ),
         ([{"role": "user", "content": ["a"]}], "messages[0]: `content` has a part that is text; expected parts"),
         ([{"role": "user", "content": [{"type": "a\nb"}]}], "messages[0]: `content` has a part of type 'a\\nb';"),

@@ -202,7 +202,7 @@ def test_control_tokens_are_text_in_tools_calls_reasoning_and_the_system_prompt(
     for index in (2, 3):
         text = text.replace(f"{{{index}}}", OTHERS[index])
     assert encoded.input_ids.tolist() == ids_of(byte_level(OTHERS), text)
-    assert encoded.tokens_in_text == {"</s>", "<s>", "<|turn|>"}
+    assert encoded.remarks.tokens_in_text == {"</s>", "<s>", "<|turn|>"}
 
 
 def test_marks_of_reasoning_stay_what_they_are_even_if_the_tokenizer_calls_them_special():
@@ -227,7 +227,7 @@ def test_allow_makes_control_tokens_of_the_text():
     (encoded,) = encoder.encode([chat()])
     text = BY_HAND.format(*NAMES) + ANSWER + "</s>"
     assert encoded.input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert not encoded.tokens_in_text
+    assert not encoded.remarks.tokens_in_text
 
 
 @pytest.mark.parametrize("document", [chat("a </s>"), Document("task", [], "rows.jsonl:3", "text", text="</s>")])

@@ -148,7 +148,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[str], str]] = {
         ".jsonl",
         turns('[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]'),
         [":2"],
-        "messages[0]: `content` has a part of type 'image_url'; expected parts of text only, remove the record",
+        "messages[0]: `content` has a part of type 'image_url'; expected parts of type text, ",
     ),
     "arguments cut off": (
         ".jsonl",

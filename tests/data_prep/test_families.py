@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.chat import ChatTemplate
+from data_prep.chat import ChatTemplate, Rendered
+from data_prep.omissions import leaves_out_text
 from data_prep.user_error import UserError
 from tests.data_prep.test_chat_templates import LLAMA3, QWEN3, turns
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -281,8 +282,11 @@ def template_of(family: str) -> ChatTemplate:
 
 
 def learned(family: str, messages: list[dict], tools=None) -> list[str]:
-    text, parts = template_of(family).learned(messages, "file.jsonl:7", tools)
-    return [text[slice(*span)] for spans in parts.values() for span in spans]
+    return parts_of(template_of(family).learned(messages, "file.jsonl:7", tools))
+
+
+def parts_of(found: Rendered) -> list[str]:
+    return [found.text[slice(*span)] for spans in found.parts.values() for span in spans]
 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
@@ -388,8 +392,14 @@ def test_a_template_that_refuses_to_end_with_a_call_is_named_where_calls_end_wit
 
 
 def test_templates_that_leave_out_the_text_beside_calls_are_known():
-    writes = {family: template_of(family).writes_text_beside_calls() for family in [*SPECIALS, "qwen3", "llama3"]}
-    assert {family for family, does in writes.items() if not does} == {"command", "llama3"}
+    def leaves_out(family):
+        messages = [*turns("user: a"), calls({"x": 1}, content="Aloud."), result("5"), *turns("assistant: b")]
+        try:
+            return leaves_out_text(*template_of(family).render(messages, "file.jsonl:7"), messages)
+        except UserError:  # it writes no calls
+            return None
+
+    assert {family for family in [*SPECIALS, "qwen3", "llama3"] if leaves_out(family)} == {"command", "llama3"}
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "glm4"])
@@ -413,8 +423,7 @@ MARKED = (  # the user learns answers without their thoughts, ends included
 def test_only_what_the_template_marks_for_learning_is_learned():
     template = ChatTemplate(tiny_tokenizer(MARKED))
     messages = [*CONVERSATIONS["thinking"], *turns("user: c", "assistant: d")]
-    text, parts = template.learned(messages, "file.jsonl:7")
-    assert [[text[slice(*span)] for span in spans] for spans in parts.values()] == [["b<|im_end|>"], ["d<|im_end|>"]]
+    assert parts_of(template.learned(messages, "file.jsonl:7")) == ["b<|im_end|>", "d<|im_end|>"]
     assert template.learned_ends() == ["<|im_end|>"]
 
 
@@ -422,8 +431,8 @@ def test_marks_find_answers_that_the_template_rewrites():
     template = ChatTemplate(
         tiny_tokenizer(MARKED.replace("m.content + '<|im_end|>' }}{% end", "m.content | upper }}{% end"))
     )
-    text, parts = template.learned(turns("user: a", "assistant: b", "user: c", "assistant: d"), "file.jsonl:7")
-    assert [text[slice(*span)] for spans in parts.values() for span in spans] == ["B", "D"]
+    messages = turns("user: a", "assistant: b", "user: c", "assistant: d")
+    assert parts_of(template.learned(messages, "file.jsonl:7")) == ["B", "D"]
     assert template.learned_ends() == [""]  # the marks leave out what ends a turn
 
 

@@ -1,5 +1,6 @@
 """The report on a set: the printed table, report.md, plots, and notes on unexpected data."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from data_prep.prepare_report import PrepareReport, write_report
 from data_prep.reader import open_prepared
 from tests.data_prep.conftest import SUMS, WORDS, write_jsonl
 from tests.data_prep.test_chat_templates import LLAMA3
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import CHATML_TEMPLATE, tiny_tokenizer
 
 COLUMNS = ["task", "documents", "held out", "rows", "tokens", "labelled", "share", "cut", "removed"]
 EMPTY = {"instruction": "Why?", "output": " "}
@@ -209,6 +210,43 @@ def test_a_template_without_an_end_token_is_noted_where_conversations_are_learne
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_what_stands_beside_the_rows_of_a_file_is_noted(tmp_path, tokenizer):
+    rows = [{"instruction": f"Add {i}.", "output": "4"} for i in range(6)]
+    path = tmp_path / "sums.json"
+    path.write_text(json.dumps({"license": "mit", "data": rows, "version": [1]}))
+    config = DataConfig(prepared_dir=tmp_path / "prepared", seq_len=128, held_out=2, sources=[
+        {"type": "files", "task": "sums", "path": path}
+    ])  # fmt: skip
+    assert notes_of(prepare(config, tokenizer)) == [
+        "data.sources.0: not read: key license beside data in 6 rows, key version beside data in 6 rows"
+    ]
+
+
+CALLS_ONLY = CHATML_TEMPLATE.replace(
+    "message['content'] +", "(message.tool_calls | tojson if message.tool_calls else message['content']) +"
+)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_what_the_template_leaves_out_of_records_is_noted(config_of):
+    call = {"name": "add", "arguments": {"x": 1}}
+    told = {"role": "assistant", "content": "I add.", "tool_calls": [call]}
+    said = {"role": "assistant", "content": "4"}
+    silent = {"role": "assistant", "content": "<think>Hm.</think>", "tool_calls": [call]}
+    called = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, turn, {"role": "tool", "content": "1"}, said]}
+        for i, turn in enumerate((told, told, silent))
+    ]
+    called[0]["chat_template_kwargs"] = {"enable_thinking": False}
+    report = prepare(config_of({"sums": [*SUMS, *called]}), tiny_tokenizer(CALLS_ONLY))
+    assert notes_of(report) == [
+        "data.sources.0 holds records of several forms: 12 Alpaca, 3 chat",
+        "data.sources.0: not read: text beside calls (not in the chat template) in 2 rows, setting enable_thinking "
+        "(not in the chat template) in 1 row",
+    ]
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_fields_that_are_not_read_are_noted_with_counts_by_source(config_of, tokenizer):
     named = [{**record, "lang": "en", **({"id": 7} if i else {})} for i, record in enumerate(SUMS[:2])]
     report = prepare(config_of({"sums": [*SUMS[2:], *named], "words": WORDS}), tokenizer)
@@ -230,5 +268,5 @@ def test_text_beside_calls_that_the_template_leaves_out_is_noted_with_its_count(
     ]
     source = {"type": "files", "task": "calls", "path": write_jsonl(tmp_path / "calls.jsonl", rows)}
     config = DataConfig(prepared_dir=tmp_path / "prepared", seq_len=128, held_out=0, sources=[source])
-    expected = "note: data.sources.0: the chat template does not write the text beside tool calls that 1 records give"
+    expected = "note: data.sources.0: not read: text beside calls (not in the chat template) in 1 row"
     assert expected in str(prepare(config, tiny_tokenizer(*LLAMA3)))

@@ -39,6 +39,26 @@ def item(choices=("word", "letter")) -> dict:
     return {"task": "t", "messages": turns, "answer": choices[0], "choices": list(choices)}
 
 
+# As Qwen3.5's: records may switch reasoning off, and answers then follow an empty block.
+SWITCHED = CHATML_TEMPLATE.replace(
+    "+ message['content'] +",
+    "+ ('<think>\n\n</think>\n\n' if enable_thinking is false and message['role'] == 'assistant' else '')"
+    " + message['content'] +",
+).replace("assistant\n' }}", "assistant\n' + ('<think>\n\n</think>\n\n' if enable_thinking is false else '') }}")
+
+
+def test_an_item_is_asked_with_its_own_settings_of_the_template():
+    tokenizer = tiny_tokenizer(SWITCHED)
+    items = [item(), {**item(), "chat_template_kwargs": {"enable_thinking": False}}]
+    asked = build_questions(items, tokenizer, data_config())
+    expected = [PROMPTS[CHATML_TEMPLATE], PROMPTS[THINKING]]
+    assert [tokenizer.decode(prompt) for prompt in asked.prompts] == expected
+    for prompt, reference, (first, _) in zip(expected, asked.references, asked.choices, strict=True):
+        assert tokenizer.decode(reference.ids) == prompt + "word<|im_end|>"
+        assert tokenizer.decode(reference.ids[reference.start :]) == "word<|im_end|>"
+        assert tokenizer.decode(first.ids) == prompt + "word"
+
+
 def data_config() -> DataConfig:
     source = {"type": "files", "task": "t", "path": "unused"}
     return DataConfig(prepared_dir="unused", sources=[source], seq_len=512)

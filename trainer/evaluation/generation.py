@@ -11,12 +11,14 @@ from data_prep.chat import ChatTemplate
 from data_prep.control_tokens import ControlTokens
 from data_prep.documents import with_system_prompt
 from data_prep.items import answer_of
+from data_prep.template_renderer import TEMPLATE_SETTINGS
 from trainer.evaluation.loaded_models import CausalLM, LoadedRun
 
 
 def prompt_text(template: ChatTemplate, item: dict[str, Any]) -> str:
     """The text before the item's answer, or before any answer if the item has none, as in training."""
     answer = answer_of(item) if "answer" in item else None
+    template = template.with_settings(item.get(TEMPLATE_SETTINGS), "the prompt")
     return template.prompt(item["messages"], "the prompt", item.get("tools"), answer)
 
 

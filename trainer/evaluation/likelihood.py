@@ -14,6 +14,7 @@ from data_prep.control_tokens import ControlTokens
 from data_prep.documents import Document
 from data_prep.encode import Encoder, Removed
 from data_prep.items import answer_of
+from data_prep.template_renderer import TEMPLATE_SETTINGS
 from data_prep.user_error import UserError
 from trainer.evaluation.loaded_models import CausalLM
 from trainer.objective.labelled_logits import head_sees
@@ -42,7 +43,8 @@ def reference_answers(
     documents = []
     for index, item in enumerate(items):
         turns = [*item["messages"], answer_of(item)]
-        documents.append(Document(item["task"], turns, f"item {index + 1}", tools=item.get("tools")))
+        tools, settings = item.get("tools"), item.get(TEMPLATE_SETTINGS)
+        documents.append(Document(item["task"], turns, f"item {index + 1}", tools=tools, settings=settings))
     return [_last_turn(encoded) for encoded in encoder.encode(documents)]
 
 
@@ -65,6 +67,7 @@ def encode_choices(
     """
     control = control or ControlTokens(tokenizer)
     hidden, found = control.hide(item, "the prompt")
+    template = template.with_settings(hidden.get(TEMPLATE_SETTINGS), "the prompt")
     prompt = template.prompt(hidden["messages"], "the prompt", hidden.get("tools"))
     texts = [prompt.rstrip(" "), *(prompt + choice for choice in hidden["choices"])]
     before, *full_texts = [encoding.ids for encoding in control.encode(texts, [bool(found)] * len(texts))]

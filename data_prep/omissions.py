@@ -1,0 +1,42 @@
+"""What a chat template leaves out of the answers of a conversation: refused, or told."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from data_prep.documents import END_OF_REASONING, Message, reasoning_parts
+from data_prep.template_renderer import Span
+from data_prep.user_error import UserError
+
+
+def check_reasoning(text: str, spans: dict[int, Span], messages: Sequence[Message], origin: str) -> None:
+    """Raises UserError if the last answer's reasoning is not in its span."""
+    for index in [*spans][-1:]:
+        if not all(part in text[slice(*spans[index])] for part in reasoning_parts(messages[index])):
+            raise UserError(
+                f"{origin}: the tokenizer's chat template leaves out the reasoning of messages[{index}], the last "
+                "answer; name one that writes it under data.chat_template, or remove the reasoning from the record"
+            )
+
+
+def check_arguments(text: str, spans: dict[int, Span], messages: Sequence[Message], origin: str) -> None:
+    """Raises UserError if the name of a call's argument is not in its turn. Names that JSON would escape may differ."""
+    for index, span in spans.items():
+        for call in messages[index].get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            names = json.loads(arguments) if isinstance(arguments, str) else arguments
+            turn = text[slice(*span)]
+            if missing := next((name for name in names if re.fullmatch(r"\w+", name) and name not in turn), None):
+                raise UserError(
+                    f"{origin}: the tokenizer's chat template leaves out argument {missing!r} of a call in "
+                    f"messages[{index}]; name one that writes it under data.chat_template"
+                )
+
+
+def leaves_out_text(text: str, spans: Mapping[int, Span], messages: Sequence[Message]) -> bool:
+    """Whether the text beside the calls of an answer is not in its span; templates such as Llama-3.1's drop it."""
+    return any(
+        (messages[index].get("content") or "").rpartition(END_OF_REASONING)[2].strip() not in text[slice(*span)]
+        for index, span in spans.items()
+        if messages[index].get("tool_calls")
+    )
