@@ -137,7 +137,7 @@ class ChatTemplate:
     def learned_ends(self) -> list[str]:
         """The special tokens that end learned turns: the last answer, earlier ones, and calls. An empty string among
         them stands for turns that no special token ends."""
-        ends = []
+        ends: list[str] = []
         for messages in ([_QUESTION, _REPLY], *_FOLLOWED.values(), [_QUESTION, _CALLS]):
             try:
                 found = self.learned(messages, _PROBE)
