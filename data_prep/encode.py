@@ -11,7 +11,7 @@ from data_prep.chat import ChatTemplate, check_offsets
 from data_prep.config import DataConfig
 from data_prep.control_tokens import ControlTokens
 from data_prep.documents import Document, with_system_prompt
-from data_prep.omissions import leaves_out_text
+from data_prep.omissions import omissions
 from data_prep.template_renderer import Span
 from data_prep.tokenizer_checks import embedding_rows, refuse_beyond_embedding
 from data_prep.user_error import UserError
@@ -137,8 +137,8 @@ class Encoder:
         template = self.template.with_settings(settings, document.origin)
         rendered = template.learned(messages, document.origin, tools)
         self.left_out.update(f"setting {name}{_NOT_WRITTEN}" for name in template.unknown_settings(settings))
-        if leaves_out_text(rendered.text, rendered.spans, messages):
-            self.left_out[f"text beside calls{_NOT_WRITTEN}"] += 1
+        found = omissions(rendered.text, rendered.spans, messages)
+        self.left_out.update(f"{what}{_NOT_WRITTEN}" for what in found)
         added = len(messages) - len(document.messages)
         learned = document.learned_turns(self._config.mask_history)
         spans = [span for index in learned for span in rendered.parts[index + added]]
