@@ -130,8 +130,9 @@ class _VerbatimEnds:
         token = self._tokens.get(kind)
         if token and after.count(token, begin) == 1:
             return after.index(token, begin) + len(token)
-        own = after if is_last else self._marked.own_text(place)
-        end = None if own is None else self._ends.within(own, after, begin)
+        owns = [after] if is_last else self._marked.own_texts(place)
+        ends = (self._ends.within(own, after, begin) for own in owns)
+        end = next((end for end in ends if end is not None), None)
         if end is not None:
             self._tokens[kind] = self._ends.last_token(after[:end])
         return end

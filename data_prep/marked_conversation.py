@@ -81,10 +81,18 @@ class MarkedConversation:
         ends = [text.find(mask) + len(mask) for mask in masks if mask in text]
         return max(ends, default=0) if len(ends) == len(masks) else None
 
-    def own_text(self, place: Place) -> str | None:
-        """What the template writes from `place` on if the conversation ends with its message; None if it refuses."""
+    def own_texts(self, place: Place) -> Iterator[str]:
+        """What the template writes from `place` on if the conversation ends with its message, unless it refuses: as it
+        is, then without its reasoning, which templates may write for the last answers only."""
+        message = self.messages[place.message]
+        spoken = {name: value for name, value in message.items() if name != "reasoning_content"}
+        for last in (message, spoken)[: 1 + (spoken != message)]:
+            if (text := self._own_text(place, last)) is not None:
+                yield text
+
+    def _own_text(self, place: Place, last_message: Message) -> str | None:
         try:
-            text = self._write(self.messages[: place.message + 1], tools=self._tools)
+            text = self._write([*self.messages[: place.message], last_message], tools=self._tools)
         except UserError:
             return None
         before = [index for index in self._ends if index < place.message]

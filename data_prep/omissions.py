@@ -38,8 +38,11 @@ def omissions(text: str, spans: Mapping[int, Span], messages: Sequence[Message])
     the reasoning of all but the last answers."""
     texts, reasoning = False, False
     for index, span in spans.items():
-        message, turn = messages[index], text[slice(*span)]
-        content = (message.get("content") or "").rpartition(END_OF_REASONING)[2].strip()
+        message = messages[index]
+        thoughts = reasoning_parts(message)
+        if not thoughts and not message.get("tool_calls"):
+            continue  # most are like this; it saves time
+        turn, content = text[slice(*span)], (message.get("content") or "").rpartition(END_OF_REASONING)[2].strip()
         texts |= bool(message.get("tool_calls")) and content not in turn
-        reasoning |= not all(part in turn for part in reasoning_parts(message))
+        reasoning |= not all(part in turn for part in thoughts)
     return ["text beside calls"] * texts + ["reasoning of earlier answers"] * reasoning

@@ -299,6 +299,15 @@ def test_what_is_learned_is_what_the_model_has_to_write(family, kind):
         assert learned(family, CONVERSATIONS[kind], tools) == expected
 
 
+def test_a_call_whose_reasoning_the_template_drops_ends_where_one_without_does():
+    called = calls({"x": 1}, reasoning_content="hm")
+    messages = [*turns("user: a"), called, result("5"), *turns("user: c", "assistant: d")]
+    assert learned("glm4", messages) == [
+        "\n<think></think>\n<tool_call>add\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call><|observation|>",
+        "\n<think></think>\nd<|endoftext|>",
+    ]
+
+
 @pytest.mark.parametrize("family", [*SPECIALS, "qwen3", "llama3"])
 def test_every_learned_turn_ends_with_a_token_that_generation_stops_at(family):
     stops = template_of(family).stop_tokens()
