@@ -10,7 +10,7 @@ from data_prep.chat import ChatTemplate, check_offsets
 from data_prep.config import DataConfig
 from data_prep.control_tokens import ControlTokens
 from data_prep.documents import Document, with_system_prompt
-from data_prep.omissions import leaves_out_text
+from data_prep.omissions import omissions
 from data_prep.template_renderer import Span
 from data_prep.tokenizer_checks import embedding_rows, refuse_beyond_embedding
 from data_prep.user_error import UserError
@@ -142,7 +142,7 @@ class Encoder:
         template = self.template.with_settings(settings, document.origin)
         rendered = template.learned(messages, document.origin, tools)
         left_out = [f"setting {name}" for name in template.unknown_settings(settings)]
-        left_out += ["text beside calls"] if leaves_out_text(rendered.text, rendered.spans, messages) else []
+        left_out += omissions(rendered.text, rendered.spans, messages)
         added = len(messages) - len(document.messages)
         learned = document.learned_turns(self._config.mask_history)
         spans = [span for index in learned for span in rendered.parts[index + added]]

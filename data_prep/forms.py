@@ -30,6 +30,7 @@ from data_prep.values import (
 
 _PREFERENCES = (("chosen", "rejected"), ("prompt", "completion", "label"))  # TRL's paired and unpaired preferences
 _VERDICTS = ("true", "false", "1", "0")  # values of `label` in unpaired preferences
+_VERDICT = Spellings({"verdict": ("label", "kto_tag")})  # beside a chat, as in ms-swift and LLaMA-Factory
 _OPTIONAL = ("input", "history", "system", "tools", "choices")  # fields that a record may lack
 _BESIDE = Spellings(  # fields beside any conversation
     {
@@ -94,6 +95,12 @@ def rename_fields(record: Mapping[str, Any], fields: Mapping[FieldName, str], or
 
 
 def _from_chat(record: Mapping[str, Any], task: str, origin: str) -> Document:
+    for field, value in record.items():
+        if _VERDICT.meaning(field) and str(decoded(value)).lower() in ("true", "false"):
+            raise UserError(
+                f"{origin}: a preference row (`{field}` is {value!r}), but this trainer learns from answers; keep the "
+                "records with good answers and remove the field"
+            )
     name = "messages" if record.get("messages") is not None else "conversations"
     form = "chat" if name == "messages" else "ShareGPT"
     return _document(record, task, origin, form, [name], read_turns(record[name], f"{origin}: {name}"))

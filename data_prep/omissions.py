@@ -33,10 +33,16 @@ def check_arguments(text: str, spans: dict[int, Span], messages: Sequence[Messag
                 )
 
 
-def leaves_out_text(text: str, spans: Mapping[int, Span], messages: Sequence[Message]) -> bool:
-    """Whether the text beside the calls of an answer is not in its span; templates such as Llama-3.1's drop it."""
-    return any(
-        (messages[index].get("content") or "").rpartition(END_OF_REASONING)[2].strip() not in text[slice(*span)]
-        for index, span in spans.items()
-        if messages[index].get("tool_calls")
-    )
+def omissions(text: str, spans: Mapping[int, Span], messages: Sequence[Message]) -> list[str]:
+    """What the template leaves out of answers as a rule, as Llama-3.1's does with text beside calls, and Qwen3's with
+    the reasoning of all but the last answers."""
+    texts, reasoning = False, False
+    for index, span in spans.items():
+        message = messages[index]
+        thoughts = reasoning_parts(message)
+        if not thoughts and not message.get("tool_calls"):
+            continue  # most are like this; it saves time
+        turn, content = text[slice(*span)], (message.get("content") or "").rpartition(END_OF_REASONING)[2].strip()
+        texts |= bool(message.get("tool_calls")) and content not in turn
+        reasoning |= not all(part in turn for part in thoughts)
+    return ["text beside calls"] * texts + ["reasoning of earlier answers"] * reasoning

@@ -29,9 +29,11 @@ _ROLES = {
 _ROLE_OF = Spellings(_ROLES)
 _MEANINGS = Spellings(
     {
+        "role": ("role", "from"),
+        "content": ("content", "value"),
         "tool_calls": ("tool_calls", "tool_call", "function_call", "function_calls"),
         "tool_call_id": ("tool_call_id", "call_id", "tool_use_id"),
-        "name": ("name",),
+        "name": ("name", "tool_name", "function_name"),
         "reasoning": ("reasoning_content", "thinking", "reasoning"),  # as in transformers
         "tools": TOOLS,
         "learned": (  # true or 1: the turn is learned
@@ -147,8 +149,9 @@ def _read_turn(turn: Any, where: str) -> list[Turn]:
 
 def _read_any_turn(turn: dict[str, Any], where: str) -> list[Turn]:
     fields = Fields(turn, _MEANINGS, where)
-    role_field, content_field = ("from", "value") if "from" in turn else ("role", "content")
-    fields.remove(role_field, content_field)
+    usual_role, usual_content = ("from", "value") if "from" in turn else ("role", "content")
+    role_field = fields.take("role") or usual_role
+    content_field = fields.take("content") or usual_content
     refuse_media(turn, where)
     role = _role(text_of(turn, role_field, where), where)
     read = Turn({"role": "assistant" if role == _CALL else role}, where, is_call=role == _CALL)

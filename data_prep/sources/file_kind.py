@@ -11,6 +11,9 @@ _LFS = "a Git LFS pointer, not the file; run `git lfs pull`"
 _UNPACK = "unpack it, and give the files in it"
 _NEVER_DATA = (
     (rb"version https://git-lfs\.github\.com/spec/", _LFS),
+    (rb"(/|(\.\./)*\.git/)annex/objects/", "a git-annex pointer, not the file; run `git annex get`"),
+    (rb"# xet version \d", "a Xet pointer, not the file; download it again with huggingface_hub"),
+    (rb"(\.\./)+[\w./-]+\s*\Z", "a symbolic link saved as text, not the file; copy the file that it names"),
     (rb"PK(\x03\x04|\x05\x06)", f"a ZIP archive, as Excel's files are too; {_UNPACK}, or save it as CSV"),
     (rb"7z\xbc\xaf\x27\x1c", f"a 7z archive; {_UNPACK}"),
     (rb"Rar!\x1a\x07", f"a RAR archive; {_UNPACK}"),

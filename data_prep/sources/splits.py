@@ -8,9 +8,9 @@ from pathlib import Path
 from data_prep.user_error import UserError
 
 _SPLITS = {  # a word in a name, and the split
-    "train": "train", "training": "train", "valid": "validation", "val": "validation", "validation": "validation",
-    "dev": "validation", "test": "test", "testing": "test", "eval": "eval", "evaluation": "eval",
-    "heldout": "heldout", "holdout": "heldout",
+    "train": "train", "training": "train", "trn": "train", "valid": "validation", "val": "validation",
+    "validation": "validation", "dev": "validation", "test": "test", "testing": "test", "tst": "test", "eval": "eval",
+    "evaluation": "eval", "heldout": "heldout", "holdout": "heldout",
 }  # fmt: skip
 _NAMES = frozenset(_SPLITS.values())
 _WORD = re.compile(r"h[eo]ld[-_ ]?out|[a-z]+|\d+")

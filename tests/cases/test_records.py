@@ -110,3 +110,29 @@ def test_a_record_whose_own_flag_says_that_it_is_not_learned_is_refused(record, 
 @pytest.mark.parametrize("flag", [{"train": True}, {"weight": 0.5}, {"mask": [0]}, {"loss": 1.73}, {"train": "a"}])
 def test_other_values_of_a_records_flag_are_named_as_not_read(flag):
     assert document({"messages": [USER, ASSISTANT], **flag}).unread == (f"column {next(iter(flag))}",)
+
+
+@pytest.mark.parametrize("fields", [("role", "value"), ("from", "content"), ("Role", "Content"), ("From", "Value")])
+def test_roles_and_contents_may_have_either_name(fields):
+    named = [dict(zip(fields, turn.values(), strict=True)) for turn in (USER, ASSISTANT)]
+    assert document({"messages": named}).messages == [USER, ASSISTANT]
+    assert refusal({"messages": [USER, {**ASSISTANT, "from": "human"}]}) == (
+        "messages[1]: fields `role` and `from` differ; keep the one that is meant"
+    )
+
+
+@pytest.mark.parametrize("name", ["name", "tool_name", "toolName"])
+def test_a_results_tool_is_taken_under_its_other_names(name):
+    result = {"role": "tool", "content": "rain"}
+    found = document({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {**result, name: "f"}]})
+    assert (found.messages[2], found.unread) == ({**result, "name": "f"}, ())
+
+
+@pytest.mark.parametrize("verdict", [{"label": False}, {"kto_tag": True}, {"label": "true"}])
+def test_a_chat_with_a_verdict_on_its_answer_is_a_preference_row(verdict):
+    ((name, value),) = verdict.items()
+    assert refusal({"messages": [USER, ASSISTANT], **verdict}) == (
+        f"a preference row (`{name}` is {value!r}), but this trainer learns from answers; keep the records with good "
+        "answers and remove the field"
+    )
+    assert document({"messages": [USER, ASSISTANT], "label": 1}).unread == ("column label",)

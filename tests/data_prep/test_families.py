@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.chat import ChatTemplate, Rendered
-from data_prep.omissions import leaves_out_text
+from data_prep.omissions import omissions
 from data_prep.user_error import UserError
 from tests.data_prep.test_chat_templates import LLAMA3, QWEN3, turns
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -300,6 +300,15 @@ def test_what_is_learned_is_what_the_model_has_to_write(family, kind):
         assert learned(family, CONVERSATIONS[kind], tools) == expected
 
 
+def test_a_call_whose_reasoning_the_template_drops_ends_where_one_without_does():
+    called = calls({"x": 1}, reasoning_content="hm")
+    messages = [*turns("user: a"), called, result("5"), *turns("user: c", "assistant: d")]
+    assert learned("glm4", messages) == [
+        "\n<think></think>\n<tool_call>add\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call><|observation|>",
+        "\n<think></think>\nd<|endoftext|>",
+    ]
+
+
 @pytest.mark.parametrize("family", [*SPECIALS, "qwen3", "llama3"])
 def test_every_learned_turn_ends_with_a_token_that_generation_stops_at(family):
     stops = template_of(family).stop_tokens()
@@ -395,7 +404,7 @@ def test_templates_that_leave_out_the_text_beside_calls_are_known():
     def leaves_out(family):
         messages = [*turns("user: a"), calls({"x": 1}, content="Aloud."), result("5"), *turns("assistant: b")]
         try:
-            return leaves_out_text(*template_of(family).render(messages, "file.jsonl:7"), messages)
+            return "text beside calls" in omissions(*template_of(family).render(messages, "file.jsonl:7"), messages)
         except UserError:  # it writes no calls
             return None
 

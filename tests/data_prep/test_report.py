@@ -242,7 +242,7 @@ def test_what_the_template_leaves_out_of_records_is_noted(config_of):
     assert notes_of(report) == [
         "data.sources.0 holds records of several forms: 12 Alpaca, 3 chat",
         "data.sources.0: not read: text beside calls (not in the chat template) in 2 rows, setting enable_thinking "
-        "(not in the chat template) in 1 row",
+        "(not in the chat template) in 1 row, reasoning of earlier answers (not in the chat template) in 1 row",
     ]
 
 

@@ -25,6 +25,26 @@ def test_a_git_lfs_pointer_of_any_format(tmp_path, name, content):
     assert refusal(tmp_path) == expected
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("/annex/objects/SHA256E-s123--0a.jsonl\n", "a git-annex pointer, not the file; run `git annex get`"),
+        ("../.git/annex/objects/9X/0a/MD5E-s1--b/MD5E-s1--b", "a git-annex pointer, not the file; run `git annex get`"),
+        ("# xet version 0\nfilesize = 10\n", "a Xet pointer, not the file; download it again with huggingface_hub"),
+        ("../../blobs/0a1b2c\n", "a symbolic link saved as text, not the file; copy the file that it names"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.tsv", "a.parquet"])
+def test_other_pointers_in_place_of_a_file(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content)
+    assert refusal(tmp_path / name) == f"data.sources.0.path: {tmp_path / name} is {expected}"
+
+
+def test_a_text_that_begins_like_a_link_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text("../docs is the folder that holds them.")
+    assert len(read(tmp_path / "a.txt")) == 1
+
+
 def test_a_text_about_pointers_is_text(tmp_path):
     text = "The file begins with version https://git-lfs.github.com/spec/v1"
     (tmp_path / "a.txt").write_text(text)

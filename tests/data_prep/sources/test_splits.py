@@ -35,6 +35,7 @@ def refusal(path, **keys) -> str:
     [
         (["train.jsonl", "test.jsonl"], "train*.jsonl"),
         (["train.jsonl", "valid.jsonl"], "train*.jsonl"),
+        (["trn.jsonl", "tst.jsonl"], "trn*.jsonl"),
         (["Train.csv", "Dev.csv"], "Train*.csv"),
         (["data/train-00000-of-00002.parquet", "data/validation-00000-of-00001.parquet"], "data/train*.parquet"),
         (["alpaca_train.jsonl.gz", "alpaca_eval.jsonl.gz"], "alpaca_train*.jsonl.gz"),
