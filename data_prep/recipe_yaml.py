@@ -56,6 +56,8 @@ def load_yaml(text: str, at: str = "") -> Any:
             return None
         _check(loader, root, at, set())
         return loader.construct_document(root)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
     finally:
         loader.dispose()
 

@@ -89,6 +89,7 @@ def test_key_that_resembles_none_is_reported_with_those_of_its_section(path):
         ("data.sources=[{type: csv}]", r"data\.sources\[0\]=.*: input tag 'csv' .* 'files', 'hub', 'reasoning_gym'"),
         ("train.steps", r"argument 'train\.steps': expected key\.path=value, for example train\.steps=100"),
         ("run=[", r"argument 'run=\[': the value is not YAML; quote it"),
+        ("run.name=" + "[" * 5000, r"argument .*: the value is not YAML; quote it"),
         ("train..steps=3", r"argument 'train\.\.steps=3': expected key\.path=value"),
         ("train.steps.x=3", r"argument 'train\.steps\.x=3': train\.steps is a value, not a section .*; remove \.x$"),
         (
@@ -114,6 +115,7 @@ def test_wrong_value_is_reported_in_one_line_with_its_key(path, override, messag
         (b"run: [", r"recipe .*recipe\.yaml: not YAML"),
         (b"- run", r"recipe .*recipe\.yaml: expected sections run, base, \.\.\. at top level"),
         (b"", r"recipe .*recipe\.yaml: expected sections"),
+        (b"[" * 5000, r"recipe .*recipe\.yaml: not YAML: nested too deeply"),
         (b"run: {name: 2026-13-01}", r"recipe .*recipe\.yaml: not YAML: month must be in 1\.\.12"),
         (b"\xff\xfe", r"recipe .*recipe\.yaml: not a text file"),
     ],

@@ -137,7 +137,13 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     if first["type"] in ("string_type", "path_type") and isinstance(first["input"], float | int | date | None):
         return f"{key}: expected text, but this is read as {_kind(first['input'])}; put text in quotes"
-    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change it"
+    expected = first["msg"][0].lower() + first["msg"][1:].partition(" or instance of ")[0]
+    return f"{key}={_shown(first['input'])}: {expected}; change it"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _kind(value: float | date | None) -> str:
@@ -166,7 +172,7 @@ def _nearest(location: Sequence[int | str], root: type[BaseModel]) -> str:
     if name in elsewhere:  # a known key in the wrong place
         return f"; did you mean {elsewhere[name]}?"
     for keys in (siblings, elsewhere):
-        if near := difflib.get_close_matches(str(name), keys, n=1, cutoff=0.6):
+        if near := difflib.get_close_matches(str(name).lower(), keys, n=1, cutoff=0.6):
             return f"; did you mean {keys[near[0]]}?"
     return f"; known keys: {', '.join(siblings.values())}"
 

@@ -15,6 +15,7 @@ import pytest
 from data_prep.prepared_folder import exclusive_preparation
 from data_prep.publish import publish_atomically
 from data_prep.resource_limits import available_memory
+from data_prep.user_error import UserError
 from tests.support import scene
 from trainer.checkpoint import storage
 from trainer.checkpoint.manager import FACTS, FOLDER, CheckpointManager
@@ -22,6 +23,7 @@ from trainer.recipe import CheckpointConfig
 from trainer.run import run_dir
 from trainer.telemetry.metrics import METRICS, MetricsWriter
 from trainer.training.resume import find_resume_point
+from trainer.training.train import _begin_run_dir
 
 
 def raising(number: int, when=lambda *_: True, otherwise=None):
@@ -109,6 +111,20 @@ def test_the_limit_of_a_container_counts_in_place_of_the_hosts_memory(tmp_path, 
     (group / "memory.max").write_text(f"{4 * 2**30}\n")
     (group / "memory.current").write_text(f"{2**30}\n")
     assert available_memory(tmp_path) == 3 * 2**30
+
+
+def test_checkpoints_on_a_disk_that_cannot_rename_are_refused_before_the_run_begins(tmp_path, monkeypatch):
+    recipe = scene.recipe("base", run__output_dir=str(tmp_path / "runs"))
+    disk, run = tmp_path / "disk", recipe.run.directory
+    disk.mkdir()
+    run.mkdir(parents=True)
+    (run / FOLDER).symlink_to(disk)
+    monkeypatch.setattr(os, "rename", raising(errno.EOPNOTSUPP, lambda path, _: disk in Path(path).parents, os.rename))
+    plan = SimpleNamespace(batches=SimpleNamespace(world_size=1), opened=SimpleNamespace(fingerprint="f"))
+    message = rf"^run\.output_dir=.*: cannot write {run / FOLDER} \(its file system cannot rename folders: .*\); give"
+    with pytest.raises(UserError, match=message):
+        _begin_run_dir(recipe, plan, "cpu", SimpleNamespace(step=0, notes=[]))
+    assert list(run.iterdir()) == [run / FOLDER] and list(disk.iterdir()) == [], "nothing is left"
 
 
 @pytest.mark.parametrize("linked", ["run", "checkpoints", "step"])

@@ -1,10 +1,12 @@
 """Settings as people have them: recipes, DeepSpeed files of the HF trainer, short runs."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data_prep.user_error import UserError
 from tests.support.minimal_recipe import MINIMAL
@@ -14,6 +16,7 @@ from trainer.objective.batches import plan_batches
 from trainer.objective.optimizer import build_scheduler, check_warm_up
 from trainer.recipe import Recipe, TrainConfig
 from trainer.recipe_file import load_recipe
+from trainer.training.run_plan import check_held_out
 
 CASES = Path(__file__).parent
 HF = CASES / "40-hf-style-deepspeed-file"
@@ -50,6 +53,44 @@ def test_a_zero_stage_in_quotes_is_that_stage_for_every_part(tmp_path):
     config = read_deepspeed_config(recipe(tmp_path, f"deepspeed.config={HF / 'stage.json'}"), plan_batches(8, 1, 2))
     assert config["zero_optimization"]["stage"] == 3
     assert zero_settings(config).stage == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("train_batch_size: 16", "train_batch_size=16 contradicts train.global_batch_size=8"),
+        ("bf16: {enabled: false}", "bf16.enabled=false contradicts base.dtype=bf16"),
+        (
+            "zero_allow_untested_optimizer: false",
+            "zero_allow_untested_optimizer=false contradicts train.optimizer=adamw",
+        ),
+        ("zero_force_ds_cpu_optimizer: true", "zero_force_ds_cpu_optimizer=true contradicts train.optimizer=adamw"),
+    ],
+)
+def test_what_contradicts_the_recipe_is_refused_with_both_and_the_remedy(tmp_path, given, message):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, **yaml.safe_load(given)}))
+    with pytest.raises(UserError, match=f'^{re.escape(f"{path}: {message}")} of the recipe; write "auto" in the file$'):
+        read_deepspeed_config(recipe(tmp_path, f"deepspeed.config={path}", "base.dtype=bf16"), plan_batches(8, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["train.eval_every=5"], "train.eval_every=5"),
+        (["train.eval_every=5", "train.early_stopping_patience=2"], "train.eval_every=5"),
+        (["train.eval_every=5", "checkpoint.load_best_at_end=true"], "train.eval_every=5"),
+    ],
+)
+def test_held_out_losses_without_held_out_rows_are_refused_by_the_key_that_asks(tmp_path, overrides, key):
+    given = recipe(tmp_path, *overrides)
+    with pytest.raises(UserError, match=rf"^{key} needs held-out losses, but .* has no held-out rows; prepare with a"):
+        check_held_out(given, 0)
+    check_held_out(given, 1)
+
+
+def test_training_on_everything_needs_no_held_out_rows(tmp_path):
+    check_held_out(recipe(tmp_path), 0)
 
 
 def test_a_misspelled_key_of_a_deepspeed_file_is_refused_with_the_nearest(tmp_path):

@@ -54,6 +54,9 @@ def test_hostfiles_of_other_tools_and_editors_are_read(tmp_path, text):
     [
         ("node-a\n", "line 1: 'node-a': expected `name slots=N`"),
         ("node-a slots=0\n", "line 1: 'node-a slots=0': expected"),
+        ("node-a slots=" + "9" * 5000, "line 1: 'node-a slots=9999"),
+        ("node-a, slots=8\n", "line 1: 'node-a, slots=8': expected"),
+        ("\0 slots=8\n", "line 1: '\\x00 slots=8': expected"),
         ("node-a slots=2\n\nnode-a slots=2\n", "line 3: node-a is listed twice, on line 1 too; use one line with"),
         ("node-a slots=2\nNode-A slots=2\n", "line 2: Node-A is listed twice, on line 1 too"),
         ("node-a slots=2 slots=3\n", "line 1: 'node-a slots=2 slots=3': expected"),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import remove_folder, sync_folder, unused_path, write_atomically
+from data_prep.publish import check_publishable, remove_folder, sync_folder, unused_path, write_atomically
 
 INDEX = "index.json"
 LATEST, BEST = "latest", "best"
@@ -23,6 +23,12 @@ _FOLDER = re.compile(r"step-(\d{6,})")
 
 def folder_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def check_folder(checkpoints: Path) -> None:
+    """Raises the OSError that publishing would, where the folder is there already: it may be a link to another disk."""
+    if os.path.lexists(checkpoints):
+        check_publishable(checkpoints / folder_name(0))
 
 
 class CheckpointWriter:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from data_prep.user_error import UserError
 
-_LINE = re.compile(r"(?P<name>[^\s=]+)\s+(?P<options>\S.*)")
-_OPTION = re.compile(r"([\w-]+)\s*=\s*(\d+)(?:\s+|$)", re.ASCII)
+_LINE = re.compile(r"(?P<name>[^\s=,\0]+)\s+(?P<options>\S.*)")
+_OPTION = re.compile(r"([\w-]+)\s*=\s*(\d{1,6})(?:\s+|$)", re.ASCII)
 
 
 @dataclass(frozen=True)

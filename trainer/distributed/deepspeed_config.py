@@ -3,6 +3,7 @@
 Imports no DeepSpeed, so that the estimate and the checks before a launch are quick.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,23 @@ def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     """
     path = recipe.deepspeed.config
     config = read_deepspeed_file(path)
+    train, optimizer = recipe.train, f"train.optimizer={recipe.train.optimizer}"
+    # By key: its value, and what of the recipe asks for it.
     fills: dict[tuple[str, ...], tuple[Any, str]] = {
-        ("train_batch_size",): (plan.global_batch_size, "train.global_batch_size"),
-        ("train_micro_batch_size_per_gpu",): (plan.micro_batch_size, "train.micro_batch_size"),
-        ("gradient_accumulation_steps",): (plan.gradient_accumulation_steps, "the derived accumulation"),
-        ("gradient_clipping",): (recipe.train.max_grad_norm, "train.max_grad_norm"),
-        ("bf16", "enabled"): (recipe.base.dtype == "bf16", f"base.dtype={recipe.base.dtype}:"),
+        ("train_batch_size",): (plan.global_batch_size, f"train.global_batch_size={plan.global_batch_size}"),
+        ("train_micro_batch_size_per_gpu",): (
+            plan.micro_batch_size,
+            f"train.micro_batch_size={plan.micro_batch_size}",
+        ),
+        ("gradient_accumulation_steps",): (
+            plan.gradient_accumulation_steps,
+            f"the accumulation of {plan.gradient_accumulation_steps} that follows from the batch sizes",
+        ),
+        ("gradient_clipping",): (train.max_grad_norm, f"train.max_grad_norm={train.max_grad_norm}"),
+        ("bf16", "enabled"): (recipe.base.dtype == "bf16", f"base.dtype={recipe.base.dtype}"),
         # DeepSpeed would stop at an optimizer that is not its own.
-        ("zero_allow_untested_optimizer",): (True, f"train.optimizer={recipe.train.optimizer}:"),
-        ("zero_force_ds_cpu_optimizer",): (False, f"train.optimizer={recipe.train.optimizer}:"),
+        ("zero_allow_untested_optimizer",): (True, optimizer),
+        ("zero_force_ds_cpu_optimizer",): (False, optimizer),
     }
     for keys, (value, origin) in fills.items():
         _fill(config, keys, value, origin, path)
@@ -92,6 +101,6 @@ def _fill(config: dict[str, Any], keys: tuple[str, ...], value: Any, origin: str
     given = config.get(last, "auto")
     if given not in ("auto", value):
         raise UserError(
-            f'{path}: {".".join(keys)}={given} contradicts {origin}={value} of the recipe; write "auto" in the file'
+            f'{path}: {".".join(keys)}={json.dumps(given)} contradicts {origin} of the recipe; write "auto" in the file'
         )
     config[last] = value

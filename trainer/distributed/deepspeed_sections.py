@@ -137,7 +137,7 @@ class Zero(_Section):
         "zenflow": "needs an optimizer of DeepSpeed's, and the recipe's is torch's; remove it from the file",
     }
 
-    stage: Annotated[Count, Field(le=3)] = 0
+    stage: Annotated[Count, Field(le=3)]  # DeepSpeed's default, 0, would keep a base whole that was to be sharded
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
     reduce_bucket_size: Size = 5 * 10**8

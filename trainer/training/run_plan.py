@@ -59,7 +59,7 @@ def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
     steps = train.steps or steps_in(train.epochs or 0, len(prepared.train), train.global_batch_size)
     check_warm_up(train, steps)
     check_positions(opened.model.config, recipe.data.seq_len)
-    _check_held_out(recipe, len(prepared.held_out))
+    check_held_out(recipe, len(prepared.held_out))
     return RunPlan(batches, config, opened, prepared, steps)
 
 
@@ -90,7 +90,8 @@ def cpu_has_fast_bf16() -> bool:
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
-def _check_held_out(recipe: Recipe, rows: int) -> None:
+def check_held_out(recipe: Recipe, rows: int) -> None:
+    """Raises UserError, naming the key, where the recipe needs held-out losses and there are no held-out rows."""
     needing = {
         "train.eval_every": recipe.train.eval_every or None,
         "train.early_stopping_patience": recipe.train.early_stopping_patience,

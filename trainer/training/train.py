@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_prep.publish import blame_option
 from trainer.adapters.adapter_folder import save_adapter
 from trainer.base.base_fingerprint import write_base_file
 from trainer.base.loader import bytes_to_read
 from trainer.checkpoint.async_saver import AsyncSaver
 from trainer.checkpoint.manager import FOLDER, CheckpointManager, find_best
-from trainer.checkpoint.storage import folder_name, sweep
+from trainer.checkpoint.storage import check_folder, folder_name, sweep
 from trainer.checkpoint.trained_state import TrainedState
 from trainer.distributed.engine import gather_trainable
 from trainer.distributed.parallelize import ParallelModel, parallelize
@@ -119,8 +120,11 @@ def _begin_run_dir(recipe: Recipe, plan: RunPlan, device: torch.device, resume_p
         "base_fingerprint": plan.opened.fingerprint,
         "step": resume_point.step,
     }
+    checkpoints = recipe.run.directory / FOLDER
+    with blame_option(f"run.output_dir={recipe.run.output_dir}", checkpoints):
+        check_folder(checkpoints)
     run_dir.create(recipe, facts)
-    sweep(recipe.run.directory / FOLDER)
+    sweep(checkpoints)
     if notes := [*resume_point.notes, *warnings_about(recipe, plan.opened)]:
         print("\n".join(notes), flush=True)
 
