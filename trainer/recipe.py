@@ -14,6 +14,7 @@ Seconds = Annotated[PositiveFloat, at_most(10**8)]  # libraries count nanosecond
 Steps = Annotated[PositiveInt, at_most(10**9)]
 Batch = Annotated[PositiveInt, at_most(10**7)]
 Rank = Annotated[PositiveInt, Field(strict=True), at_most(2**20)]
+Alpha = Annotated[PositiveFloat, at_most(10**9)]
 Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -76,7 +77,7 @@ class AdapterConfig(Section):
         NUM_EXPERTS * EXPERT_RANK,
         description="r_A = num_experts * expert_rank, the rank of a LoRA of the same size; either rank gives the other",
     )
-    alpha: PositiveFloat = Field(32.0, description="scale: the update is multiplied by alpha / expert_rank")
+    alpha: Alpha = Field(32.0, description="scale: the update is multiplied by alpha / expert_rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input during training")
     target_modules: list[str] = Field(
         ["gate_proj", "up_proj", "down_proj"], min_length=1, description="name endings of the linear layers to adapt"

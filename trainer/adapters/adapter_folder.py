@@ -1,7 +1,6 @@
 """An adapter's folder in PEFT's format: read whole or not at all, written and verified before anyone can see it."""
 
 import json
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line
 from trainer.base.safetensors_writer import translate_disk_errors
 
+LARGEST = 1e9  # of an adapter's settings: far beyond it the products of alpha are infinite in fp32
 # The keys of a LoRA's adapter_config.json that every reader knows, and that some demand.
 COMMON_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
 COMMON_KEYS |= {"target_modules", "bias", "fan_in_fan_out", "init_lora_weights", "modules_to_save"}
@@ -106,8 +106,8 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         numbers = {key: value for key, value in config.to_dict().items() if isinstance(value, float)}
-        if strange := [f"{key}={value}" for key, value in numbers.items() if not math.isfinite(value)]:
-            raise ValueError(f"{strange[0]} is no number")
+        if strange := [f"{key}={value}" for key, value in numbers.items() if not abs(value) <= LARGEST]:
+            raise ValueError(f"{strange[0]} cannot be computed with")
     except Exception as error:  # PEFT raises many kinds for a folder without an adapter, and for other types
         raise UserError(
             f"{folder} holds no adapter that PEFT can read ({one_line(error)}); give the adapter/ folder of a run"
