@@ -8,11 +8,12 @@ __all__ = ["outcomes"]
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line per fuzz test, and their sum, before pytest's own last line."""
     lines = []
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.stats.get(outcome, []):
-            counts = dict(report.user_properties).get(PROPERTY)
-            if counts is not None:
-                lines.append((report.nodeid.partition("::")[2], counts["accepted"], counts["refused"], outcome))
+    failed_ids = {report.nodeid for report in terminalreporter.stats.get("failed", [])}
+    for report in terminalreporter.stats.get("", []):  # those of set-ups and tear-downs, which know the counts
+        counts = dict(report.user_properties).get(PROPERTY)
+        if report.when == "teardown" and counts is not None:
+            outcome = "failed" if report.nodeid in failed_ids else "passed"
+            lines.append((report.nodeid.partition("::")[2], counts["accepted"], counts["refused"], outcome))
     if not lines:
         return
     terminalreporter.section("fuzzed input")

@@ -101,7 +101,7 @@ def _says_something(value: Any, defaults: dict[str, Any], key: str) -> bool:
     return value not in (None, [], {}, defaults.get(key))
 
 
-def read_adapter_config(folder: Path) -> PeftConfig:
+def read_adapter_config(folder: Path) -> Any:  # as PEFT types it: each method has fields of its own
     """PEFT's configuration in an adapter's folder. Raises UserError where there is none that can be computed with."""
     try:
         config = PeftConfig.from_pretrained(str(folder))
