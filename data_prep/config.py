@@ -5,11 +5,37 @@ Imports only pydantic, so that a recipe can be read and refused before anything 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from data_prep.user_path import UserPath
 
 QUESTION = "{question}"
+
+
+def at_most(largest: int) -> AfterValidator:
+    """A bound far above what anyone means, for numbers that would end later in memory, time or a library's integers."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value > largest:
+            raise ValueError(f"{value} is over {largest:,}, the most that is possible; change it")
+        return value
+
+    return AfterValidator(check)
+
+
+Rows = Annotated[PositiveInt, at_most(10**9)]
+Passes = Annotated[PositiveFloat, at_most(10**6)]
+Weight = Annotated[PositiveFloat, at_most(10**9)]
+Length = Annotated[int, Field(ge=2), at_most(2**24)]
 
 
 class Section(BaseModel):
@@ -79,7 +105,7 @@ class ReasoningGymSource(Section):
     type: Literal["reasoning_gym"] = Field(description="kind of source: a reasoning-gym generator")
     task: Task
     generator: str = Field(min_length=1, description="generator name, such as basic_arithmetic")
-    count: int = Field(gt=0, description="number of documents to generate, including held-out ones")
+    count: Rows = Field(description="number of documents to generate, including held-out ones")
     seed: int = Field(default=0, description="seed of the generator")
     options: dict[str, Any] = Field(default_factory=dict, description="the generator's own options")
     prompt: str = Field(
@@ -109,7 +135,7 @@ class SuiteSource(Section):
 
     type: Literal["suite"] = Field(description="kind of source: a task of the suite")
     task: str = Field(min_length=1, description="name of the suite's task, such as hypernyms")
-    count: int = Field(gt=0, description="number of documents to generate, including held-out ones")
+    count: Rows = Field(description="number of documents to generate, including held-out ones")
     seed: int = Field(default=0, description="seed of the task's rows")
     metric: Metric = None
 
@@ -146,7 +172,7 @@ class CleaningConfig(Section):
 class MixingConfig(Section):
     """How often each task's training documents are drawn; by default each document is drawn once."""
 
-    weights: dict[str, PositiveFloat] = Field(
+    weights: dict[str, Weight] = Field(
         default_factory=dict, description="relative share of the draws per task; must name every task"
     )
     temperature: PositiveFloat | None = Field(
@@ -155,11 +181,11 @@ class MixingConfig(Section):
         "tasks equal",
     )
     caps: dict[str, PositiveInt] = Field(default_factory=dict, description="maximum number of documents used per task")
-    epochs: PositiveFloat | None = Field(
+    epochs: Passes | None = Field(
         default=None,
         description="number of draws as a multiple of the training documents; null: 1, or set by token_budget",
     )
-    token_budget: PositiveInt | None = Field(
+    token_budget: Annotated[PositiveInt, at_most(10**15)] | None = Field(
         default=None, description="number of draws as their total tokens, instead of epochs"
     )
 
@@ -177,7 +203,7 @@ class DataConfig(Section):
 
     prepared_dir: UserPath = Field(description="folder of the prepared set, written by `teamlora prepare`")
     sources: list[Source] = Field(min_length=1, description="raw data; sources with the same task are merged")
-    seq_len: int = Field(ge=2, description="maximum tokens per row")
+    seq_len: Length = Field(description="maximum tokens per row")
     over_long: Literal["cut_right", "cut_left", "split", "drop"] = Field(
         default="cut_right",
         description="documents over seq_len tokens: keep the start (cut_right) or the end (cut_left), split, or drop",

@@ -12,6 +12,18 @@ def expand_home(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-UserPath = Annotated[Path, AfterValidator(expand_home)]
+def _refuse_no_path(path: Path | str) -> Path | str:
+    """Raises ValueError for what no file can be named: a zero byte, half a character."""
+    text = str(path)
+    try:
+        if "\0" not in text and os.fsencode(text):
+            return path
+    except UnicodeEncodeError:
+        pass
+    raise ValueError(f"{text!r} cannot be the name of a file or folder; change it")
+
+
+_check = AfterValidator(_refuse_no_path)
+UserPath = Annotated[Path, _check, AfterValidator(expand_home)]
 # Text that may be a path: a model id or a word such as `auto` never begins with ~.
-UserPathOrName = Annotated[str, AfterValidator(os.path.expanduser)]
+UserPathOrName = Annotated[str, _check, AfterValidator(os.path.expanduser)]

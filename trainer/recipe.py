@@ -5,11 +5,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from data_prep.config import DataConfig, Section
+from data_prep.config import DataConfig, Passes, Section, at_most
 from data_prep.user_path import UserPath, UserPathOrName
 
 NUM_EXPERTS, EXPERT_RANK = 4, 16
 
+Seconds = Annotated[PositiveFloat, at_most(10**8)]  # libraries count nanoseconds in 64 bits
+Steps = Annotated[PositiveInt, at_most(10**9)]
+Batch = Annotated[PositiveInt, at_most(10**7)]
+Rank = Annotated[PositiveInt, Field(strict=True), at_most(2**20)]
+Alpha = Annotated[PositiveFloat, at_most(10**9)]
+Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -18,15 +24,15 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[\w-][\w.-]*$", description="folder of the run inside output_dir")
     output_dir: UserPath = Field(Path("runs"), description="parent folder of all runs")
-    seed: int = Field(0, ge=0, description="seed of adapter initialization, dropout and row order")
+    seed: Seed = Field(0, description="seed of adapter initialization, dropout and row order")
     deterministic: bool = Field(False, description="use only kernels that give the same bits in every rerun; slower")
     nodes: PositiveInt | None = Field(
         None, strict=True, description="exact number of machines, else the run is refused; null: any number"
     )
-    start_timeout: PositiveFloat = Field(
+    start_timeout: Seconds = Field(
         1800.0, description="seconds a rank waits for another before the first step; then the run fails"
     )
-    collective_timeout: PositiveFloat = Field(
+    collective_timeout: Seconds = Field(
         600.0, description="seconds a rank waits for another from the first step on; then the run fails"
     )
 
@@ -65,16 +71,13 @@ class AdapterConfig(Section):
     method: Literal["teamlora", "moelora", "hydralora", "lora"] = Field(
         "teamlora", description="adapter method; the other three are for comparison"
     )
-    num_experts: PositiveInt = Field(
-        NUM_EXPERTS, strict=True, description="k, the number of experts per adapted linear layer; 1 for lora"
-    )
-    expert_rank: PositiveInt = Field(EXPERT_RANK, strict=True, description="r_B, the rank of one expert matrix B")
-    total_rank: PositiveInt = Field(
+    num_experts: Rank = Field(NUM_EXPERTS, description="k, the number of experts per adapted linear layer; 1 for lora")
+    expert_rank: Rank = Field(EXPERT_RANK, description="r_B, the rank of one expert matrix B")
+    total_rank: Rank = Field(
         NUM_EXPERTS * EXPERT_RANK,
-        strict=True,
         description="r_A = num_experts * expert_rank, the rank of a LoRA of the same size; either rank gives the other",
     )
-    alpha: PositiveFloat = Field(32.0, description="scale: the update is multiplied by alpha / expert_rank")
+    alpha: Alpha = Field(32.0, description="scale: the update is multiplied by alpha / expert_rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input during training")
     target_modules: list[str] = Field(
         ["gate_proj", "up_proj", "down_proj"], min_length=1, description="name endings of the linear layers to adapt"
@@ -148,12 +151,12 @@ class ExpertsConfig(Section):
 class TrainConfig(Section):
     """Length, batch and optimizer. The batch is global, so a run means the same on any number of ranks."""
 
-    steps: PositiveInt | None = Field(None, description="optimizer steps; or set epochs")
-    epochs: PositiveFloat | None = Field(None, description="passes over the training rows; or set steps")
-    global_batch_size: PositiveInt = Field(
+    steps: Steps | None = Field(None, description="optimizer steps; or set epochs")
+    epochs: Passes | None = Field(None, description="passes over the training rows; or set steps")
+    global_batch_size: Batch = Field(
         description="rows per optimizer step over all ranks; a multiple of micro_batch_size times the ranks"
     )
-    micro_batch_size: PositiveInt = Field(1, description="rows per rank in one forward pass")
+    micro_batch_size: Batch = Field(1, description="rows per rank in one forward pass")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw", description="optimizer; the two with 8-bit state need GPUs"
     )

@@ -55,7 +55,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except UnclearNumber as error:
         raise UserError(f"recipe {path}, line {error.line}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
+    except yaml.YAMLError as error:
         raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path}: expected sections run, base, ... at top level; see launch/recipes/")
@@ -73,7 +73,7 @@ def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
         raise UserError(f"argument {override!r}: key {error.key} is given twice; remove one") from None
     except UnclearNumber as error:
         raise UserError(f"argument {override!r}: {error}") from None
-    except (yaml.YAMLError, ValueError):
+    except yaml.YAMLError:
         raise UserError(f"argument {override!r}: the value is not YAML; quote it") from None
     try:
         return _replaced(values, path, value, "")

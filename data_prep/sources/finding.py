@@ -1,6 +1,5 @@
 """Finds the files that a path in the recipe stands for, and opens them."""
 
-import bz2
 import glob
 import gzip
 import io
@@ -13,6 +12,7 @@ from typing import Any
 
 from data_prep.config import FilesSource
 from data_prep.sources.file_kind import COMPRESSIONS, first_bytes, lacks_compression, mistaken_for
+from data_prep.sources.members import open_bz2, open_xz
 from data_prep.sources.splits import files_of_split, refuse_several_splits
 from data_prep.user_error import UserError
 
@@ -80,7 +80,7 @@ def is_compressed(path: Path) -> bool:
 def open_file(path: Path) -> io.BufferedReader:
     """Opens a file for reading its decompressed bytes. Damaged and truncated files raise one of READ_ERRORS."""
     openers: dict[str, Callable[[Path], Any]] = {
-        ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst
+        ".gz": gzip.open, ".bz2": open_bz2, ".xz": open_xz, ".zst": _open_zst
     }  # fmt: skip
     opener = openers.get(path.suffix.lower())
     return path.open("rb") if opener is None else io.BufferedReader(opener(path))

@@ -3,6 +3,7 @@
 import codecs
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -69,7 +70,8 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def first_repeated(names: list[str]) -> str | None:
     """The first name that occurs twice, if any."""
-    return next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
+    counts = Counter(names)
+    return next((name for name in names if counts[name] > 1), None)
 
 
 def read_plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line
 from trainer.base.safetensors_writer import translate_disk_errors
 
+LARGEST = 1e9  # of an adapter's settings: far beyond it the products of alpha are infinite in fp32
 # The keys of a LoRA's adapter_config.json that every reader knows, and that some demand.
 COMMON_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
 COMMON_KEYS |= {"target_modules", "bias", "fan_in_fan_out", "init_lora_weights", "modules_to_save"}
@@ -30,7 +31,8 @@ def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
     Raises UserError where the adapter is not one of this base. PEFT only warns where the adapter lacks a part, and goes
     on with a fresh value; what has no place in the base it leaves out silently, or writes into the base itself.
     """
-    stored = _names_in(folder)
+    stored = _check_tensors(folder)
+    read_adapter_config(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
         try:
@@ -43,7 +45,7 @@ def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
             raise UserError(
                 f"{folder}: parts of the adapter are missing ({text[text.find('[') :][:160]}); give a complete one"
             ) from warning
-        except (RuntimeError, ValueError) as error:  # other shapes, or none of the linears
+        except Exception as error:  # other shapes, none of the linears; and many kinds for settings of other types
             raise UserError(
                 f"{folder}: the adapter does not fit the base ({one_line(error)}); give one that was trained on it"
             ) from error
@@ -99,14 +101,36 @@ def _says_something(value: Any, defaults: dict[str, Any], key: str) -> bool:
     return value not in (None, [], {}, defaults.get(key))
 
 
-def _names_in(folder: Path) -> set[str]:
+def read_adapter_config(folder: Path) -> Any:  # as PEFT types it: each method has fields of its own
+    """PEFT's configuration in an adapter's folder. Raises UserError where there is none that can be computed with."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        numbers = {key: value for key, value in config.to_dict().items() if isinstance(value, float)}
+        if strange := [f"{key}={value}" for key, value in numbers.items() if not abs(value) <= LARGEST]:
+            raise ValueError(f"{strange[0]} cannot be computed with")
+    except Exception as error:  # PEFT raises many kinds for a folder without an adapter, and for other types
+        raise UserError(
+            f"{folder} holds no adapter that PEFT can read ({one_line(error)}); give the adapter/ folder of a run"
+        ) from error
+    return config
+
+
+def _check_tensors(folder: Path) -> set[str]:
+    """Names of the adapter's tensors. Raises UserError where the file cannot be read, or holds NaN or infinity."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     refuse_lfs_pointer(path, "adapter")
     try:
         with safe_open(path, "pt") as file:
-            return set(file.keys())
+            names = set(file.keys())
+            broken = [name for name in sorted(names) if not torch.isfinite(file.get_tensor(name)).all()]
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); give an adapter's folder") from error
+    if broken:
+        raise UserError(
+            f"{path}: {len(broken)} of {len(names)} tensors are not finite, first {broken[0]}; give the adapter of a "
+            "run that did not diverge"
+        )
+    return names
 
 
 def _name_on_disk(name: str) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from data_prep.user_error import UserError
 from trainer.adapters import EXPERT_METHODS
-from trainer.adapters.adapter_folder import load_adapter
+from trainer.adapters.adapter_folder import load_adapter, read_adapter_config
 from trainer.recipe import AdapterConfig
 
 TASK_TYPE = "CAUSAL_LM"
@@ -92,12 +92,9 @@ def _continued(adapter: AdapterConfig) -> PeftConfig:
 def _check_init_from(folder: Path, adapter: AdapterConfig) -> None:
     """An adapter to start from must compute what the recipe describes."""
     try:
-        found = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT raises many kinds for a folder without an adapter
-        raise UserError(
-            f"adapter.init_from: {folder} holds no adapter that PEFT can read ({' '.join(str(error).split())[:160]}); "
-            "give the adapter/ folder of a run"
-        ) from error
+        found = read_adapter_config(folder)
+    except UserError as error:
+        raise UserError(f"adapter.init_from: {error}") from error
     wanted = peft_config(adapter)
     if found.peft_type != wanted.peft_type:
         raise UserError(

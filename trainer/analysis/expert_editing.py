@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from data_prep.publish import blame_option, publish_atomically
 from data_prep.tables import text_table
 from data_prep.user_error import UserError
 from trainer.adapters.adapter_config import ExpertLoraConfig, TeamLoraConfig
+from trainer.adapters.adapter_folder import read_adapter_config
 from trainer.base.safetensors_writer import write_tensors
 from trainer.run import run_dir
 from trainer.telemetry.metrics import METRICS
@@ -101,7 +101,7 @@ def _write(source: Path, target: Path, config: ExpertLoraConfig, tensors: dict[s
 
 def _config(run: Path) -> ExpertLoraConfig:
     run_dir.open_run(run)
-    config = PeftConfig.from_pretrained(str(run / run_dir.ADAPTER))
+    config = read_adapter_config(run / run_dir.ADAPTER)
     if not isinstance(config, ExpertLoraConfig):
         raise UserError(
             f"{run}: its adapter is a {config.peft_type.value}, which has no experts; give a run of teamlora, moelora "

@@ -96,8 +96,10 @@ def check_base_file(folder: Path, model: str, found: str) -> None:
         trained_on = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / BASE_FILE}: not readable as JSON ({error}); copy the adapter again") from error
+    if not isinstance(trained_on, dict):
+        raise UserError(f"{folder / BASE_FILE}: expected an object with model and fingerprint; copy the adapter again")
     if trained_on.get("fingerprint") != found:
         raise UserError(
             f"base.model={model}: the adapter in {folder} was trained on another base, {trained_on.get('model')} "

@@ -77,13 +77,16 @@ def point(checkpoints: Path, pointer: str, name: str) -> None:
 
 
 def read_pointer(checkpoints: Path, pointer: str) -> int | None:
-    """The step of the folder that `latest` or `best` names; None without a pointer. It may be a link to the folder."""
+    """The step of the folder that `latest` or `best` names; None without a pointer that can be read.
+
+    It may be a link to the folder. A damaged one is as good as none: the next save writes it anew.
+    """
     path = checkpoints / pointer
     try:
         match = _FOLDER.fullmatch(
             path.readlink().name if path.is_symlink() else path.read_text(encoding="utf-8").strip()
         )
-    except (FileNotFoundError, IsADirectoryError):
+    except (OSError, UnicodeDecodeError):
         return None
     return int(match[1]) if match else None
 
@@ -118,7 +121,7 @@ def verify(folder: Path) -> str | None:
             with content.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
                     return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of any shape
         return f"{INDEX} cannot be read ({error})"
     return None
 

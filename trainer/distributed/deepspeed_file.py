@@ -36,7 +36,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"deepspeed.config={path}: {error.strerror}; give a file such as ds_configs/zero3.json"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # lists in lists, over and over
         raise UserError(f"deepspeed.config={path}: not JSON ({error}); compare with ds_configs/zero3.json") from None
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise UserError(

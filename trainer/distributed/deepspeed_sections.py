@@ -20,8 +20,8 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0)]
-Size = Annotated[int, BeforeValidator(_no_boolean), Field(gt=0)]
+Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, le=LARGEST)]
+Size = Annotated[int, BeforeValidator(_no_boolean), Field(gt=0, le=LARGEST)]
 Number = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0)]
 Share = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=1)]
 

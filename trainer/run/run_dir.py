@@ -14,6 +14,7 @@ from trainer.run.provenance import commit, package_version, versions
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 ADAPTER = "adapter"
+_ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, which takes seconds to import
 
 
 def find(recipe: Recipe) -> Recipe | None:
@@ -70,20 +71,26 @@ def create(recipe: Recipe, environment: dict[str, Any]) -> None:
         ) from error
 
 
+def is_finished(directory: Path) -> bool:
+    """Whether the run in `directory` has its adapter. An empty adapter/ may be a mount point for it."""
+    return (directory / ADAPTER / _ADAPTER_CONFIG).is_file()
+
+
 def open_run(directory: Path) -> Recipe:
     """Recipe of a finished run. Raises UserError if there is none in `directory`."""
     if not (directory / RECIPE).is_file():
         raise UserError(f"{directory}: no run here (no {RECIPE}); give a folder that `teamlora train` made")
-    if not (directory / ADAPTER).is_dir():
+    if not is_finished(directory):
         raise UserError(f"{directory}: the run has not finished, so it has no {ADAPTER}/; train it to its end")
     return load_recipe(directory / RECIPE)
 
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return []
+    return starts if isinstance(starts, list) else []
 
 
 def _environment() -> dict[str, Any]:

@@ -64,7 +64,7 @@ class MetricsWriter:
         if not keep:
             _set_aside(path)
         path.touch()
-        _cut(path, keep)
+        _cut(path, keep, step)
         self._file = path.open("ab", buffering=0)
         self._waiting = bytearray()  # lines, or their rest, for which there was no room
         self._board = None
@@ -129,10 +129,22 @@ def _set_aside(path: Path) -> None:
         print(f"metrics         {path.name} of an earlier start ({steps} steps) is kept as {kept.name}", flush=True)
 
 
-def _cut(path: Path, keep: int) -> None:
-    """Cuts the file to whole lines within its first `keep` bytes: a full disk may have left half a line."""
+def _cut(path: Path, keep: int, step: int) -> None:
+    """Cuts the file to whole lines within its first `keep` bytes: a full disk may have left half a line.
+
+    Warns where these are not the lines of `step` steps, as after an editor has changed the file's line ends.
+    """
     with path.open("rb+") as file:
-        file.truncate(file.read(keep).rfind(b"\n") + 1)
+        kept = file.read(keep)
+        whole = kept.rfind(b"\n") + 1
+        file.truncate(whole)
+    if keep and (len(kept) < keep or whole < keep or kept.count(b"\n") != step):
+        print(
+            f"warning: {path} was changed since the checkpoint at step {step}: {kept.count(bytes([10]))} of its lines "
+            "are kept, and training goes on",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:

@@ -93,7 +93,7 @@ def _find_resume_point(recipe: Recipe) -> ResumePoint:
         notes += accept_recipe_changes(
             found, recipe, f"{directory} holds a run of another recipe", run_dir.name_another(recipe)
         )
-        if (directory / run_dir.ADAPTER).is_dir():
+        if run_dir.is_finished(directory):
             return ResumePoint(finished=True)
     _refuse_broken_link(directory / FOLDER)
     if resume == "never":

@@ -113,6 +113,17 @@ def test_bytes_that_changed_within_a_compressed_file_are_refused(tmp_path, endin
     assert str(path) in refusal(path)
 
 
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])
+def test_members_behind_each_other_are_all_read_and_a_damaged_second_one_is_refused(tmp_path, ending):
+    path = tmp_path / ("a.jsonl" + ending)
+    member = COMPRESSIONS[ending](LINES)
+    path.write_bytes(member + b"\0" * 8 + member)
+    assert len(read(path)) == 2 * LINES.count(b"\n")
+    for damaged in (b"BAD" + member[3:], member[:-9]):
+        path.write_bytes(member + damaged)
+        assert f"cannot read {path}" in refusal(path)
+
+
 @each_compression
 def test_a_compressed_file_that_has_vanished_is_not_called_truncated(tmp_path, monkeypatch, ending, compress):
     gone = tmp_path / ("a.jsonl" + ending)

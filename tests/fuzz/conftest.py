@@ -1,0 +1,27 @@
+import pytest
+
+from tests.fuzz.fuzzing import PROPERTY, outcomes
+
+__all__ = ["outcomes"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line per fuzz test, and their sum, before pytest's own last line."""
+    lines = []
+    failed_ids = {report.nodeid for report in terminalreporter.stats.get("failed", [])}
+    for report in terminalreporter.stats.get("", []):  # those of set-ups and tear-downs, which know the counts
+        counts = dict(report.user_properties).get(PROPERTY)
+        if report.when == "teardown" and counts is not None:
+            outcome = "failed" if report.nodeid in failed_ids else "passed"
+            lines.append((report.nodeid.partition("::")[2], counts["accepted"], counts["refused"], outcome))
+    if not lines:
+        return
+    terminalreporter.section("fuzzed input")
+    for name, accepted, refused, outcome in lines:
+        terminalreporter.line(f"{name:60} {accepted:6} accepted {refused:6} refused in one line, {outcome}")
+    accepted, refused = (sum(line[at] for line in lines) for at in (1, 2))
+    failed = sum(line[3] == "failed" for line in lines)
+    terminalreporter.line(
+        f"fuzz: {accepted + refused} inputs: {accepted} accepted and right, {refused} refused in one line; "
+        f"{failed} of {len(lines)} tests found an input with a traceback, a hang or a loss"
+    )
