@@ -85,7 +85,7 @@ class Encoder:
         backend = tokenizer.backend_tokenizer
         with_specials, without = (backend.encode("a", add_special_tokens=s).ids for s in (True, False))
         starts = with_specials[: len(with_specials) - len(without)]
-        self._opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id in starts else []
+        self._opening = np.array([tokenizer.bos_token_id] if tokenizer.bos_token_id in starts else [], np.int32)
 
     @property
     def template(self) -> ChatTemplate:
@@ -149,12 +149,13 @@ class Encoder:
         return _Rendered(rendered.text, spans, Remarks(hidden, frozenset(what + _NOT_WRITTEN for what in left_out)))
 
     def _pieces(self, document: Document, rendered: "_Rendered", encoding: Any) -> list[Encoded | Removed]:
-        # As an id: some tokenizers write no space before a text that begins with bos.
-        opening = [] if document.text is None else self._opening
-        ids = np.array(opening + encoding.ids, dtype=np.int32)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        scored = _scored(encoding, len(rendered.text), rendered.spans)
+        if document.text is not None:  # not within the text: some tokenizers then write no space after it
+            ids = np.concatenate([self._opening, ids])
+            scored = np.concatenate([np.zeros(len(self._opening), bool), scored])
         if self._rows is not None and len(ids) and ids.max() >= self._rows:
             refuse_beyond_embedding(self._tokenizer, int(ids.max()), self._rows, f"used in {document.origin}")
-        scored = np.concatenate([np.zeros(len(opening), bool), _scored(encoding, len(rendered.text), rendered.spans)])
         seq_len, over_long = self._config.seq_len, len(ids) > self._config.seq_len
         if not over_long:
             starts = [0]
