@@ -87,8 +87,6 @@ def load_yaml(text: str, at: str = "") -> Any:
             return None
         _check(loader, root, at, {})
         return loader.construct_document(root)
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
     finally:
         loader.dispose()
 

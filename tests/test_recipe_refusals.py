@@ -115,7 +115,7 @@ def test_wrong_value_is_reported_in_one_line_with_its_key(path, override, messag
         (b"run: [", r"recipe .*recipe\.yaml: not YAML"),
         (b"- run", r"recipe .*recipe\.yaml: expected sections run, base, \.\.\. at top level"),
         (b"", r"recipe .*recipe\.yaml: expected sections"),
-        (b"[" * 5000, r"recipe .*recipe\.yaml: not YAML: nested too deeply"),
+        (b"[" * 5000, r"recipe .*recipe\.yaml: not YAML: more than 40 lists and mappings in each other"),
         (b"run: {name: 2026-13-01}", r"recipe .*recipe\.yaml: not YAML: month must be in 1\.\.12"),
         (b"\xff\xfe", r"recipe .*recipe\.yaml: not a text file"),
     ],
