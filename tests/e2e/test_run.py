@@ -157,7 +157,7 @@ def test_no_run_starts_from_half_an_adapter(workplace, first):
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause_and_leaves_no_adapter(workplace, first):
     done = workplace.teamlora(
-        "train", "recipe.yaml", "run.name=diverged", "adapter.alpha=1e30", "train.max_grad_norm=0"
+        "train", "recipe.yaml", "run.name=diverged", "train.learning_rate=1e30", "train.max_grad_norm=0"
     )
     assert done.returncode == 1
     assert done.stderr.count("error: step ") == 1
