@@ -111,13 +111,26 @@ class ChatTemplate:
         Raises UserError, naming `origin`, if the template refuses the conversation or leaves out a part of it other
         than the reasoning of answers before the last.
         """
-        rendered = self._rendered(messages, origin, tools)
+        rendered = self.learned(messages, origin, tools)
         return rendered.text, rendered.spans
 
     def learned(self, messages: Sequence[Message], origin: str, tools: Tools = None) -> Rendered:
         """As `render`, and also gives what is to be learned of every assistant turn: all of it, or what the template
-        marks with `{% generation %}`."""
-        return self._rendered(messages, origin, tools)
+        marks with `{% generation %}`. Writes the first spelling of the tool calls that the template takes completely.
+        """
+        refused: list[UserError] = []
+        incomplete: list[UserError] = []  # these say more: the template takes this spelling, but does not write it all
+        for spelt in spellings(messages):
+            try:
+                text = self._renderer.text(spelt, origin, tools)
+            except UserError as error:
+                refused.append(error)
+                continue
+            try:
+                return self._labelled(text, spelt, origin, tools)
+            except UserError as error:
+                incomplete.append(error)
+        raise [*incomplete, *refused][0]
 
     def prompt(
         self, messages: Sequence[Message], origin: str, tools: Tools = None, answer: Message | None = None
@@ -164,8 +177,7 @@ class ChatTemplate:
 
     def writes_dates(self) -> bool:
         """Whether the template writes the current date, as Llama-3.1's does."""
-        templates = self._tokenizer.chat_template
-        return any("strftime_now" in t for t in (templates.values() if isinstance(templates, dict) else [templates]))
+        return self._renderer.mentions("strftime_now")
 
     def unknown_settings(self, settings: Mapping[str, Any] | None) -> list[str]:
         """The names among these settings that no variable of the template has."""
@@ -174,7 +186,7 @@ class ChatTemplate:
     def writes_tools(self) -> bool:
         """Whether a conversation's tools change its text."""
         try:
-            texts = [self._rendered([_QUESTION, _REPLY], _PROBE, tools).text for tools in ([_TOOL], None)]
+            texts = [self.learned([_QUESTION, _REPLY], _PROBE, tools).text for tools in ([_TOOL], None)]
         except UserError:
             return True
         return texts[0] != texts[1]
@@ -192,22 +204,6 @@ class ChatTemplate:
     def _ends(self) -> TurnEnds:
         specials = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
         return find_turn_ends(specials, self._renderer.text)
-
-    def _rendered(self, messages: Sequence[Message], origin: str, tools: Tools) -> Rendered:
-        """The conversation in the first spelling of its tool calls that the template writes completely."""
-        refused: list[UserError] = []
-        incomplete: list[UserError] = []  # these say more: the template takes this spelling, but does not write it all
-        for spelt in spellings(messages):
-            try:
-                text = self._renderer.text(spelt, origin, tools)
-            except UserError as error:
-                refused.append(error)
-                continue
-            try:
-                return self._labelled(text, spelt, origin, tools)
-            except UserError as error:
-                incomplete.append(error)
-        raise [*incomplete, *refused][0]
 
     def _labelled(self, text: str, messages: list[Message], origin: str, tools: Tools) -> Rendered:
         marks = self._renderer.marks(messages, origin, tools)

@@ -28,7 +28,7 @@ NO_LABELS_AFTER_CUT = "no_labels_after_cut"
 
 @dataclass(frozen=True, slots=True)
 class Remarks:
-    """What is told of a document, though it is no reason to remove it."""
+    """Notes on one document, for the report."""
 
     tokens_in_text: frozenset[str] = frozenset()  # control tokens that its text holds, for which stand-ins are rendered
     left_out: frozenset[str] = frozenset()  # what the chat template does not write of it

@@ -1,4 +1,4 @@
-"""What a chat template leaves out of the answers of a conversation: refused, or told."""
+"""What a chat template leaves out of a conversation's answers: some of it is refused, some is reported."""
 
 import json
 import re

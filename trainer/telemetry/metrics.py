@@ -136,12 +136,12 @@ def _cut(path: Path, keep: int, step: int) -> None:
     """
     with path.open("rb+") as file:
         kept = file.read(keep)
-        whole = kept.rfind(b"\n") + 1
+        whole, lines = kept.rfind(b"\n") + 1, kept.count(b"\n")
         file.truncate(whole)
-    if keep and (len(kept) < keep or whole < keep or kept.count(b"\n") != step):
+    if keep and (whole < keep or lines != step):
         print(
-            f"warning: {path} was changed since the checkpoint at step {step}: {kept.count(bytes([10]))} of its lines "
-            "are kept, and training goes on",
+            f"warning: {path} was changed since the checkpoint at step {step}: {lines} of its lines are kept, and "
+            "training goes on",
             file=sys.stderr,
             flush=True,
         )
