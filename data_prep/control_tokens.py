@@ -61,18 +61,10 @@ class ControlTokens:
         others = iter(self._renamed.encode_batch(swapped, add_special_tokens=False) if swapped else ())
         return [next(others if hides else ordinary) for hides in hiding]
 
-    def _find(self, value: Any) -> Iterable[str]:
+    def _find(self, value: Any) -> list[str]:
         if self._pattern is None:
-            return
-        if isinstance(value, str):
-            yield from self._pattern.findall(value)
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                yield from self._find(key)
-                yield from self._find(part)
-        elif isinstance(value, list | tuple):
-            for part in value:
-                yield from self._find(part)
+            return []
+        return self._pattern.findall("\0".join(_strings(value)))  # one search of all, since it saves time
 
     def _hidden(self, value: Any, origin: str) -> Any:
         if isinstance(value, str):
@@ -148,3 +140,18 @@ def _any_of(words: Iterable[str]) -> str:
     if len(branches) == 1 and "" not in rests:
         return branches[0]
     return f"(?:{'|'.join(branches)})" + ("?" if "" in rests else "") if branches else ""
+
+
+def _strings(value: Any) -> list[str]:
+    """The strings in a JSON value, keys too, in no order."""
+    strings, parts = [], [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            strings.append(part)
+        elif isinstance(part, dict):
+            parts += part
+            parts += part.values()
+        elif isinstance(part, list | tuple):
+            parts += part
+    return strings

@@ -4,7 +4,6 @@ import hashlib
 import json
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -76,9 +75,9 @@ def normalize_text(text: str) -> str:
 def _normalize(value: Any) -> Any:
     if isinstance(value, str):
         return normalize_text(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _normalize(part) for key, part in value.items()}
-    if isinstance(value, Sequence):
+    if isinstance(value, list | tuple):
         return [_normalize(part) for part in value]
     return value
 
