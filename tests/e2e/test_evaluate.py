@@ -85,6 +85,7 @@ def test_another_run_on_the_same_base_is_a_baseline_and_the_same_whoever_is_aske
     found = json.loads(done.stdout)
     assert list(found["tasks"][0]["models"]) == ["base", "lora", "adapter"]
     assert found["baselines"] == {"base": None, "lora": "runs/lora/adapter"}
+    assert {name: known["may_have_learned"] for name, known in found["trained_on"].items()} == {"lora": 0, "adapter": 0}
     for task, before in zip(found["tasks"], alone["tasks"], strict=True):
         assert task["models"]["adapter"] == before["models"]["adapter"]
         difference = task["differences"]["lora"]["loss"]

@@ -11,7 +11,7 @@ NOTHING = TaskSummary("t", "exact_match", 0, 0, 0.0, {}, {}, 0.0)
 
 
 def evaluation(answer: str) -> Evaluation:
-    return Evaluation({}, [], NOTHING, [{"answer": answer}])
+    return Evaluation({}, {}, [], NOTHING, [{"answer": answer}])
 
 
 def test_it_is_read_as_it_was_written_in_any_script(tmp_path):

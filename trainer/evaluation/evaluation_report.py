@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.publish import write_atomically
 from data_prep.tables import text_table
+from trainer.evaluation.asked_items import Acquaintance
 from trainer.evaluation.bootstrap import Difference
 from trainer.evaluation.scoring import exact_match
 from trainer.evaluation.summary import LOSS, SCORE, SUBJECT, TaskSummary
@@ -21,10 +22,12 @@ EXAMPLES = 3  # items whose answers are printed side by side
 class Evaluation:
     """Scores by task and their mean over tasks. baselines: adapter folders by name (None: the bare base).
 
+    trained_on: by name of each model with an adapter, whether it may have learned the items.
     items: the held-out items; `models` of each holds every model's answer and scores by name (`runner.run_items`).
     """
 
     baselines: dict[str, str | None]
+    trained_on: dict[str, Acquaintance]
     tasks: list[TaskSummary]
     mean: TaskSummary
     items: list[dict[str, Any]]
@@ -33,7 +36,8 @@ class Evaluation:
         rows = self.tasks if len(self.tasks) == 1 else [*self.tasks, self.mean]
         models = [*self.baselines, SUBJECT]
         examples = _examples(self.items, ["answer", *models])
-        return "\n".join([*_scores(rows, models), "", *_losses(rows, models), "", *examples])
+        warnings = filter(None, (known.warning(name, len(self.items)) for name, known in self.trained_on.items()))
+        return "\n".join([*_scores(rows, models), "", *_losses(rows, models), "", *examples, *warnings])
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
