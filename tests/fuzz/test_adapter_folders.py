@@ -130,6 +130,13 @@ def test_settings_that_decide_what_is_computed_are_left_to_no_default(key, scene
     assert outcomes.counts["refused"] == 1
 
 
+@pytest.mark.parametrize("tokens", [-1, [3, 4]])
+def test_a_lora_that_begins_after_certain_tokens_is_refused(tokens, scene, outcomes: Outcomes):
+    config = scene.config("lora") | {"alora_invocation_tokens": tokens}
+    scene.load(json.dumps(config).encode(), save(scene.tensors("lora")), outcomes)
+    assert outcomes.counts["refused"] == 1
+
+
 @st.composite
 def damaged_tensors(draw: st.DrawFn, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors after one or two of them were left out, renamed, repeated, reshaped, cast or made no numbers."""

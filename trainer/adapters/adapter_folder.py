@@ -114,6 +114,8 @@ def read_adapter_config(folder: Path) -> Any:  # as PEFT types it: each method h
         numbers = {key: value for key, value in config.to_dict().items() if isinstance(value, float)}
         if strange := [f"{key}={value}" for key, value in numbers.items() if not abs(value) <= LARGEST]:
             raise ValueError(f"{strange[0]} cannot be computed with")
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            raise ValueError("alora_invocation_tokens: adapters that begin after certain tokens are not supported")
     except Exception as error:  # PEFT raises many kinds for a folder without an adapter, and for other types
         raise UserError(
             f"{folder} holds no adapter that PEFT can read ({one_line(error)}); give the adapter/ folder of a run"
