@@ -35,8 +35,7 @@ def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
     Raises UserError where the adapter is not one of this base. PEFT only warns where the adapter lacks a part, and goes
     on with a fresh value; what has no place in the base it leaves out silently, or writes into the base itself.
     """
-    stored = _check_tensors(folder)
-    _check_sizes(read_adapter_config(folder), stored, folder)
+    _, stored = check_adapter_folder(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
         try:
@@ -121,6 +120,17 @@ def read_adapter_config(folder: Path) -> Any:  # as PEFT types it: each method h
             f"{folder} holds no adapter that PEFT can read ({one_line(error)}); give the adapter/ folder of a run"
         ) from error
     return config
+
+
+def check_adapter_folder(folder: Path) -> tuple[Any, dict[str, Shape]]:
+    """An adapter's configuration, and the shapes of its tensors by name.
+
+    Raises UserError where one of the two cannot be read or computed with, or they do not go together.
+    """
+    stored = _check_tensors(folder)
+    config = read_adapter_config(folder)
+    _check_sizes(config, stored, folder)
+    return config, stored
 
 
 def _refuse_incomplete(config: dict[str, Any]) -> None:

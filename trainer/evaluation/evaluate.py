@@ -33,7 +33,6 @@ from trainer.evaluation.summary import SUBJECT, summarize
 from trainer.objective.batches import plan_batches
 from trainer.recipe import DeepSpeedConfig, Recipe
 from trainer.run import run_dir
-from trainer.telemetry.metrics import METRICS
 
 BASE = "base"  # among the baselines: the bare base
 COLLECTIVE_TIMEOUT = timedelta(hours=12)  # a rank that is done waits for the ranks that still have batches
@@ -76,7 +75,7 @@ def _write(evaluation: Evaluation, directory: Path, tensorboard: bool) -> None:
     """Warns if the run cannot be written: the caller still prints the result of what may be hours of work."""
     try:
         write_json(evaluation, directory)
-        if tensorboard and (directory / METRICS).is_file():
+        if tensorboard:
             write_tensorboard(evaluation, directory)
     except OSError as error:
         print(

@@ -12,7 +12,7 @@ from trainer.evaluation.asked_items import Acquaintance
 from trainer.evaluation.bootstrap import Difference
 from trainer.evaluation.scoring import exact_match
 from trainer.evaluation.summary import LOSS, SCORE, SUBJECT, TaskSummary
-from trainer.telemetry.metrics import METRICS, TENSORBOARD
+from trainer.telemetry.metrics import TENSORBOARD, read_records
 
 EVALUATION = "evaluation.json"
 EXAMPLES = 3  # items whose answers are printed side by side
@@ -49,11 +49,13 @@ def write_json(evaluation: Evaluation, directory: Path) -> None:
 
 
 def write_tensorboard(evaluation: Evaluation, directory: Path) -> None:
-    """evaluate/TASK/METRIC and evaluate/TASK/loss of the evaluated model, at the run's last step."""
+    """evaluate/TASK/METRIC and evaluate/TASK/loss of the evaluated model, at the run's last step, if it has one."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with (directory / METRICS).open("rb") as file:
-        step = json.loads(file.readlines()[-1])["step"]
+    records = read_records(directory)
+    if not records:
+        return
+    step = records[-1]["step"]
     with SummaryWriter(str(directory / TENSORBOARD)) as writer:
         for task in evaluation.tasks:
             writer.add_scalar(f"evaluate/{task.task}/{task.metric}", task.models[SUBJECT][SCORE], step)
