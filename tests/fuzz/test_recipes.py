@@ -82,6 +82,7 @@ FATAL_LATER = [
     f"report={'[' * 3000}", "report=&a [*a]", "data.sources.0.fields=&a {text: *a}", f"train.steps={'x' * 5000}",
     "report=[&a [x,x,x,x,x,x,x,x,x,x], " + ", ".join(
         f"&{'abcdefghi'[i + 1]} [{', '.join(['*' + 'abcdefghi'[i]] * 10)}]" for i in range(8)) + "]",
+    f"data.sources.{'9' * 5000}.path=x", "data.sources.-1.path=x", "data.sources.1.path=x",
     "adapter.alpha\n=1", "train.steps=3\x85x", "\x1b[31mrun=3",
 ]  # fmt: skip
 
