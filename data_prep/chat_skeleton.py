@@ -103,7 +103,9 @@ class _VerbatimEnds:
         self._marked = marked
         self._ends = ends
         self._origin = origin
-        self._tokens: dict[tuple[Any, ...], str] = {}  # by kind of turn, where ordinary answers end with another one
+        # By kind of turn, where ordinary answers end in another way: the token, and the text from it to the next turn
+        # as it stands after one message.
+        self._unusual: dict[tuple[Any, ...], tuple[str, str, int]] = {}
 
     def find(self, place: Place, after: str, is_last: bool) -> int:
         """Where the turn that begins `after` ends. Raises UserError if a call is missing or no end is found."""
@@ -127,9 +129,12 @@ class _VerbatimEnds:
         messages = self._marked.messages
         following = next((message["role"] for message in messages[place.message + 1 : place.message + 2]), None)
         kind = (bool(messages[place.message].get("tool_calls")), following)
-        token = self._tokens.get(kind)
+        token, rest, known = self._unusual.get(kind, ("", "", 0))
+        rest = self._marked.moved(rest, known, place.message)
         if token and after.count(token, begin) == 1:
             return after.index(token, begin) + len(token)
+        if rest and after.endswith(rest, begin) and not after[: -len(rest)].endswith((" ", "\n")):
+            return len(after) - len(rest)
         own = after if is_last else self._marked.own_text(place)
         if own is None:
             raise UserError(
@@ -142,5 +147,6 @@ class _VerbatimEnds:
         length = None if calls is None else self._ends.within(own[calls:], after[begin:])
         if length is None:
             return None
-        self._tokens[kind] = self._ends.last_token(after[: begin + length])
-        return begin + length
+        end = begin + length
+        self._unusual[kind] = self._ends.last_token(after[:end]), after[end:], place.message
+        return end

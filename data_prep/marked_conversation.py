@@ -1,7 +1,7 @@
 """A conversation rendered with markers in place of contents, which shows where its turns are."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -56,10 +56,15 @@ class MarkedConversation:
         self._ends: dict[int, int] = {}  # of the markers, by message
         self._of_kind: dict[tuple[Any, ...], list[_HeaderOfKind]] = {}
         self._settled: set[tuple[Any, ...]] = set()  # kinds of which a further prompt would show nothing new
+        self._refused: set[tuple[Any, ...]] = set()  # kinds after which the template has refused a prompt
 
     def unmasked(self, text: str) -> str:
         """The text with the original function names and end tokens."""
         return re.sub(f"<<{self._tag}:(?:end|call) [\\d.]+>>", lambda found: self._masks[found[0]], text)
+
+    def moved(self, text: str, index: int, other: int) -> str:
+        """The text with the names of one message's calls in place of another's."""
+        return text.replace(f"<<{self._tag}:call {index}.", f"<<{self._tag}:call {other}.")
 
     def places(self) -> list[Place]:
         """Every message found in the text, in the order of the text."""
@@ -143,9 +148,12 @@ class MarkedConversation:
                 return end
         if kind in self._settled:
             return None
+        if kind in self._refused and (start := self._after_prompt_of_others(index)) is not None:
+            return start
         try:
             header = self._prompt_header(index)
         except UserError:  # the template refuses the turns before this one alone
+            self._refused.add(kind)
             return self._after_prompt_of_others(index)
         of_kind = self._header_of_kind(index, header)
         if of_kind in self._of_kind.setdefault(kind, []):
@@ -208,10 +216,11 @@ class MarkedConversation:
         """Where the contents of verbatim turns begin, which do not continue from their generation prompts."""
         if not indices:
             return {}
-        text = self._with_markers_at(indices)
-        starts = {index: self._content_start(index, text) for index in indices}
+        starts = self._content_starts_in(self._with_markers_at(indices), frozenset(indices))
         alone = [index for index, start in starts.items() if start is None] if len(indices) > 1 else []
-        return starts | {index: self._content_start(index, self._with_markers_at([index])) for index in alone}
+        for index in alone:
+            starts |= self._content_starts_in(self._with_markers_at([index]), [index])
+        return starts
 
     def _with_markers_at(self, indices: Sequence[int]) -> str:
         messages = [*self.messages]
@@ -219,9 +228,15 @@ class MarkedConversation:
             messages[index] = {**messages[index], "content": self._marker(index)}
         return self._write(messages, tools=self._tools)
 
-    def _content_start(self, index: int, text: str) -> int | None:
-        before, found, _ = text.partition(self._marker(index))
-        return self._end_of(self._header_in(before)) if found else None
+    def _content_starts_in(self, text: str, indices: Collection[int]) -> dict[int, int | None]:
+        """The same by a text with markers for these contents; None where the text is another without them."""
+        starts: dict[int, int | None] = {}
+        last, end = None, 0  # the marker before
+        for index, (begin, stop) in self._markers(text):
+            if index in indices:
+                starts.setdefault(index, self._end_of((last, text[end:begin])))
+            last, end = index, stop
+        return {index: starts.get(index) for index in indices}
 
     def _header_in(self, text: str) -> Header:
         markers = self._markers(text)

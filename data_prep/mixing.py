@@ -9,8 +9,11 @@ import bisect
 import numpy as np
 
 from data_prep.config import MixingConfig
+from data_prep.resource_limits import available_memory
 from data_prep.split import in_digest_order
 from data_prep.user_error import UserError
+
+_BYTES_PER_DRAW = 80  # two indices, the keys that they are sorted by, and the order
 
 
 def task_shares(counts: np.ndarray, tasks: list[str], mixing: MixingConfig) -> np.ndarray:
@@ -40,11 +43,22 @@ def draw(documents: np.ndarray, tasks: list[str], mixing: MixingConfig) -> tuple
             f"data.mixing: {draws.sum()} draws in total leave none for task {tasks[draws.argmin()]!r}; raise epochs or "
             "token_budget, or its share"
         )
+    _refuse_beyond_memory(int(draws.sum()), sum(map(len, by_task)))
     drawn = [np.resize(own, number) for own, number in zip(by_task, draws, strict=True)]
     repeats = [np.arange(number) // len(own) for own, number in zip(by_task, draws, strict=True)]
     indices, again = np.concatenate(drawn), np.concatenate(repeats)
     order = _spread_repeats(documents, indices, again)
     return indices[order], again[order]
+
+
+def _refuse_beyond_memory(draws: int, documents: int) -> None:
+    """Raises UserError where the order of all draws does not fit into memory."""
+    needed, free = draws * _BYTES_PER_DRAW, available_memory()
+    if needed > free:
+        raise UserError(
+            f"data.mixing: {draws:,} draws from {documents:,} documents need {needed / 2**30:.1f} GiB of memory to be "
+            f"put in order, and {free / 2**30:.1f} GiB are free; lower epochs or token_budget"
+        )
 
 
 def _capped(documents: np.ndarray, task: int, cap: int | None) -> np.ndarray:

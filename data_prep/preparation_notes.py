@@ -6,6 +6,7 @@ from typing import Any
 from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig, FilesSource
 from data_prep.prepare_report import note_on_unread
+from data_prep.sources.file_kind import first_bytes, lacks_checksum
 from data_prep.sources.finding import find_files
 from data_prep.sources.read import source_key
 from data_prep.tally import Tally
@@ -79,12 +80,14 @@ def _on_counts(counts: SourceCounts, template: ChatTemplate | None) -> list[str]
 
 def _on_files(source: FilesSource, key: str) -> list[str]:
     found, skipped = find_files(source, key)
-    empty = [path for path in found if not path.stat().st_size]
-    return [
-        f": {len(paths)} {what}, the first is {paths[0]}"
-        for paths, what in ((empty, "empty files"), (skipped, "files or linked folders skipped"))
-        if paths
-    ]
+    listed = {
+        "empty files": [path for path in found if not path.stat().st_size],
+        "files or linked folders skipped": skipped,
+        ".zst files without checksums, so changed bytes may go unnoticed (`zstd --check` adds them)": [
+            path for path in found if path.suffix.lower() == ".zst" and lacks_checksum(first_bytes(path))
+        ],
+    }
+    return [f": {len(paths)} {what}, the first is {paths[0]}" for what, paths in listed.items() if paths]
 
 
 def _most_frequent(counts: Counter[str]) -> str:

@@ -1,6 +1,7 @@
 """Tools, tool calls and their results, in the shapes that chat templates expect."""
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from data_prep.documents import Message
@@ -136,22 +137,27 @@ def in_order_of_calls(messages: list[Message], places: list[str]) -> list[Messag
     if all(message["role"] != "tool" for message in messages):
         return messages  # most conversations are like this; it saves time
     ordered: list[Message] = []
+    results: list[Message] = []  # since the latest turn of another role
     known: set[str] = set()
     order: dict[str, int] = {}  # of the latest calls, by id
-    first = 0  # index of the first of their results
     for message, where in zip(messages, places, strict=True):
-        ordered.append(message)
+        identity = message.get("tool_call_id")
         if message["role"] != "tool":
+            ordered += [*_sorted_results(results, order), message]
+            results = []
             ids = [call["id"] for call in message.get("tool_calls") or () if "id" in call]
             known.update(ids)
-            order, first = {identity: index for index, identity in enumerate(ids)}, len(ordered)
-        elif known and message.get("tool_call_id"):
-            if message["tool_call_id"] not in known:
-                raise UserError(
-                    f"{where}: `tool_call_id` is {message['tool_call_id']!r}, but no call before it has this `id`; "
-                    "correct the id"
-                )
-            results = ordered[first:]
-            if all(result.get("tool_call_id") in order for result in results):
-                ordered[first:] = sorted(results, key=lambda result: order[result["tool_call_id"]])
-    return ordered
+            order = {identity: index for index, identity in enumerate(ids)}
+        elif known and identity and identity not in known:
+            raise UserError(
+                f"{where}: `tool_call_id` is {identity!r}, but no call before it has this `id`; correct the id"
+            )
+        else:
+            results.append(message)
+    return [*ordered, *_sorted_results(results, order)]
+
+
+def _sorted_results(results: list[Message], order: Mapping[str, int]) -> list[Message]:
+    """Results by the order of their calls, up to the first that is of none of these."""
+    of_calls = [*takewhile(lambda result: result.get("tool_call_id") in order, results)]
+    return [*sorted(of_calls, key=lambda result: order[result["tool_call_id"]]), *results[len(of_calls) :]]

@@ -99,8 +99,9 @@ def _replaced(place: Any, path: Sequence[str], value: Any, at: str) -> Any:
 
 
 def _index(items: list[Any], part: str, at: str) -> int:
-    if part.isdecimal() and int(part) < len(items):
-        return int(part)
+    indices = [str(index) for index in range(len(items))]  # no int(part), which may have thousands of digits
+    if part in indices:
+        return indices.index(part)
     if not items:
         raise LookupError(f"{at} is an empty list; give it whole, as {at}=[...]")
     allowed = "index 0" if len(items) == 1 else f"an index from 0 to {len(items) - 1}"

@@ -58,6 +58,11 @@ def lacks_compression(start: bytes, ending: str) -> bool:
     return len(start) >= 10 and not re.match(COMPRESSIONS[ending], start)  # a shorter one may be cut off
 
 
+def lacks_checksum(start: bytes) -> bool:
+    """Whether a file begins with a zstd frame without a checksum (RFC 8878, 3.1.1.1.1): gzip, bz2 and xz have one."""
+    return start.startswith(b"\x28\xb5\x2f\xfd") and len(start) > 4 and not start[4] & 0b100
+
+
 def refuse_lfs_pointer(path: Path, key: str) -> None:
     """Raises UserError if a file is the text that Git keeps in place of a large one. Leaves missing files alone."""
     try:

@@ -54,6 +54,25 @@ def test_adding_experts_changes_no_output(run, llama, add):
     assert PeftConfig.from_pretrained(changed).num_experts == 4 + add
 
 
+@pytest.mark.parametrize("content", [None, "", "{\n", '3\n[]\n{"step": 1, "router_weight": [null, "a", 0.2, 0.1]}\n'])
+def test_metrics_that_cannot_be_read_are_as_none(run, content):
+    (run / "metrics.jsonl").unlink()
+    if content is not None:
+        (run / "metrics.jsonl").write_text(content)
+    assert [line.split()[1:] for line in list_experts(run).splitlines()[1:]] == [["not", "measured"]] * 4
+
+
+@pytest.mark.parametrize("changes", [{"num_experts": 10**9}, {"alpha": float("nan")}, {"expert_rank": 2}])
+def test_a_damaged_adapter_is_refused(run, changes):
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for ask in (list_experts, lambda folder: change_experts(folder, [0], 0, None)):
+        with pytest.raises(UserError) as caught:
+            ask(run)
+        assert str(caught.value).startswith(str(run / "adapter"))
+    assert sorted(each.name for each in run.iterdir()) == ["adapter", "metrics.jsonl", "recipe.yaml"]
+
+
 def test_a_new_expert_learns(run, llama):
     change_experts(run, None, 1, None)
     model = PeftModel.from_pretrained(plain_model(llama), run / "adapter-5experts", is_trainable=True)

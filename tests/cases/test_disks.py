@@ -120,7 +120,10 @@ def test_checkpoints_on_a_disk_that_cannot_rename_are_refused_before_the_run_beg
     run.mkdir(parents=True)
     (run / FOLDER).symlink_to(disk)
     monkeypatch.setattr(os, "rename", raising(errno.EOPNOTSUPP, lambda path, _: disk in Path(path).parents, os.rename))
-    plan = SimpleNamespace(batches=SimpleNamespace(world_size=1), opened=SimpleNamespace(fingerprint="f"))
+    prepared = SimpleNamespace(manifest={"key": "k"})
+    plan = SimpleNamespace(
+        batches=SimpleNamespace(world_size=1), opened=SimpleNamespace(fingerprint="f"), prepared=prepared
+    )
     message = rf"^run\.output_dir=.*: cannot write {run / FOLDER} \(its file system cannot rename folders: .*\); give"
     with pytest.raises(UserError, match=message):
         _begin_run_dir(recipe, plan, "cpu", SimpleNamespace(step=0, notes=[]))

@@ -183,6 +183,18 @@ def test_a_recipe_with_mixing_reads_back_as_it_was_written(tmp_path, mixing):
     assert load_recipe(tmp_path / "recipe.yaml", []) == recipe
 
 
+@pytest.mark.parametrize(("key", "value", "said"), [("token_budget", 10**15, "GiB of memory"), ("epochs", 1e6, "GiB")])
+def test_draws_that_memory_cannot_hold_are_refused(config_of, tokenizer, monkeypatch, key, value, said):
+    monkeypatch.setattr("data_prep.mixing.available_memory", lambda: 2**28)
+    config = config_of(mixing={key: value})
+    with pytest.raises(
+        UserError, match=rf"^data\.mixing: [\d,]+ draws from [\d,]+ documents need [\d.]+ {said}"
+    ) as caught:
+        prepare(config, tokenizer)
+    assert "\n" not in str(caught.value)
+    assert not config.prepared_dir.exists()
+
+
 def test_a_low_temperature_gives_the_largest_task_nearly_all():
     assert task_shares(np.array([1000, 20]), ["a", "b"], MixingConfig(temperature=0.005)).tolist() == [1.0, 0.0]
 

@@ -151,6 +151,26 @@ def test_an_ordinary_set_has_no_notes(made):
     assert notes_of(made[0]) == []
 
 
+# {"instruction": "a", "output": "b"} and a line end, by `zstd --check` and `zstd --no-check`
+CHECKED = "28b52ffd24242101007b22696e737472756374696f6e223a202261222c20226f7574707574223a202262227d0a4111e5f0"
+UNCHECKED = "28b52ffd20242101007b22696e737472756374696f6e223a202261222c20226f7574707574223a202262227d0a"
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_zst_files_without_checksums_are_noted(tmp_path, tokenizer):
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", SUMS)
+    (folder / "b.jsonl.zst").write_bytes(bytes.fromhex(CHECKED))
+    (folder / "c.jsonl.zst").write_bytes(bytes.fromhex(UNCHECKED))
+    source = {"type": "files", "task": "sums", "path": folder}
+    config = DataConfig(prepared_dir=tmp_path / "prepared", seq_len=128, held_out=2, sources=[source])
+    assert notes_of(prepare(config, tokenizer)) == [
+        "data.sources.0: 1 .zst files without checksums, so changed bytes may go unnoticed (`zstd --check` adds them), "
+        f"the first is {folder / 'c.jsonl.zst'}"
+    ]
+
+
 @pytest.mark.usefixtures("without_pictures")
 def test_records_of_several_forms_in_one_source_are_noted(config_of, tokenizer):
     texts = [{"text": f"Some words {i}."} for i in range(3)]

@@ -1,6 +1,7 @@
 """The evaluate command on one rank and two, in shards or not, against other runs; what it leaves, and mistakes."""
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -85,6 +86,7 @@ def test_another_run_on_the_same_base_is_a_baseline_and_the_same_whoever_is_aske
     found = json.loads(done.stdout)
     assert list(found["tasks"][0]["models"]) == ["base", "lora", "adapter"]
     assert found["baselines"] == {"base": None, "lora": "runs/lora/adapter"}
+    assert {name: known["may_have_learned"] for name, known in found["trained_on"].items()} == {"lora": 0, "adapter": 0}
     for task, before in zip(found["tasks"], alone["tasks"], strict=True):
         assert task["models"]["adapter"] == before["models"]["adapter"]
         difference = task["differences"]["lora"]["loss"]
@@ -97,6 +99,20 @@ def test_another_run_on_the_same_base_is_a_baseline_and_the_same_whoever_is_aske
     assert folder.returncode == 0, folder.stderr
     lora = [task["models"]["adapter"] for task in json.loads(folder.stdout)["tasks"]]
     assert lora == [task["models"]["lora"] for task in found["tasks"]]
+
+
+def test_a_model_that_was_trained_on_another_set_is_named(place):
+    runs = place.folder / "runs"
+    shutil.copytree(runs / "lora", runs / "foreign")
+    (start,) = json.loads((runs / "foreign" / "environment.json").read_text())
+    (runs / "foreign" / "environment.json").write_text(json.dumps([{**start, "prepared_key": "0" * 64}]))
+    done = place.teamlora("evaluate", "runs/foreign", "--against", "runs/first", "--items-per-task", "2")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert line.startswith("warning: adapter was trained on another prepared set (")
+    assert "which does not hold out 6 of the 6 asked items: it may have learned them; compare runs on one set" in line
+    known = json.loads((runs / "foreign" / "evaluation.json").read_text())["trained_on"]
+    assert {name: each["may_have_learned"] for name, each in known.items()} == {"first": 0, "adapter": 6}
 
 
 @pytest.mark.parametrize(

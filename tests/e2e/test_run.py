@@ -81,6 +81,9 @@ def test_a_run_leaves_recipe_environment_metrics_and_adapter(workplace, first):
     assert environment["step"] == 0
     assert environment["world_size"] == 1
     assert environment["versions"]["deepspeed"] == "0.19.8"
+    prepared = yaml.safe_load((run / "recipe.yaml").read_text())["data"]["prepared_dir"]
+    manifest = json.loads((workplace.folder / prepared / "manifest.json").read_text())
+    assert environment["prepared_key"] == manifest["key"]
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 

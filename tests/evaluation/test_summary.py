@@ -64,13 +64,13 @@ def test_a_question_without_words_of_its_own_is_shown_by_the_last_words_before_i
     *tasks, mean = summary.values()
     for messages, shown in (([{"role": "user", "content": "1 + 1"}, called], "1 + 1"), ([called], "")):
         items = [{**ITEMS[0], "messages": messages, "models": {n: FOUND[n][0] for n in ("base", "adapter")}}]
-        assert f"[sums] {shown}" in str(Evaluation({"base": None}, tasks, mean, items)).splitlines()
+        assert f"[sums] {shown}" in str(Evaluation({"base": None}, {}, tasks, mean, items)).splitlines()
 
 
 def test_the_table_has_a_line_a_task_and_the_mean_with_intervals(summary):
     *tasks, mean = summary.values()
     items = [{**item, "models": {n: FOUND[n][i] for n in ("base", "adapter")}} for i, item in enumerate(ITEMS)]
-    lines = str(Evaluation({"base": None}, tasks, mean, items)).splitlines()
+    lines = str(Evaluation({"base": None}, {}, tasks, mean, items)).splitlines()
     assert lines[1].split()[:8] == ["task", "items", "answers", "metric", "majority", "base", "adapter", "gain"]
     assert lines[2].split()[:8] == ["sums", "4", "3", "exact_match", "50%", "25%", "75%", "+25"]
     assert lines[2].endswith("]")

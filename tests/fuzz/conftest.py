@@ -13,15 +13,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         counts = dict(report.user_properties).get(PROPERTY)
         if report.when == "teardown" and counts is not None:
             outcome = "failed" if report.nodeid in failed_ids else "passed"
-            lines.append((report.nodeid.partition("::")[2], counts["accepted"], counts["refused"], outcome))
+            found = (counts["examples"], counts["accepted"], counts["refused"])
+            lines.append((report.nodeid.partition("::")[2], *found, outcome))
     if not lines:
         return
     terminalreporter.section("fuzzed input")
-    for name, accepted, refused, outcome in lines:
-        terminalreporter.line(f"{name:60} {accepted:6} accepted {refused:6} refused in one line, {outcome}")
-    accepted, refused = (sum(line[at] for line in lines) for at in (1, 2))
-    failed = sum(line[3] == "failed" for line in lines)
+    for name, examples, accepted, refused, outcome in lines:
+        terminalreporter.line(
+            f"{name:60} {examples:6} examples {accepted:6} accepted {refused:6} refused in one line, {outcome}"
+        )
+    examples, accepted, refused = (sum(line[at] for line in lines) for at in (1, 2, 3))
+    failed = sum(line[-1] == "failed" for line in lines)
     terminalreporter.line(
-        f"fuzz: {accepted + refused} inputs: {accepted} accepted and right, {refused} refused in one line; "
+        f"fuzz: {examples} examples: {accepted} times accepted and right, {refused} times refused in one line; "
         f"{failed} of {len(lines)} tests found an input with a traceback, a hang or a loss"
     )

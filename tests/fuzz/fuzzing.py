@@ -5,6 +5,7 @@ an example that takes too long, a file that a refusal leaves behind.
 """
 
 import contextlib
+import functools
 import os
 import signal
 from collections import Counter
@@ -28,10 +29,10 @@ class Hang(BaseException):
 
 
 class Outcomes:
-    """Counts of one test's outcomes."""
+    """Counts of one test's examples, and of the outcomes of what was asked of each, which may be several things."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter({"accepted": 0, "refused": 0})
+        self.counts: Counter[str] = Counter({"examples": 0, "accepted": 0, "refused": 0})
 
     def of(self, call: Callable[[], Any]) -> Any | None:
         """What the call returns; None where it refuses in one line."""
@@ -48,7 +49,7 @@ class Outcomes:
 
 def fuzz(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Hypothesis settings of a test that takes this share of all examples. The short run is the same each time."""
-    return settings(
+    chosen = settings(
         max_examples=max(1, round(share * EXAMPLES)),
         derandomize=not LONG,
         database=None,
@@ -57,6 +58,23 @@ def fuzz(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
         phases=[Phase.explicit, Phase.generate, Phase.shrink],  # without explain, which traces every line
         suppress_health_check=list(HealthCheck),
     )
+
+    def decorate(test: Any) -> Callable[..., None]:
+        test.hypothesis.inner_test = _counted(test.hypothesis.inner_test)
+        return chosen(test)
+
+    return decorate
+
+
+def _counted(test: Callable[..., None]) -> Callable[..., None]:
+    """The body of a test, which hypothesis calls once per example, counted."""
+
+    @functools.wraps(test)
+    def counted(*given: Any, outcomes: Outcomes, **named: Any) -> None:
+        test(*given, outcomes=outcomes, **named)
+        outcomes.counts["examples"] += 1  # not one that hypothesis could not draw to its end
+
+    return counted
 
 
 def check_one_line(text: str) -> None:
@@ -97,4 +115,5 @@ def _limit(seconds: float) -> Iterator[None]:
 def outcomes(record_property: Callable[[str, object], None]) -> Iterator[Outcomes]:
     found = Outcomes()
     yield found
-    record_property(PROPERTY, dict(found.counts))
+    examples = found.counts["examples"] or 1  # a test without a strategy is one example itself
+    record_property(PROPERTY, {**found.counts, "examples": examples})

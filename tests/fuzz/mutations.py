@@ -44,7 +44,10 @@ YAML_SCALARS = (date(2026, 1, 1), datetime(2026, 1, 1, 12), b"\xff\0", {1, 2})
 
 @st.composite
 def mutated_trees(draw: st.DrawFn, bases: Sequence[Any], odd: st.SearchStrategy[Any]) -> Any:
-    """One of the bases after a few changes at places of its own: replaced, removed, renamed, added."""
+    """One of the bases after a few changes at places of its own: replaced, removed, renamed, added.
+
+    What is drawn is copied: a later change within it would change what hypothesis draws from.
+    """
     tree = deepcopy(draw(st.sampled_from(bases)))
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(tree))
@@ -54,13 +57,13 @@ def mutated_trees(draw: st.DrawFn, bases: Sequence[Any], odd: st.SearchStrategy[
         holder = at(tree, parents)
         match draw(st.sampled_from(["replace"] * 6 + ["remove", "rename", "add", "swap"])):
             case "replace":
-                holder[last] = draw(odd)
+                holder[last] = deepcopy(draw(odd))
             case "remove":
                 del holder[last]
             case "rename" if isinstance(holder, dict):
                 holder[draw(_misspelled(str(last)))] = holder.pop(last)
             case "add" if isinstance(holder, dict):
-                holder[draw(st.text("abc_ .", max_size=4))] = draw(odd)
+                holder[draw(st.text("abc_ .", max_size=4))] = deepcopy(draw(odd))
             case "swap":
                 holder[last] = deepcopy(at(tree, draw(st.sampled_from(places))))
             case _:

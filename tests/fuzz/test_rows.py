@@ -79,7 +79,7 @@ def read(path: Path, outcomes: Outcomes) -> list[Any] | None:
     return rows
 
 
-@fuzz(0.08)
+@fuzz(0.06)
 @given(rows=st.lists(odd_rows, min_size=1, max_size=3))
 def test_each_line_of_json_is_a_document_or_a_refusal(rows, outcomes: Outcomes, tmp_path_factory):
     path = folder_of(tmp_path_factory) / "rows.jsonl"
@@ -96,7 +96,7 @@ FRAGMENTS = [
 FILES = {ending: write([row for row in ROWS if isinstance(row, dict)][:3]).decode() for ending, write in KINDS.items()}
 
 
-@fuzz(0.08)
+@fuzz(0.06)
 @given(data=st.data())
 def test_files_of_every_kind_with_changed_text(data, outcomes: Outcomes, tmp_path_factory):
     ending, packing = data.draw(st.sampled_from(sorted(KINDS))), data.draw(st.sampled_from(sorted(PACKERS)))

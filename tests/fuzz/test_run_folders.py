@@ -100,7 +100,7 @@ def damage(run: Path, how: str, name: str, content: bytes) -> None:
             path.mkdir() if name.endswith("/") else path.write_bytes(content)
 
 
-@fuzz(0.04)
+@fuzz(0.03)
 @given(found=st.lists(damages(), min_size=1, max_size=3))
 @example(found=[("content", "environment.json", b"3")])
 @example(found=[("content", "environment.json", b"[" * 3000)])
@@ -124,7 +124,7 @@ def test_runs_resume_from_the_newest_whole_checkpoint(found, outcomes: Outcomes,
     outcomes.of(lambda: run_dir.open_run(run))
 
 
-@fuzz(0.02)
+@fuzz(0.014)
 @given(content=JSON_OF_ANY_SHAPE | st.just(b"step-000009\n") | st.just(b"step-\xb2\n"))
 @example(content=b"\xff")
 def test_a_damaged_best_does_not_stop_pruning(content, outcomes: Outcomes, tmp_path_factory):
@@ -145,7 +145,7 @@ def cut(text: bytes, at: int) -> bytes:
 METRICS = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6)).encode()
 
 
-@fuzz(0.02)
+@fuzz(0.014)
 @given(content=st.integers(0, 500).map(lambda at: cut(METRICS, at)) | st.binary(max_size=300) | st.just(
     METRICS.replace(b"\n", b"\r\n")) | st.just(METRICS.replace(b"}\n{", b"}{")) | st.just(METRICS))  # fmt: skip
 def test_metrics_that_are_not_those_of_the_steps_are_reported(content, outcomes: Outcomes, tmp_path_factory, capfd):
@@ -158,7 +158,7 @@ def test_metrics_that_are_not_those_of_the_steps_are_reported(content, outcomes:
     assert warning.count("\n") <= 1
 
 
-@fuzz(0.02)
+@fuzz(0.014)
 @given(content=JSON_OF_ANY_SHAPE)
 @example(content=b"3")
 @example(content=b"null")

@@ -85,6 +85,9 @@ def test_a_checkpoint_is_the_runs_own_by_any_path_through_links(run, tmp_path):
     (run / FOLDER).rename(disk)
     (run / FOLDER).symlink_to(disk)
     assert begin(run, "auto").metrics_bytes(run) == begin(run, disk / "step-000004").metrics_bytes(run) == 40
+    (disk / "step-000004").rename(tmp_path / "elsewhere")
+    (disk / "step-000004").symlink_to(tmp_path / "elsewhere")
+    assert begin(run, "auto").metrics_bytes(run) == 40
     link = tmp_path / "link"
     link.symlink_to(run)
     assert begin(run, link).metrics_bytes(link) == 40
@@ -98,6 +101,29 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_refused(run, tmp_path):
         UserError, match=rf"^{run / FOLDER} is a link to {tmp_path / 'disk'}, which is no folder here; "
     ):
         begin(run, "auto")
+
+
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_a_folder_where_the_name_of_a_checkpoint_is_kept_is_refused(run, name):
+    path = run / FOLDER / name
+    path.unlink(missing_ok=True)
+    path.symlink_to("step-000002")  # as users make it: the next save replaces it
+    assert begin(run, "auto").step == 4
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError) as caught:
+        begin(run, "auto")
+    assert str(caught.value) == (
+        f"{path} is a folder, but the run writes the name of a checkpoint into a file {name}; rename the folder"
+    )
+
+
+@pytest.mark.parametrize("name", ["latest", "best", "adapter", "checkpoints"])
+def test_a_run_may_have_the_name_of_a_file_or_folder_in_runs(tmp_path, name):
+    recipe = scene.recipe(BASE, run__output_dir=str(tmp_path), run__name=name)
+    run_dir.create(recipe, {})
+    assert run_dir.find(recipe) == recipe
+    assert find_resume_point(recipe).step == 0
 
 
 def test_going_back_within_a_run_is_refused_and_works_in_another(run):

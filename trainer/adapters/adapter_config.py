@@ -18,6 +18,11 @@ def _like_recipe(name: str) -> Any:
     return field(default=key.default, metadata=metadata)
 
 
+def _is_count(value: Any) -> bool:
+    """Whether a value, perhaps from a damaged file, is a positive integer."""
+    return type(value) is int and value > 0
+
+
 @dataclass
 class ExpertLoraConfig(PeftConfig):
     """Settings shared by TeamLoRA, MoELoRA and HydraLoRA; those that a recipe has too take its defaults.
@@ -56,8 +61,11 @@ class ExpertLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_experts", "expert_rank"):
-            if getattr(self, name) < 1:
+            if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive integer")
+        for name in ("alpha", "dropout", "balance_loss_weight"):
+            if not isinstance(getattr(self, name), int | float) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected a number from 0 to below 1")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -83,6 +91,10 @@ class TeamLoraConfig(ExpertLoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.renormalize, bool):
+            raise ValueError(f"renormalize is {self.renormalize}, expected true or false")
+        if self.num_router_outputs is not None and not _is_count(self.num_router_outputs):
+            raise ValueError(f"num_router_outputs is {self.num_router_outputs}, expected a positive integer")
         self.peft_type = PeftType("TEAMLORA")
 
 

@@ -17,14 +17,18 @@ from data_prep.publish import publish_atomically
 from data_prep.sources.file_kind import refuse_lfs_pointer
 from data_prep.user_error import UserError
 from trainer.adapters import EXPERT_METHODS
+from trainer.adapters.adapter_config import ExpertLoraConfig
 from trainer.base.model_folder import one_line
 from trainer.base.safetensors_writer import translate_disk_errors
 
+Shape = tuple[int, ...]
+
 LARGEST = 1e9  # of an adapter's settings: far beyond it the products of alpha are infinite in fp32
+NEEDED_KEYS = {"num_experts", "expert_rank", "alpha", "target_modules"}  # every adapter of our methods names them
 # The keys of a LoRA's adapter_config.json that every reader knows, and that some demand.
 COMMON_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
-METHODS = ("LORA", *(name.upper() for name in EXPERT_METHODS))  # peft_type of what is read here
 COMMON_KEYS |= {"target_modules", "bias", "fan_in_fan_out", "init_lora_weights", "modules_to_save"}
+METHODS = ("LORA", *(name.upper() for name in EXPERT_METHODS))  # peft_type of what is read here
 
 
 def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
@@ -33,8 +37,7 @@ def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
     Raises UserError where the adapter is not one of this base. PEFT only warns where the adapter lacks a part, and goes
     on with a fresh value; what has no place in the base it leaves out silently, or writes into the base itself.
     """
-    stored = _check_tensors(folder)
-    read_adapter_config(folder)
+    _, stored = check_adapter_folder(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
         try:
@@ -51,7 +54,7 @@ def load_adapter(base: nn.Module, folder: Path, **options: Any) -> PeftModel:
             raise UserError(
                 f"{folder}: the adapter does not fit the base ({one_line(error)}); give one that was trained on it"
             ) from error
-    if foreign := stored - get_peft_model_state_dict(model, save_embedding_layers=False).keys():
+    if foreign := stored.keys() - get_peft_model_state_dict(model, save_embedding_layers=False).keys():
         raise UserError(
             f"{folder}: {len(foreign)} tensors have no place in an adapter of this base, first {min(foreign)}; give "
             "one that was trained on it, and that trains nothing of the base itself"
@@ -112,9 +115,13 @@ def read_adapter_config(folder: Path) -> Any:  # as PEFT types it: each method h
         if config.peft_type not in METHODS:  # others fetch further adapters, or read pickles, that theirs names
             kind = str(config.peft_type).removeprefix("PeftType.")
             raise ValueError(f"a {kind} is none of {', '.join(METHODS)}")
+        if isinstance(config, ExpertLoraConfig):
+            _refuse_incomplete(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
         numbers = {key: value for key, value in config.to_dict().items() if isinstance(value, float)}
         if strange := [f"{key}={value}" for key, value in numbers.items() if not abs(value) <= LARGEST]:
             raise ValueError(f"{strange[0]} cannot be computed with")
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            raise ValueError("alora_invocation_tokens: adapters that begin after certain tokens are not supported")
     except Exception as error:  # PEFT raises many kinds for a folder without an adapter, and for other types
         raise UserError(
             f"{folder} holds no adapter that PEFT can read ({one_line(error)}); give the adapter/ folder of a run"
@@ -122,22 +129,59 @@ def read_adapter_config(folder: Path) -> Any:  # as PEFT types it: each method h
     return config
 
 
-def _check_tensors(folder: Path) -> set[str]:
-    """Names of the adapter's tensors. Raises UserError where the file cannot be read, or holds NaN or infinity."""
+def check_adapter_folder(folder: Path) -> tuple[Any, dict[str, Shape]]:
+    """An adapter's configuration, and the shapes of its tensors by name.
+
+    Raises UserError where one of the two cannot be read or computed with, or they do not go together.
+    """
+    stored = _check_tensors(folder)
+    config = read_adapter_config(folder)
+    _check_sizes(config, stored, folder)
+    return config, stored
+
+
+def _refuse_incomplete(config: dict[str, Any]) -> None:
+    """Raises ValueError where a configuration of our methods leaves to a default what decides what is computed."""
+    if missing := sorted(NEEDED_KEYS - config.keys()):
+        raise ValueError(f"{', '.join(missing)} missing")
+
+
+def _check_sizes(config: Any, stored: dict[str, Shape], folder: Path) -> None:
+    """Raises UserError where an adapter's configuration says other sizes than its tensors have: PEFT would first
+    allocate what the configuration says, however much that is."""
+    if isinstance(config, ExpertLoraConfig):
+        said = [config.num_experts, config.expert_rank]
+        found = {shape[:2] for name, shape in stored.items() if name.endswith(".experts")}
+        outputs = getattr(config, "num_router_outputs", None) or config.num_experts
+        routers = {shape[:1] for name, shape in stored.items() if name.endswith(".router")}
+        fits = found == {tuple(said)} and routers == {(outputs,)}
+    else:  # the ranks of single layers may differ, and r be that of none
+        ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
+        said = [rank for rank in ranks if isinstance(rank, int)]
+        fits = max(said, default=0) <= max((size for shape in stored.values() for size in shape), default=0)
+    if not fits:
+        raise UserError(
+            f"{folder / CONFIG_NAME}: says sizes that the tensors in {SAFETENSORS_WEIGHTS_NAME} do not have "
+            f"({', '.join(map(str, said))}); give an adapter's folder as it was saved"
+        )
+
+
+def _check_tensors(folder: Path) -> dict[str, Shape]:
+    """Shapes of the tensors by name. Raises UserError where the file cannot be read, or holds NaN or infinity."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     refuse_lfs_pointer(path, "adapter")
     try:
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            broken = [name for name in sorted(names) if not torch.isfinite(file.get_tensor(name)).all()]
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+            broken = [name for name in shapes if not torch.isfinite(file.get_tensor(name)).all()]
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); give an adapter's folder") from error
     if broken:
         raise UserError(
-            f"{path}: {len(broken)} of {len(names)} tensors are not finite, first {broken[0]}; give the adapter of a "
+            f"{path}: {len(broken)} of {len(shapes)} tensors are not finite, first {broken[0]}; give the adapter of a "
             "run that did not diverge"
         )
-    return names
+    return shapes
 
 
 def _name_on_disk(name: str) -> str:

@@ -5,9 +5,9 @@ of them. Only M changes, to [k', k]: a kept expert keeps its row, and a new one 
 outputs. alpha is rescaled, since the update is scaled by k.
 """
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -19,10 +19,10 @@ from data_prep.publish import blame_option, publish_atomically
 from data_prep.tables import text_table
 from data_prep.user_error import UserError
 from trainer.adapters.adapter_config import ExpertLoraConfig, TeamLoraConfig
-from trainer.adapters.adapter_folder import read_adapter_config
+from trainer.adapters.adapter_folder import check_adapter_folder
 from trainer.base.safetensors_writer import write_tensors
 from trainer.run import run_dir
-from trainer.telemetry.metrics import METRICS
+from trainer.telemetry.metrics import read_records
 
 
 def list_experts(run: Path) -> str:
@@ -101,7 +101,7 @@ def _write(source: Path, target: Path, config: ExpertLoraConfig, tensors: dict[s
 
 def _config(run: Path) -> ExpertLoraConfig:
     run_dir.open_run(run)
-    config = read_adapter_config(run / run_dir.ADAPTER)
+    config, _ = check_adapter_folder(run / run_dir.ADAPTER)
     if not isinstance(config, ExpertLoraConfig):
         raise UserError(
             f"{run}: its adapter is a {config.peft_type.value}, which has no experts; give a run of teamlora, moelora "
@@ -111,5 +111,6 @@ def _config(run: Path) -> ExpertLoraConfig:
 
 
 def _last_weights(run: Path) -> list[float]:
-    records = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
-    return next((record["router_weight"] for record in reversed(records) if "router_weight" in record), [])
+    measured = (record["router_weight"] for record in reversed(read_records(run)) if "router_weight" in record)
+    weights: Any = next(measured, [])
+    return weights if isinstance(weights, list) and all(isinstance(weight, float) for weight in weights) else []

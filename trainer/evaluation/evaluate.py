@@ -18,6 +18,7 @@ from trainer.base.weight_map import open_base
 from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
 from trainer.distributed.process_group import process_group, set_collective_timeout, translate_peer_errors
 from trainer.distributed.rank_check import raise_on_all_ranks
+from trainer.evaluation.asked_items import acquaintances
 from trainer.evaluation.evaluation_report import Evaluation, write_json, write_tensorboard
 from trainer.evaluation.loaded_models import (
     check_same_base,
@@ -32,7 +33,6 @@ from trainer.evaluation.summary import SUBJECT, summarize
 from trainer.objective.batches import plan_batches
 from trainer.recipe import DeepSpeedConfig, Recipe
 from trainer.run import run_dir
-from trainer.telemetry.metrics import METRICS
 
 BASE = "base"  # among the baselines: the bare base
 COLLECTIVE_TIMEOUT = timedelta(hours=12)  # a rank that is done waits for the ranks that still have batches
@@ -75,7 +75,7 @@ def _write(evaluation: Evaluation, directory: Path, tensorboard: bool) -> None:
     """Warns if the run cannot be written: the caller still prints the result of what may be hours of work."""
     try:
         write_json(evaluation, directory)
-        if tensorboard and (directory / METRICS).is_file():
+        if tensorboard:
             write_tensorboard(evaluation, directory)
     except OSError as error:
         print(
@@ -94,10 +94,12 @@ def _evaluate(
         for folder in filter(None, models.values()):
             check_base_file(folder, recipe.base.model, opened.fingerprint)
         tokenizer = load_tokenizer(recipe.base, recipe.data.chat_template)
-        items = sample_per_task(open_prepared(recipe.data, tokenizer).items, request.items_per_task)
+        prepared = open_prepared(recipe.data, tokenizer)
+        items = sample_per_task(prepared.items, request.items_per_task)
         if not items:
             raise UserError(f"{recipe.data.prepared_dir}: no held-out items; set data.held_out and prepare again")
         questions = build_questions(items, tokenizer, recipe.data)
+        known = acquaintances(models, prepared.manifest["key"], items)
     base = load_unsharded(opened, device) if config is None else load_sharded(opened, config, device)
     options = RunnerOptions(tokenizer, request.batch_size, sharded=config is not None)
     results = {}
@@ -107,7 +109,7 @@ def _evaluate(
     *tasks, mean = summarize(items, results)
     answered = [{**item, "models": {name: results[name][i] for name in results}} for i, item in enumerate(items)]
     folders = {name: str(adapter) if adapter else None for name, adapter in models.items() if name != SUBJECT}
-    return Evaluation(folders, tasks, mean, answered)
+    return Evaluation(folders, known, tasks, mean, answered)
 
 
 def _baselines(against: Sequence[str], recipe: Recipe) -> dict[str, Path | None]:

@@ -9,10 +9,11 @@ from typing import Any
 from data_prep.publish import write_atomically
 from data_prep.tables import text_table
 from data_prep.terminal_text import without_control_codes
+from trainer.evaluation.asked_items import Acquaintance
 from trainer.evaluation.bootstrap import Difference
 from trainer.evaluation.scoring import exact_match
 from trainer.evaluation.summary import LOSS, SCORE, SUBJECT, TaskSummary
-from trainer.telemetry.metrics import METRICS, TENSORBOARD
+from trainer.telemetry.metrics import TENSORBOARD, read_records
 
 EVALUATION = "evaluation.json"
 EXAMPLES = 3  # items whose answers are printed side by side
@@ -22,10 +23,12 @@ EXAMPLES = 3  # items whose answers are printed side by side
 class Evaluation:
     """Scores by task and their mean over tasks. baselines: adapter folders by name (None: the bare base).
 
+    trained_on: by name of each model with an adapter, whether it may have learned the items.
     items: the held-out items; `models` of each holds every model's answer and scores by name (`runner.run_items`).
     """
 
     baselines: dict[str, str | None]
+    trained_on: dict[str, Acquaintance]
     tasks: list[TaskSummary]
     mean: TaskSummary
     items: list[dict[str, Any]]
@@ -34,7 +37,8 @@ class Evaluation:
         rows = self.tasks if len(self.tasks) == 1 else [*self.tasks, self.mean]
         models = [*self.baselines, SUBJECT]
         examples = _examples(self.items, ["answer", *models])
-        return "\n".join([*_scores(rows, models), "", *_losses(rows, models), "", *examples])
+        warnings = filter(None, (known.warning(name, len(self.items)) for name, known in self.trained_on.items()))
+        return "\n".join([*_scores(rows, models), "", *_losses(rows, models), "", *examples, *warnings])
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -46,11 +50,13 @@ def write_json(evaluation: Evaluation, directory: Path) -> None:
 
 
 def write_tensorboard(evaluation: Evaluation, directory: Path) -> None:
-    """evaluate/TASK/METRIC and evaluate/TASK/loss of the evaluated model, at the run's last step."""
+    """evaluate/TASK/METRIC and evaluate/TASK/loss of the evaluated model, at the run's last step, if it has one."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with (directory / METRICS).open("rb") as file:
-        step = json.loads(file.readlines()[-1])["step"]
+    records = read_records(directory)
+    if not records:
+        return
+    step = records[-1]["step"]
     with SummaryWriter(str(directory / TENSORBOARD)) as writer:
         for task in evaluation.tasks:
             writer.add_scalar(f"evaluate/{task.task}/{task.metric}", task.models[SUBJECT][SCORE], step)

@@ -85,6 +85,18 @@ def open_run(directory: Path) -> Recipe:
     return load_recipe(directory / RECIPE)
 
 
+def run_of(adapter: Path) -> Path | None:
+    """The run whose adapter/ this folder is; None for an adapter's folder elsewhere."""
+    run = adapter.absolute().parent
+    return run if adapter.absolute().name == ADAPTER and (run / RECIPE).is_file() else None
+
+
+def last_start(directory: Path) -> dict[str, Any]:
+    """What environment.json says of the run's last start; empty without it."""
+    last = [{}, *_earlier_starts(directory / ENVIRONMENT)][-1]
+    return last if isinstance(last, dict) else {}
+
+
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))

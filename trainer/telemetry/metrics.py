@@ -52,6 +52,19 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def read_records(directory: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl; without it none, and without lines that were damaged since."""
+    try:
+        lines = (directory / METRICS).read_bytes().splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+
+
 class MetricsWriter:
     """Writes each record at once, so that a run that dies leaves all its finished steps.
 

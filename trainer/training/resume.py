@@ -96,6 +96,7 @@ def _find_resume_point(recipe: Recipe) -> ResumePoint:
         if run_dir.is_finished(directory):
             return ResumePoint(finished=True)
     _refuse_broken_link(directory / FOLDER)
+    _refuse_folders_for_pointers(directory / FOLDER)
     if resume == "never":
         if found is not None:
             raise UserError(
@@ -119,6 +120,16 @@ def _refuse_broken_link(checkpoints: Path) -> None:
             f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder here; mount or make it, or "
             "remove the link to begin without checkpoints"
         )
+
+
+def _refuse_folders_for_pointers(checkpoints: Path) -> None:
+    """Raises UserError where every save would fail after its folder is there, and older ones would stay."""
+    for name in (storage.LATEST, storage.BEST):
+        path = checkpoints / name
+        if path.is_dir() and not path.is_symlink():
+            raise UserError(
+                f"{path} is a folder, but the run writes the name of a checkpoint into a file {name}; rename the folder"
+            )
 
 
 def find_newest_checkpoint(checkpoints: Path, notes: list[str]) -> ResumePoint:

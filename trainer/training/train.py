@@ -118,6 +118,7 @@ def _begin_run_dir(recipe: Recipe, plan: RunPlan, device: torch.device, resume_p
         "world_size": plan.batches.world_size,
         "device": str(device),
         "base_fingerprint": plan.opened.fingerprint,
+        "prepared_key": plan.prepared.manifest["key"],
         "step": resume_point.step,
     }
     checkpoints = recipe.run.directory / FOLDER
