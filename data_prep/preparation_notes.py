@@ -6,7 +6,7 @@ from typing import Any
 from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig, FilesSource
 from data_prep.prepare_report import note_on_unread
-from data_prep.sources.finding import find_files
+from data_prep.sources.finding import find_files, format_of
 from data_prep.sources.read import source_key
 from data_prep.tally import Tally
 from data_prep.tokenizer_checks import notes_on_tokenizer
@@ -80,10 +80,15 @@ def _on_counts(counts: SourceCounts, template: ChatTemplate | None) -> list[str]
 def _on_files(source: FilesSource, key: str) -> list[str]:
     found, skipped = find_files(source, key)
     empty = [path for path in found if not path.stat().st_size]
+    formats = Counter(format_of(path, source) for path in found)
+    several = ", ".join(f"{count:,} {name}" for name, count in formats.most_common()) if len(formats) > 1 else ""
     return [
-        f": {len(paths)} {what}, the first is {paths[0]}"
-        for paths, what in ((empty, "empty files"), (skipped, "files or linked folders skipped"))
-        if paths
+        *([f": files of several formats are read ({several}); a pattern reads those of one"] if several else ()),
+        *(
+            f": {len(paths)} {what}, the first is {paths[0]}"
+            for paths, what in ((empty, "empty files"), (skipped, "files or linked folders skipped"))
+            if paths
+        ),
     ]
 
 

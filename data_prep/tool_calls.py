@@ -1,6 +1,7 @@
 """Tools, tool calls and their results, in the shapes that chat templates expect."""
 
 from collections.abc import Mapping
+from itertools import groupby, takewhile
 from typing import Any
 
 from data_prep.documents import Message
@@ -33,7 +34,7 @@ def _read_call(call: Any, where: str, unread: set[str]) -> dict[str, Any]:
     fields = Fields(_flattened(call, where), _CALL, where)
     name, identity, arguments = (fields.take(meaning) for meaning in ("name", "id", "arguments"))
     fields.remove(*fields.spelt("kind"))
-    if name is None or not isinstance(fields.values[name], str):
+    if name is None or not isinstance(fields.values[name], str) or not fields.values[name].strip():
         raise UserError(f"{where} is {kind_of(call)} without `name`; expected an object with `name` and `arguments`")
     if fields.left and (arguments is None or _is_missing(fields.values[arguments])):
         raise UserError(
@@ -110,7 +111,9 @@ def _in_function(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as OpenAI and chat templates write it; others write what it is without an object `function` around it."""
     if "function" in tool:
         function = as_object(tool["function"])
-        return {**tool, "function": _with_parameters(function)} if isinstance(function, dict) else tool
+        if not isinstance(function, dict):
+            return tool
+        return {"type": "function", **tool, "function": _with_parameters(function)}
     if not isinstance(tool.get("name"), str):
         return tool
     function = {name: part for name, part in tool.items() if (name, part) != ("type", "function")}
@@ -135,23 +138,46 @@ def in_order_of_calls(messages: list[Message], places: list[str]) -> list[Messag
     """
     if all(message["role"] != "tool" for message in messages):
         return messages  # most conversations are like this; it saves time
+    _check_ids(messages, places)
     ordered: list[Message] = []
-    known: set[str] = set()
-    order: dict[str, int] = {}  # of the latest calls, by id
-    first = 0  # index of the first of their results
-    for message, where in zip(messages, places, strict=True):
-        ordered.append(message)
-        if message["role"] != "tool":
-            ids = [call["id"] for call in message.get("tool_calls") or () if "id" in call]
-            known.update(ids)
-            order, first = {identity: index for index, identity in enumerate(ids)}, len(ordered)
-        elif known and message.get("tool_call_id"):
-            if message["tool_call_id"] not in known:
-                raise UserError(
-                    f"{where}: `tool_call_id` is {message['tool_call_id']!r}, but no call before it has this `id`; "
-                    "correct the id"
-                )
-            results = ordered[first:]
-            if all(result.get("tool_call_id") in order for result in results):
-                ordered[first:] = sorted(results, key=lambda result: order[result["tool_call_id"]])
+    calls: list[dict[str, Any]] = []
+    for are_results, group in groupby(messages, key=lambda message: message["role"] == "tool"):
+        turns = [*group]
+        if are_results:
+            ordered += _in_order(turns, calls)
+            continue
+        callers = [*takewhile(lambda message: message.get("tool_calls"), reversed(turns))]
+        calls = [call for message in reversed(callers) for call in message["tool_calls"]]
+        ordered += turns
     return ordered
+
+
+def _check_ids(messages: list[Message], places: list[str]) -> None:
+    made = [[call["id"] for call in message.get("tool_calls") or () if "id" in call] for message in messages]
+    if not any(made):
+        return
+    known: set[str] = set()
+    for message, ids, where in zip(messages, made, places, strict=True):
+        known.update(ids)
+        identity = message.get("tool_call_id")
+        if message["role"] == "tool" and identity and identity not in known:
+            raise UserError(
+                f"{where}: `tool_call_id` is {identity!r}, but no call before it has this `id`; correct the id"
+            )
+
+
+def _in_order(results: list[Message], calls: list[dict[str, Any]]) -> list[Message]:
+    """The results of these calls in their order: by id, else by name. One that neither identifies takes a place that is
+    left. As given if one is of another call."""
+    ids = [call.get("id") for call in calls]
+    names = [call["function"]["name"] for call in calls]
+    order: list[int | None] = []
+    for result in results:
+        identity = result.get("tool_call_id") if any(ids) else None
+        if identity and identity not in ids:
+            return results
+        wanted, among = (identity, ids) if identity else (result.get("name"), names)
+        order.append(among.index(wanted) if among.count(wanted) == 1 else None)
+    left = iter(sorted({*range(len(calls))}.difference(order)))
+    places = [next(left, len(calls)) if place is None else place for place in order]
+    return [results[index] for index in sorted(range(len(results)), key=places.__getitem__)]
