@@ -10,7 +10,8 @@ from data_prep.values import is_blank, is_empty, parsed
 TOOLS = (
     "tools", "functions", "tool_defs", "function_defs", "tool_definitions", "function_definitions", "tool_schemas",
     "function_schemas", "tool_specs", "tool_list", "function_list", "available_tools", "available_functions",
-    "tools_json",
+    "tools_json", "tools_list", "functions_list", "tool_schema", "tools_schema", "function_schema", "functions_schema",
+    "tool_specifications", "tool_descriptions", "function_descriptions", "toolset", "mcp_tools", "apis", "api_list",
 )  # fmt: skip
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")

@@ -178,10 +178,10 @@ def _settings(fields: Fields) -> dict[str, Any] | None:
         raise UserError(f"{fields.where}: field `{name}` is {kind_of(found)}; expected an object of settings")
     settings = {key: value for key, value in as_json(found, name, fields.where).items() if value is not None}
     for key, value in settings.items():
-        if key in RESERVED_SETTINGS or key.endswith("_token") or isinstance(value, list | dict):
+        if key in RESERVED_SETTINGS or key.endswith("_token"):
             raise UserError(
-                f"{fields.where}: `{name}` sets `{key}` to {kind_of(value)}; expected only texts, numbers, true and "
-                "false for variables of the chat template's own, such as enable_thinking; remove it"
+                f"{fields.where}: `{name}` sets `{key}` to {kind_of(value)}; expected only variables of the chat "
+                "template's own, such as enable_thinking; remove it"
             )
     return settings or None
 
@@ -189,7 +189,7 @@ def _settings(fields: Fields) -> dict[str, Any] | None:
 def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
     """The turns, after the system message that the record has in a field of its own.
 
-    The field is not read if the turns begin with another system message.
+    The field is not read if the turns begin with another system message that says something.
     """
     name = fields.take("system")
     if name is None or decoded(fields.values[name]) == "":
@@ -198,6 +198,8 @@ def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
     first = turns[0].message
     if first["role"] != "system":
         return [Turn({"role": "system", "content": content}, fields.where), *turns]
+    if not first["content"].strip():
+        return [replace(turns[0], message={**first, "content": content}), *turns[1:]]
     is_same = normalize_text(first["content"]) == normalize_text(content)
     return turns if is_same else [replace(turns[0], unread=turns[0].unread | {f"column {name}"}), *turns[1:]]
 

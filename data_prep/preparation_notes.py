@@ -7,7 +7,7 @@ from data_prep.chat import ChatTemplate
 from data_prep.config import DataConfig, FilesSource
 from data_prep.prepare_report import note_on_unread
 from data_prep.sources.file_kind import first_bytes, lacks_checksum
-from data_prep.sources.finding import find_files
+from data_prep.sources.finding import find_files, format_of
 from data_prep.sources.read import source_key
 from data_prep.tally import Tally
 from data_prep.tokenizer_checks import notes_on_tokenizer
@@ -87,7 +87,12 @@ def _on_files(source: FilesSource, key: str) -> list[str]:
             path for path in found if path.suffix.lower() == ".zst" and lacks_checksum(first_bytes(path))
         ],
     }
-    return [f": {len(paths)} {what}, the first is {paths[0]}" for what, paths in listed.items() if paths]
+    notes = [f": {len(paths)} {what}, the first is {paths[0]}" for what, paths in listed.items() if paths]
+    formats = Counter(format_of(path, source) for path in found)
+    if len(formats) > 1:
+        several = ", ".join(f"{count:,} {name}" for name, count in formats.most_common())
+        notes.insert(0, f": files of several formats are read ({several}); a pattern reads those of one")
+    return notes
 
 
 def _most_frequent(counts: Counter[str]) -> str:

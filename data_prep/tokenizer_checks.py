@@ -1,7 +1,9 @@
 """Whether a tokenizer gives the ids that its model knows."""
 
 import json
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
@@ -22,6 +24,7 @@ _SAMPLES = (
     "def f(x):\n    return x[0] != {'a': 1}\n",
 )
 _SPACE = "▁"  # SentencePiece writes it for a space
+_AS_THE_FILE_IS = "PreTrainedTokenizerFast"  # the class that transformers 4 knows, too
 
 
 def check_tokenizer(tokenizer: Any) -> list[str]:
@@ -98,11 +101,35 @@ def _compare_with_file(tokenizer: Any) -> list[str]:
         if text in _SAMPLES or _without_spaces(own, text) != _without_spaces(file, text):
             raise UserError(
                 f"base.model: {path.parent}: {name} of transformers encodes {text!r} as {_ids(own, text)}, but "
-                f"tokenizer.json, which other tools read, as {_ids(file, text)}; if the model was trained with the "
-                "latter, set tokenizer_class in tokenizer_config.json to TokenizersBackend, else write tokenizer.json "
-                "anew with save_pretrained"
+                f"tokenizer.json, which other tools read, as {_ids(file, text)}; {_remedy(path.parent, file, text)}"
             )
     return [_note_on_spaces(name, text, _ids(own, text), _ids(file, text)) for text in different[-1:]]
+
+
+def _remedy(folder: Path, file: Tokenizer, text: str) -> str:
+    """What makes transformers and tokenizer.json agree: the class that takes the file as it is, if that helps.
+
+    For some models (model_type qwen2) transformers takes a class of its own, whatever tokenizer_config.json names.
+    """
+    from transformers import AutoTokenizer  # imports much
+
+    rewrite = "write tokenizer.json anew with save_pretrained"
+    with TemporaryDirectory() as place:
+        try:
+            for name in ("config.json", "tokenizer.json"):
+                shutil.copy(folder / name, place)
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            config["tokenizer_class"] = _AS_THE_FILE_IS
+            (Path(place) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+            helps = _ids(AutoTokenizer.from_pretrained(place).backend_tokenizer, text) == _ids(file, text)
+        except Exception:  # whatever such a folder makes transformers raise
+            helps = False
+    if not helps:
+        return f"this version of transformers has no other class for this model: if it was trained so, {rewrite}"
+    return (
+        f"if the model was trained with the latter, set tokenizer_class in tokenizer_config.json to {_AS_THE_FILE_IS}, "
+        f"else {rewrite}"
+    )
 
 
 def _note_on_spaces(name: str, text: str, made: Any, expected: Any) -> str:
@@ -110,7 +137,7 @@ def _note_on_spaces(name: str, text: str, made: Any, expected: Any) -> str:
         f"{name} of transformers and tokenizer.json add different spaces before texts or after control tokens "
         f"({text!r} is {made}, not {expected}); this set has the ids of {name}, as apply_chat_template gives them; for "
         "those of tools that read the file, such as llama.cpp, set tokenizer_class in tokenizer_config.json to "
-        "PreTrainedTokenizerFast"
+        f"{_AS_THE_FILE_IS}"
     )
 
 

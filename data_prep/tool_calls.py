@@ -1,7 +1,8 @@
 """Tools, tool calls and their results, in the shapes that chat templates expect."""
 
+from collections import Counter
 from collections.abc import Mapping
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any
 
 from data_prep.documents import Message
@@ -34,7 +35,7 @@ def _read_call(call: Any, where: str, unread: set[str]) -> dict[str, Any]:
     fields = Fields(_flattened(call, where), _CALL, where)
     name, identity, arguments = (fields.take(meaning) for meaning in ("name", "id", "arguments"))
     fields.remove(*fields.spelt("kind"))
-    if name is None or not isinstance(fields.values[name], str):
+    if name is None or not isinstance(fields.values[name], str) or not fields.values[name].strip():
         raise UserError(f"{where} is {kind_of(call)} without `name`; expected an object with `name` and `arguments`")
     if fields.left and (arguments is None or _is_missing(fields.values[arguments])):
         raise UserError(
@@ -111,7 +112,9 @@ def _in_function(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as OpenAI and chat templates write it; others write what it is without an object `function` around it."""
     if "function" in tool:
         function = as_object(tool["function"])
-        return {**tool, "function": _with_parameters(function)} if isinstance(function, dict) else tool
+        if not isinstance(function, dict):
+            return tool
+        return {"type": "function", **tool, "function": _with_parameters(function)}
     if not isinstance(tool.get("name"), str):
         return tool
     function = {name: part for name, part in tool.items() if (name, part) != ("type", "function")}
@@ -136,28 +139,52 @@ def in_order_of_calls(messages: list[Message], places: list[str]) -> list[Messag
     """
     if all(message["role"] != "tool" for message in messages):
         return messages  # most conversations are like this; it saves time
+    _check_ids(messages, places)
     ordered: list[Message] = []
-    results: list[Message] = []  # since the latest turn of another role
+    calls: list[dict[str, Any]] = []
+    for are_results, group in groupby(messages, key=lambda message: message["role"] == "tool"):
+        turns = [*group]
+        if are_results:
+            ordered += _in_order(turns, calls)
+            continue
+        callers = [*takewhile(lambda message: message.get("tool_calls"), reversed(turns))]
+        calls = [call for message in reversed(callers) for call in message["tool_calls"]]
+        ordered += turns
+    return ordered
+
+
+def _check_ids(messages: list[Message], places: list[str]) -> None:
+    made = [[call["id"] for call in message.get("tool_calls") or () if "id" in call] for message in messages]
+    if not any(made):
+        return
     known: set[str] = set()
-    order: dict[str, int] = {}  # of the latest calls, by id
-    for message, where in zip(messages, places, strict=True):
+    for message, ids, where in zip(messages, made, places, strict=True):
+        known.update(ids)
         identity = message.get("tool_call_id")
-        if message["role"] != "tool":
-            ordered += [*_sorted_results(results, order), message]
-            results = []
-            ids = [call["id"] for call in message.get("tool_calls") or () if "id" in call]
-            known.update(ids)
-            order = {identity: index for index, identity in enumerate(ids)}
-        elif known and identity and identity not in known:
+        if message["role"] == "tool" and identity and identity not in known:
             raise UserError(
                 f"{where}: `tool_call_id` is {identity!r}, but no call before it has this `id`; correct the id"
             )
-        else:
-            results.append(message)
-    return [*ordered, *_sorted_results(results, order)]
 
 
-def _sorted_results(results: list[Message], order: Mapping[str, int]) -> list[Message]:
-    """Results by the order of their calls, up to the first that is of none of these."""
-    of_calls = [*takewhile(lambda result: result.get("tool_call_id") in order, results)]
-    return [*sorted(of_calls, key=lambda result: order[result["tool_call_id"]]), *results[len(of_calls) :]]
+def _in_order(results: list[Message], calls: list[dict[str, Any]]) -> list[Message]:
+    """The results of these calls in their order: by id, else by name. One that neither identifies takes a place that is
+    left. As given if one is of another call."""
+    ids = {call["id"] for call in calls if "id" in call}
+    by_id = _unique_places([call.get("id") for call in calls])
+    by_name = _unique_places([call["function"]["name"] for call in calls])
+    order: list[int | None] = []
+    for result in results:
+        identity = result.get("tool_call_id") if ids else None
+        if identity and identity not in ids:
+            return results
+        order.append(by_id.get(identity) if identity else by_name.get(result.get("name")))
+    left = iter(sorted({*range(len(calls))}.difference(order)))
+    places = [next(left, len(calls)) if place is None else place for place in order]
+    return [results[index] for index in sorted(range(len(results)), key=places.__getitem__)]
+
+
+def _unique_places(values: list[Any]) -> dict[Any, int]:
+    """The index of each value that occurs once."""
+    counts = Counter(values)
+    return {value: index for index, value in enumerate(values) if counts[value] == 1}

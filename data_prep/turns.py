@@ -11,7 +11,7 @@ from data_prep.documents import Message
 from data_prep.fields import TOOLS, Fields, Spellings, folded, refuse_media
 from data_prep.tool_calls import in_order_of_calls, read_calls, read_tools
 from data_prep.user_error import UserError
-from data_prep.values import decoded, is_empty, kind_of, parsed, refuse_surrogates, text_of
+from data_prep.values import decoded, is_blank, kind_of, parsed, refuse_surrogates, text_of
 
 _PLAIN_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _CALL = "tool_call"  # a turn whose content is a tool call, or a list of them
@@ -43,9 +43,10 @@ _MEANINGS = Spellings(
         "masked": ("mask", "masked", "is_masked"),  # true or 1: it is not
     }
 )  # fmt: skip
-_LIKE_A_FLAG = re.compile("loss|train|learn|mask|weight|supervis|ignore")
-_FLAGS = {"true": True, "yes": True, "false": False, "no": False}
-_FLAGS_OF_TABLES = {**_FLAGS, "1": True, "1.0": True, "0": False, "0.0": False}  # all values are texts in CSV
+_LIKE_A_FLAG = re.compile("loss|train|learn|mask|weight|supervis")  # whatever the field holds
+_LEAVES_OUT = re.compile("ignore|skip|exclu|omit|drop|delet|discard|frozen|freez|hidden|prefix|prefill")  # if true
+_PUTS_IN = re.compile("inclu|keep|kept|enabl|active|backprop|requiresgrad|finetun|target")  # leaves out if false
+_FLAGS = {"true": 1, "yes": 1, "on": 1, "1": 1, "1.0": 1, "false": 0, "no": 0, "off": 0, "0": 0, "0.0": 0}
 
 
 @dataclass(slots=True)
@@ -83,12 +84,12 @@ def refuse_unlearned(record: Mapping[str, Any], where: str) -> None:
     for name, value in record.items():
         if (meaning := _MEANINGS.meaning(name)) not in ("learned", "masked"):
             continue
-        value = decoded(value)
-        value = _FLAGS_OF_TABLES.get(value.strip().lower()) if isinstance(value, str) else value
-        if isinstance(value, bool | int | float | Decimal) and value == (0 if meaning == "learned" else 1):
+        flags = parsed(value)
+        what, flags = ("turns are", flags) if isinstance(flags, list) else ("the record is", [flags])
+        if (0 if meaning == "learned" else 1) in map(_sign, flags):
             raise UserError(
-                f"{where}: field `{name}` is {record[name]!r}, which may say that the record is not learned; remove "
-                "the record (data.cleaning.bad_rows: drop leaves it out), or rename the field"
+                f"{where}: field `{name}` is {value!r}, which may say that {what} not learned; remove the record "
+                "(data.cleaning.bad_rows: drop leaves it out), or rename the field"
             )
 
 
@@ -158,8 +159,10 @@ def _read_any_turn(turn: dict[str, Any], where: str) -> list[Turn]:
     message = read.message
     if read.is_call and content_field in turn:
         message["tool_calls"] = read_calls(turn[content_field], where, read.unread)
-    elif (calls := fields.take("tool_calls")) and not is_empty(turn[calls]):
-        message["tool_calls"] = _calls_of(fields, calls, role, read.unread)
+    else:
+        fields.remove(*(name for name in fields.spelt("tool_calls") if is_blank(turn[name])))
+        if calls := fields.take("tool_calls"):
+            message["tool_calls"] = _calls_of(fields, calls, role, read.unread)
     further: list[Message] = []
     if "tool_calls" not in message or (content_field in turn and not read.is_call):
         further = _add_content(turn, content_field, read)
@@ -226,7 +229,7 @@ def _learned(fields: Fields, turn: Turn) -> bool | None:
     if turn.message["role"] != "assistant":
         turn.unread |= {f"flag {name} of {turn.message['role']} turns" for name, learned in said.items() if learned}
         return None
-    if uncertain := [name for name in fields.left if _LIKE_A_FLAG.search(folded(name))]:
+    if uncertain := [name for name in fields.left if _may_be_a_flag(name, fields.values[name])]:
         raise UserError(
             f"{fields.where}: field `{uncertain[0]}` may say what is learned; expected `weight`, 0 (not learned) or 1, "
             "rename or remove it"
@@ -239,9 +242,22 @@ def _learned(fields: Fields, turn: Turn) -> bool | None:
 
 def _flag(fields: Fields, name: str, sense: bool) -> bool:
     """Whether a flag says that its turn is learned. sense: what it says when it is true."""
-    value = decoded(fields.values[name])
-    value = _FLAGS.get(value.strip().lower(), value) if isinstance(value, str) else value
-    if isinstance(value, str | list | dict) or value not in (0, 1):
+    sign = _sign(fields.values[name])
+    if sign not in (0, 1):
         expected = "0 (not learned) or 1" if sense else "1 (not learned) or 0"
         raise UserError(f"{fields.where}: field `{name}` is {fields.values[name]!r}; expected {expected}, correct it")
-    return bool(value) is sense
+    return bool(sign) is sense
+
+
+def _sign(value: Any) -> bool | int | float | Decimal | None:
+    """The number in a flag, 0 for false and 1 for true; None for what is neither. Tables store all values as texts."""
+    value = decoded(value)
+    value = _FLAGS.get(value.strip().lower()) if isinstance(value, str) else value
+    return value if isinstance(value, bool | int | float | Decimal) else None
+
+
+def _may_be_a_flag(name: str, value: Any) -> bool:
+    """Whether a field of an answer may say that it is not learned, by its name or by its name and value."""
+    spelt, sign = folded(name), _sign(value)
+    doubtful = (_LEAVES_OUT.search(spelt) and sign == 1) or (_PUTS_IN.search(spelt) and sign == 0)
+    return bool(_LIKE_A_FLAG.search(spelt) or doubtful)

@@ -99,7 +99,8 @@ def _short_float(kind: Callable[[float], Any]) -> Converter:
 
     def convert(value: float) -> float | int:
         value = float(value)
-        return _whole(value) if value.is_integer() else float(str(kind(value)))
+        exact = _whole(value)
+        return exact if isinstance(exact, int) else float(str(kind(value)))
 
     return convert
 

@@ -1,6 +1,7 @@
 """Splits named by files and folders, such as train.jsonl beside test.jsonl, or train/ beside test/."""
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ _SPLITS = {  # a word in a name, and the split
 }  # fmt: skip
 _NAMES = frozenset(_SPLITS.values())
 _WORD = re.compile(r"h[eo]ld[-_ ]?out|[a-z]+|\d+")
+_WITHIN_WORD = re.compile("|".join(sorted(_SPLITS, key=len, reverse=True)))
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ def refuse_several_splits(files: Sequence[Path], folder: Path, key: str) -> None
     marks = [mark for _, mark in first.values() if mark]
     is_rest_a_split = None in first and any(mark.alone and mark.split != "train" for mark in marks)
     if len(marks) < (1 if is_rest_a_split else 2):
+        first = {mark.split: (path, mark) for path, mark in _twins(files, folder).items()}
+        marks, is_rest_a_split = [mark for _, mark in first.values() if mark], False
+    if not marks:
         return
     named = ", ".join(str(path.relative_to(folder)) for path, _ in first.values())
     chosen = next((mark for mark in marks if mark.split == "train"), marks[0])
@@ -51,7 +56,8 @@ def refuse_several_splits(files: Sequence[Path], folder: Path, key: str) -> None
 def files_of_split(files: Sequence[Path], folder: Path, split: str, key: str) -> tuple[list[Path], list[Path]]:
     """The files below `folder` of one split, and the others. Raises UserError if it has none."""
     wanted = _words(split)
-    found = [path for path in files if _is_of(path.relative_to(folder), wanted)]
+    twins = {path: [mark.split] for path, mark in _twins(files, folder).items()}
+    found = [path for path in files if _is_of(path.relative_to(folder), wanted) or twins.get(path) == wanted]
     if not found:
         marks = sorted({mark.split for path in files if (mark := _mark(path, folder))})
         has = f"their names tell of {', '.join(marks)}" if marks else f"the first is {files[0].relative_to(folder)}"
@@ -72,13 +78,31 @@ def _mark(path: Path, folder: Path) -> _Mark | None:
     if index is None or path.suffix.lower() == ".md":  # docs/testing.md is about tests
         return None
     part = name.parts[index]
-    is_file = index == len(name.parts) - 1
     found = next(found for found in _WORD.finditer(part.lower()) if _split(found[0]) in _NAMES)
-    rest = part[found.end() :]
-    endings = "".join(rest.partition(".")[1:])
-    ours = f"{part[: found.end()]}*{endings}" if is_file else part
     words = [word for word in _words(part.partition(".")[0]) if not word.isdigit() and word != "of"]
-    return _Mark(_split(found[0]), folder.joinpath(*name.parts[:index], ours), len(words) == 1)
+    return _Mark(_split(found[0]), _pattern(name, index, found.end(), folder), len(words) == 1)
+
+
+def _twins(files: Sequence[Path], folder: Path) -> dict[Path, _Mark]:
+    """Files whose names differ in nothing but a split within a word, as mytrain.jsonl and mytest.jsonl do."""
+    alike: dict[str, dict[Path, _Mark]] = defaultdict(dict)
+    for path in files:
+        name = path.relative_to(folder)
+        for index, part in enumerate(name.parts if path.suffix.lower() != ".md" else ()):
+            for found in _WITHIN_WORD.finditer(part.lower()):
+                rest = "/".join([*name.parts[:index], f"{part[: found.start()]}*{part[found.end() :]}"]).lower()
+                mark = _Mark(_SPLITS[found[0]], _pattern(name, index, found.end(), folder), False)
+                alike[re.sub("[-_ ]", "", rest)].setdefault(path, mark)
+    several = [marks for marks in alike.values() if len({mark.split for mark in marks.values()}) > 1]
+    return {path: mark for marks in several for path, mark in marks.items()}
+
+
+def _pattern(name: Path, index: int, end: int, folder: Path) -> Path:
+    """What stands for a split that part `index` of a name names up to character `end`: a folder or a pattern."""
+    part = name.parts[index]
+    is_file = index == len(name.parts) - 1
+    ours = f"{part[:end]}*{''.join(part[end:].partition('.')[1:])}" if is_file else part
+    return folder.joinpath(*name.parts[:index], ours)
 
 
 def _deciding_part(name: Path) -> int | None:

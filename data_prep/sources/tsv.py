@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from data_prep.sources.blocks import Row, Unreadable
 from data_prep.sources.delimited import checked_header, why_not_a_row
@@ -14,17 +13,20 @@ _QUOTED = re.compile(r'"(?:[^"]++|"")*+"')
 _TO_QUOTE = re.compile(r'(?:[^"]++|"")*+')  # from within quotes to the quote that ends them, or to the line's end
 
 
-def read_tsv(file: BinaryIO, path: str) -> Iterator[Row]:
+def read_tsv(file: io.BufferedReader, path: str) -> Iterator[Row]:
     """Records of a TSV file whose header is not quoted, numbered by line.
 
+    A carriage return ends a row only before a line feed, or in a file whose header it ends; elsewhere it is text.
     Raises UserError for a cell that may be quoted and span lines: with its lines as rows, text would be learned that
     nobody wrote, and with a lone quote as the start of such a cell, rows would vanish.
     """
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=None)
+    start = file.peek().lstrip(b"\r\n")
+    is_old_mac = b"\r" in start.partition(b"\n")[0].removesuffix(b"\r")
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\r" if is_old_mac else "\n")
     header: list[str] = []
     open_quotes = _OpenQuotes(path)
     for number, line in numbered_lines(text, path):
-        line = line.removesuffix("\n")
+        line = line.removesuffix("\n").removesuffix("\r")
         if not header:
             header = checked_header(line.split("\t"), f"{path}:{number}") if line else []
             continue

@@ -37,7 +37,16 @@ def test_a_system_prompt_in_a_column_is_the_first_turn():
 
 @pytest.mark.parametrize(
     ("flag", "learned"),
-    [({"mask": True}, []), ({"masked": False}, [1]), ({"Trainable": "No"}, []), ({"loss_mask": 0}, [])],
+    [
+        ({"mask": True}, []),
+        ({"masked": False}, [1]),
+        ({"Trainable": "No"}, []),
+        ({"loss_mask": 0}, []),
+        ({"weight": "0"}, []),
+        ({"loss": "1.0"}, [1]),
+        ({"train": "off"}, []),
+        ({"mask": "ON"}, []),
+    ],
 )
 def test_flags_are_read_in_any_spelling(flag, learned):
     assert document({"messages": [USER, {**ASSISTANT, **flag}]}).learned_turns(last_only=False) == learned
@@ -49,10 +58,22 @@ def test_flags_are_read_in_any_spelling(flag, learned):
         ({"weight": 1, "train": False}, "messages[1]: fields `weight` and `train` contradict each other; remove one"),
         ({"train_detail": [1]}, "messages[1]: field `train_detail` may say what is learned; expected `weight`"),
         ({"mask": 0.5}, "messages[1]: field `mask` is 0.5; expected 1 (not learned) or 0, correct it"),
+        ({"skip": True}, "messages[1]: field `skip` may say what is learned; expected `weight`, 0 (not learned) or 1"),
+        ({"is_excluded": "yes"}, "messages[1]: field `is_excluded` may say what is learned; expected `weight`, 0"),
+        ({"ignore": 1}, "messages[1]: field `ignore` may say what is learned; expected `weight`, 0"),
+        ({"include": False}, "messages[1]: field `include` may say what is learned; expected `weight`, 0"),
+        ({"prefix": True}, "messages[1]: field `prefix` may say what is learned; expected `weight`, 0"),
     ],
 )
 def test_flags_of_uncertain_meaning_are_refused(flags, expected):
     assert refusal({"messages": [USER, {**ASSISTANT, **flags}]}).startswith(expected)
+
+
+@pytest.mark.parametrize("field", [{"skip": False}, {"include": True}, {"prefix": "Dr."}, {"target": "de"}])
+def test_fields_that_leave_no_answer_out_are_named_only(field):
+    found = document({"messages": [USER, {**ASSISTANT, **field}]})
+    assert found.learned_turns(last_only=False) == [1]
+    assert found.unread == (f"field {next(iter(field))} of turns",)
 
 
 def test_what_is_not_read_is_named():
@@ -67,6 +88,54 @@ def test_results_follow_the_order_of_their_calls_and_unknown_ids_are_refused():
     assert [turn["content"] for turn in found.messages[2:4]] == ["p", "q"]
     wrong = {**results[0], "tool_call_id": "r"}
     assert refusal({"messages": [USER, calls, wrong]}).startswith("messages[2]: `tool_call_id` is 'r', but no call")
+    assert refusal({"messages": [USER, results[0], calls]}).startswith("messages[1]: `tool_call_id` is 'q', but no")
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        ([{"id": "q"}, {}], [1, 0]),  # what has no id takes the place that is left
+        ([{}, {"id": "q"}], [0, 1]),
+        ([{"id": "p"}, {}], [0, 1]),
+        ([{"name": "second"}, {"name": "first"}], [1, 0]),
+        ([{"name": "second"}, {}], [1, 0]),
+        ([{"name": "other"}, {"name": "first"}], [1, 0]),
+        ([{"id": "q"}, {"id": "p"}, {"id": "q"}], [1, 0, 2]),
+        ([{}, {}, {}], [0, 1, 2]),
+    ],
+)
+@pytest.mark.parametrize("in_one_turn", [True, False])
+def test_results_without_an_id_are_matched_by_name_or_by_what_is_left(results, expected, in_one_turn):
+    calls = [
+        {"id": i, "type": "function", "function": {"name": name, "arguments": {}}}
+        for i, name in (("p", "first"), ("q", "second"))
+    ]
+    turns = [{"role": "assistant", "tool_calls": each} for each in ([calls] if in_one_turn else [calls[:1], calls[1:]])]
+    given = [
+        {"role": "tool", "content": str(number), **{{"id": "tool_call_id"}.get(k, k): v for k, v in result.items()}}
+        for number, result in enumerate(results)
+    ]
+    found = document({"messages": [USER, *turns, *given, ASSISTANT]}).messages
+    assert [int(turn["content"]) for turn in found if turn["role"] == "tool"] == expected
+
+
+def test_a_call_whose_fields_are_all_null_is_none():
+    blank = {"tool_calls": [{"id": None, "function": {"name": None, "arguments": ""}}], "function_call": {"name": None}}
+    assert document({"messages": [USER, {**ASSISTANT, **blank}]}).messages == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize("name", ["tools_schema", "api_list", "tool_specifications"])
+def test_tools_are_taken_under_further_names_if_they_are_schemas(name):
+    bare = {"name": "f", "parameters": {"type": "object"}}
+    found = document({"messages": [USER, ASSISTANT], name: [bare]})
+    assert (found.tools, found.unread) == ([{"type": "function", "function": bare}], ())
+    assert document({"messages": [USER, ASSISTANT], name: ["f"]}).unread == (f"column {name}",)
+
+
+def test_a_system_prompt_in_a_column_fills_an_empty_system_turn():
+    messages = [{"role": "system", "content": " "}, USER, ASSISTANT]
+    found = document({"messages": messages, "system": "Be brief."})
+    assert (found.messages[0], found.unread) == ({"role": "system", "content": "Be brief."}, ())
 
 
 def test_an_unknown_role_is_refused_by_name():
@@ -79,15 +148,16 @@ def test_a_records_settings_of_the_chat_template_are_taken(name, value):
     found = document({"messages": [USER, ASSISTANT], name: value})
     assert (found.settings, found.unread) == ({"enable_thinking": False}, ())
     assert document({"messages": [USER, ASSISTANT], name: {}}).settings is None
+    listed = {"xml_tools": [{"name": "f"}], "thinking": {"type": "disabled"}}
+    assert document({"messages": [USER, ASSISTANT], name: listed}).settings == listed
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ({"tools": []}, "`chat_template_kwargs` sets `tools` to an empty list; expected only texts, numbers, true and"),
+        ({"tools": []}, "`chat_template_kwargs` sets `tools` to an empty list; expected only variables of the chat"),
         ({"add_generation_prompt": True}, "`chat_template_kwargs` sets `add_generation_prompt` to true or false; "),
         ({"bos_token": "<s>"}, "`chat_template_kwargs` sets `bos_token` to text; expected"),
-        ({"xml_tools": ["f"]}, "`chat_template_kwargs` sets `xml_tools` to list; expected"),
         ("fast", "field `chat_template_kwargs` is text; expected an object of settings"),
     ],
 )
@@ -103,6 +173,14 @@ def test_a_record_whose_own_flag_says_that_it_is_not_learned_is_refused(record, 
     ((name, value),) = flag.items()
     assert refusal({**record, **flag}) == (
         f"field `{name}` is {value!r}, which may say that the record is not learned; remove the record "
+        "(data.cleaning.bad_rows: drop leaves it out), or rename the field"
+    )
+
+
+@pytest.mark.parametrize("value", [[0, 1], "[0, 1]", [False, True], ["1", "0"]])
+def test_a_record_with_a_list_of_flags_for_its_turns_is_refused(value):
+    assert refusal({"messages": [USER, ASSISTANT], "loss_mask": value}) == (
+        f"field `loss_mask` is {value!r}, which may say that turns are not learned; remove the record "
         "(data.cleaning.bad_rows: drop leaves it out), or rename the field"
     )
 

@@ -96,23 +96,31 @@ def prepared_with(base: Path, rows: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("named", "model_type", "loaded"),
+    ("named", "model_type", "loaded", "has_remedy"),
     [
-        ("Qwen2Tokenizer", "qwen2", "Qwen2Tokenizer"),
-        ("GPT2Tokenizer", "llama", "GPT2Tokenizer"),
-        ("PreTrainedTokenizerFast", "qwen2", "Qwen2Tokenizer"),
+        ("Qwen2Tokenizer", "qwen2", "Qwen2Tokenizer", False),
+        ("GPT2Tokenizer", "llama", "GPT2Tokenizer", True),
+        ("Qwen2Tokenizer", "qwen3", "Qwen2Tokenizer", True),
+        ("PreTrainedTokenizerFast", "qwen2", "Qwen2Tokenizer", False),
     ],
 )
-def test_a_tokenizer_class_that_gives_other_ids_than_tokenizer_json_is_refused(tmp_path, named, model_type, loaded):
+def test_a_tokenizer_class_that_gives_other_ids_than_tokenizer_json_is_refused_with_what_helps(
+    tmp_path, named, model_type, loaded, has_remedy
+):
     base = byte_level_with_prefix(tmp_path / "base", named, model_type)
     expected = rf"^base\.model: {base}: {loaded} of transformers encodes 'Hello world' as \[.*\], but tokenizer\.json.*"
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match=expected) as caught:
         prepared_with(base, CASES / "07-control-tokens-in-the-text" / "rows.jsonl")
     assert not (tmp_path / "prepared").exists()
+    assert str(caught.value).endswith("write tokenizer.json anew with save_pretrained")
+    assert (
+        "set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast" in str(caught.value)
+    ) is has_remedy
 
 
-def test_a_tokenizer_class_that_takes_tokenizer_json_as_it_is_goes_in(tmp_path):
-    base = byte_level_with_prefix(tmp_path / "base", "TokenizersBackend", "llama")
+@pytest.mark.parametrize("name", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_class_that_takes_tokenizer_json_as_it_is_goes_in(tmp_path, name):
+    base = byte_level_with_prefix(tmp_path / "base", name, "llama")
     prepared_with(base, CASES / "07-control-tokens-in-the-text" / "rows.jsonl")
 
 

@@ -125,12 +125,16 @@ def deep(levels: int) -> Any:
         ([{"role": "user", "content": [{"type": "a\nb"}]}], "messages[0]: `content` has a part of type 'a\\nb';"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0]: lacks field `text`; it has ['type'], add"),
         ([USER, {**ASSISTANT, "weight": 0.5}], "messages[1]: field `weight` is 0.5; expected 0 (not learned) or"),
-        ([USER, {**ASSISTANT, "weight": "0"}], "messages[1]: field `weight` is '0'; expected 0 (not learned) or 1"),
+        ([USER, {**ASSISTANT, "weight": "2"}], "messages[1]: field `weight` is '2'; expected 0 (not learned) or 1"),
         ([{"role": "assistant", "tool_calls": []}], "messages[0]: lacks field `content`; it has ['role', 'tool_"),
         ([{"role": "assistant", "tool_calls": "[]"}], "messages[0]: lacks field `content`; it has ['role', 'tool_"),
         ([{"role": "assistant", "tool_calls": "add"}], "messages[0]: tool call 0 is text without `name`; expected an"),
         (
-            [{"role": "assistant", "tool_calls": [{"function": {}}]}],
+            [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"x": 1}}}]}],
+            "messages[0]: tool call 0 is object without `name`",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": " ", "arguments": {"x": 1}}}]}],
             "messages[0]: tool call 0 is object without `name`",
         ),
     ],

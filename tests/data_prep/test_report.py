@@ -198,6 +198,20 @@ def test_empty_files_and_files_of_other_endings_are_noted(tmp_path, tokenizer):
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_texts_beside_records_in_a_folder_are_noted(tmp_path, tokenizer):
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"text": f"Some words {i}."} for i in range(12)])
+    write_jsonl(folder / "b.jsonl", [{"text": f"More words {i}."} for i in range(12)])
+    (folder / "changes.md").write_text("Not meant to be learned.")
+    source = {"type": "files", "task": "sums", "path": folder}
+    config = DataConfig(prepared_dir=tmp_path / "prepared", seq_len=128, held_out=2, sources=[source])
+    assert notes_of(prepare(config, tokenizer)) == [
+        "data.sources.0: files of several formats are read (2 json, 1 text); a pattern reads those of one"
+    ]
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_a_tokenizer_without_an_end_token_is_noted_where_plain_texts_are_learned(config_of):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None

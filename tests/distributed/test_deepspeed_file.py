@@ -161,6 +161,37 @@ def test_a_key_that_is_the_recipes_or_has_no_place_is_refused_by_name(read, more
     assert "\n" not in str(refusal.value)
 
 
+def test_all_refused_keys_of_a_section_are_named_at_once(read):
+    with pytest.raises(UserError) as refusal:
+        read(
+            optimizer={"type": "AdamW", "params": {"lr": "auto"}}, scheduler={"type": "WarmupLR"}, sparse_gradients=True
+        )
+    assert str(refusal.value).partition("own.json: ")[2] == (
+        "section optimizer is set by the recipe (train.optimizer); remove it from the file; section scheduler is set "
+        "by the recipe (train.lr_scheduler); remove it from the file; sparse_gradients was removed from DeepSpeed; "
+        "remove it from the file"
+    )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gradient_predivide_factor": 1.0},
+        {"sequence_parallel_size": 1},
+        {"prescale_gradients": False, "sparse_gradients": False},
+        {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None, "profile": False}},
+    ],
+)
+def test_refused_keys_that_change_nothing_are_left_out(read, more):
+    assert read(**more) == read()
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, "1"])
+def test_a_factor_that_changes_gradients_is_refused(read, factor):
+    with pytest.raises(UserError, match="gradient_predivide_factor changes how gradients are averaged"):
+        read(gradient_predivide_factor=factor)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -27,9 +27,10 @@ Share = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=1)]
 
 
 def _is_off(value: Any) -> bool:
-    """Whether a value says no more than its absence: null, "auto", false, {} or a section that is switched off."""
+    """Whether a value says no more than its absence: null, "auto", false, or a section that is switched off or says
+    nothing else."""
     if isinstance(value, dict):
-        return not value or ("enabled" in value and _is_off(value["enabled"]))
+        return ("enabled" in value and _is_off(value["enabled"])) or all(map(_is_off, value.values()))
     return value is None or value is False or value in ("auto", "false")
 
 
@@ -38,6 +39,7 @@ class _Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     refused: ClassVar[dict[str, str]] = {}  # keys that DeepSpeed knows or knew, and why they have no place here
+    neutral: ClassVar[dict[str, Any]] = {}  # values of refused keys that change nothing
     needed: ClassVar[set[str]] = set()  # keys that decide too much to be left to a default by "auto"
 
     @model_validator(mode="before")
@@ -45,9 +47,13 @@ class _Section(BaseModel):
     def _leave_out_what_is_not_given(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        for key, value in given.items():
-            if key in cls.refused and not _is_off(value):
-                raise ValueError(f"{'section ' if isinstance(value, dict) else ''}{key} {cls.refused[key]}")
+        problems = [
+            f"{'section ' if isinstance(value, dict) else ''}{key} {cls.refused[key]}"
+            for key, value in given.items()
+            if key in cls.refused and not _is_off(value) and value != cls.neutral.get(key)
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
         return {key: value for key, value in given.items() if not cls._is_not_given(key, value)}
 
     @classmethod
@@ -268,6 +274,7 @@ class Timers(_Section):
 class DeepSpeedFile(_Section):
     """The whole file."""
 
+    neutral = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
     refused = {
         "optimizer": "is set by the recipe (train.optimizer); remove it from the file",
         "scheduler": "is set by the recipe (train.lr_scheduler); remove it from the file",

@@ -244,6 +244,12 @@ def test_values_come_as_they_were_written(tmp_path, name, write):
 
 
 @each_format
+def test_large_narrow_floats_are_the_shortest_numbers_that_give_them(tmp_path, name, write):
+    write(tmp_path / name, pyarrow.table({"a": pyarrow.array([1e20, -2.5e18, 16777217.0, 3e38], pyarrow.float32())}))
+    assert [record["a"] for record in records(tmp_path / name)] == [1e20, -2.5e18, 16777216, 3e38]
+
+
+@each_format
 def test_a_damaged_value_spoils_its_row_only(tmp_path, name, write):
     texts = pyarrow.array(['{"a": 1}', "{", '{"a": 1, "a": 2}', "[" * 100_000], pyarrow.json_())
     repeated = pyarrow.array([[("k", 1), ("k", 2)], [], [], []], pyarrow.map_(pyarrow.string(), pyarrow.int64()))

@@ -45,6 +45,10 @@ def refusal(path, **keys) -> str:
         (["train_sft-0.parquet", "test_sft-0.parquet"], "train*.parquet"),
         (["json-train.arrow", "json-heldout.arrow"], "json-train*.arrow"),
         (["a.jsonl", "train.jsonl", "train2.jsonl", "test2.jsonl"], "train*.jsonl"),
+        (["mytrain.jsonl", "mytest.jsonl"], "mytrain*.jsonl"),
+        (["TrainSet.json.gz", "test_set.json.gz"], "Train*.json.gz"),
+        (["my-training/a.jsonl", "myval/b.jsonl"], "my-training"),
+        (["trainA.csv", "trainB.csv", "testA.csv"], "train*.csv"),
     ],
 )
 def test_names_of_several_splits_are_refused_with_both_remedies(folder, names, hint):
@@ -52,6 +56,13 @@ def test_names_of_several_splits_are_refused_with_both_remedies(folder, names, h
     message = refusal(path)
     assert message.startswith(f"data.sources.0.path: {path} holds files of several splits (")
     assert message.endswith(f"); set data.sources.0.split: train, or path: {path}/{hint}")
+
+
+def test_splits_within_words_are_read_alone_and_words_that_hold_one_by_chance_are_no_splits(folder):
+    path = folder("mytrain.jsonl", "mytest.jsonl", "notes.jsonl")
+    assert found(path, split="train") == (["mytrain.jsonl"], ["mytest.jsonl", "notes.jsonl"])
+    (path / "mytest.jsonl").rename(path / "contest.jsonl")
+    assert found(path) == (["contest.jsonl", "mytrain.jsonl", "notes.jsonl"], [])
 
 
 def test_a_pattern_is_like_a_folder(folder):

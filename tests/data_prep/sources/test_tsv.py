@@ -53,6 +53,12 @@ def test_line_ends_of_any_system_bom_and_blank_lines(table, end):
     assert places(documents) == [":4", ":6"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_a_lone_carriage_return_in_a_cell_is_text(table, end):
+    path = table(end.join(["instruction\toutput", "a\rb\tc\rd", "e\tf"]) + end)
+    assert texts(read(path)) == [["a\rb", "c\rd"], ["e", "f"]]
+
+
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
 def test_what_csv_writers_quote_reads_as_it_was_written(tmp_path, quoting):
     rows = [["What, is it?", "1"], ['a "quoted"\ttext', "two"], ['"Yes"', 'say "x"'], ["é", "4"]]
