@@ -1,5 +1,6 @@
 """Where a run starts: at its first step, from a checkpoint of its own or of another run, or nowhere, being finished."""
 
+import contextlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,6 +65,15 @@ class ResumePoint:
             return 0
         own = directory / FOLDER / storage.folder_name(self.step)
         return self.facts["metrics_bytes"] if own.exists() and own.samefile(self.checkpoint) else 0
+
+
+def contents(directory: Path) -> dict[Path, int]:
+    """{path: time} of files and folders in a run directory and its checkpoints/: equal ones if nobody trained since."""
+    found: dict[Path, int] = {}
+    for folder in (directory, directory / FOLDER):
+        with contextlib.suppress(OSError):
+            found |= {path: path.lstat().st_mtime_ns for path in folder.iterdir() if not path.name.startswith(".")}
+    return found
 
 
 def find_resume_point(recipe: Recipe) -> ResumePoint:
