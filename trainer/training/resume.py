@@ -183,6 +183,19 @@ def check_same_base_and_data(resume_point: ResumePoint, now: dict[str, Any]) -> 
             )
 
 
+def find_again_if_changed(
+    resume_point: ResumePoint, before: dict[Path, int], recipe: Recipe, identity: dict[str, Any]
+) -> ResumePoint:
+    """Call it on rank 0 with the run's lease: until then another launch may have trained.
+
+    before: contents of the run directory when the resume point was found. Raises UserError as the functions above do.
+    """
+    if contents(recipe.run.directory) != before:
+        resume_point = find_resume_point(recipe)
+        check_same_base_and_data(resume_point, identity)
+    return resume_point
+
+
 def restore(resume_point: ResumePoint, saver: AsyncSaver, trainer: Trainer) -> None:
     """Loads the checkpoint of a resume point that has one. Collective: every rank must call it.
 

@@ -38,7 +38,14 @@ from trainer.telemetry.progress import LoadProgress
 from trainer.telemetry.run_log import RunLog
 from trainer.telemetry.startup import StartupTimer, describe_run
 from trainer.training.randomness import use_deterministic_kernels
-from trainer.training.resume import ResumePoint, check_same_base_and_data, contents, find_resume_point, restore
+from trainer.training.resume import (
+    ResumePoint,
+    check_same_base_and_data,
+    contents,
+    find_again_if_changed,
+    find_resume_point,
+    restore,
+)
 from trainer.training.run_plan import RunPlan, plan_run, warnings_about
 from trainer.training.trainer import Trainer, TrainState
 
@@ -85,9 +92,7 @@ def _train(
             if first:
                 with run_dir.refuse_unwritable(recipe):
                     held.enter_context(lease.held())
-                if contents(directory) != before:  # another launch has trained meanwhile
-                    resume_point = find_resume_point(recipe)
-                    check_same_base_and_data(resume_point, identity)
+                resume_point = find_again_if_changed(resume_point, before, recipe, identity)
                 if not resume_point.finished:
                     _begin_run_dir(recipe, plan, device, resume_point)
         resume_point = broadcast_from_rank_0(resume_point)
