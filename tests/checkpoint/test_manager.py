@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from trainer.checkpoint import storage
 from trainer.checkpoint.manager import FACTS, CheckpointManager, find_best
 from trainer.recipe import CheckpointConfig
@@ -43,3 +45,17 @@ def test_a_damaged_best_is_told_and_not_taken(tmp_path):
     step, told = find_best(tmp_path)
     assert step is None
     assert f"step-000100 is the best, but {FACTS} has 2 bytes instead of" in told
+
+
+def test_a_save_is_begun_and_published_only_after_asking(tmp_path):
+    def before_write() -> None:
+        raise OSError("lost")
+
+    asking = CheckpointManager(None, tmp_path / "checkpoints", CheckpointConfig(), before_write)
+    with pytest.raises(OSError, match="lost"):
+        asking._start(1, "{}")
+    assert list(tmp_path.iterdir()) == []
+    writer = CheckpointManager(None, tmp_path / "checkpoints", CheckpointConfig())._start(1, "{}")
+    with pytest.raises(OSError, match="lost"):
+        asking._finish(1, None, writer)
+    assert storage.steps_in(tmp_path / "checkpoints") == []

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,20 @@ from trainer.cluster.launch_options import parse_launch_options
 from trainer.cluster.launch_outcome import Outcome, RankEnding, outcome
 from trainer.cluster.local_ranks import slots_here
 from trainer.cluster.ssh import launch_folder
-from trainer.cluster.supervisor import dividing_nodes, launch
+from trainer.cluster.supervisor import Launch, dividing_nodes, launch
 from trainer.distributed import network
 from trainer.recipe import Recipe
-from trainer.run.launch_protocol import ENDINGS, FAULT, MISTAKE, STOPPED, Ending, read_endings, write_ending
+from trainer.run.launch_protocol import (
+    ENDINGS,
+    FAULT,
+    LAUNCH_ID,
+    MISTAKE,
+    STOPPED,
+    Ending,
+    launch_of,
+    read_endings,
+    write_ending,
+)
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -275,3 +286,15 @@ def test_a_rank_leaves_its_ending_for_its_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     write_ending(Ending(FAULT, "the disk is full"))
     assert read_endings(tmp_path) == {3: Ending(FAULT, "the disk is full")}
+
+
+def test_starts_of_one_launch_share_its_name_and_differ_in_their_own():
+    recipe = Recipe.model_validate(yaml.safe_load(MINIMAL))
+    first = Launch(parse_launch_options(["my.yaml"]), recipe, ())
+    ids = [each._own_variables()[LAUNCH_ID] for each in (first, replace(first, again=True), replace(first, again=True))]
+    assert len(set(ids)) == 3
+    assert len({launch_of(each) for each in ids}) == 1
+    other = Launch(parse_launch_options(["my.yaml"]), recipe, ())
+    assert launch_of(other._own_variables()[LAUNCH_ID]) != launch_of(ids[0])
+    assert launch_of("4711.2.0") == launch_of("4711.0.1") == "4711", "a Slurm job, its restarts, its starts"
+    assert launch_of(None) is None and launch_of("") is None

@@ -54,3 +54,23 @@ def test_metrics_of_steps_that_are_trained_again_from_the_first_are_kept(tmp_pat
     assert steps(tmp_path / "metrics-earlier.jsonl") == [1]
     assert steps(tmp_path / "metrics-earlier-2.jsonl") == [1, 2]
     assert "metrics.jsonl of an earlier start (2 steps) is kept as metrics-earlier-2.jsonl" in capsys.readouterr().out
+
+
+def test_nothing_is_written_without_asking_first(tmp_path):
+    """Whoever is asked may end the process; here it raises."""
+    allowed = True
+
+    def before_write() -> None:
+        if not allowed:
+            raise InterruptedError("lost")
+
+    writer = MetricsWriter(tmp_path, tensorboard=False, before_write=before_write)
+    writer.write({"step": 1})
+    allowed = False
+    writer.write({"step": 2})
+    writer.position()
+    writer.close()
+    assert steps(tmp_path / METRICS) == [1]
+    with pytest.raises(InterruptedError):
+        MetricsWriter(tmp_path, tensorboard=False, before_write=before_write)
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS]

@@ -13,7 +13,13 @@ from trainer.checkpoint.manager import FACTS, FOLDER
 from trainer.recipe import Recipe
 from trainer.run import run_dir
 from trainer.run.launch_protocol import AGAIN
-from trainer.training.resume import MAY_CHANGE, accept_recipe_changes, find_resume_point
+from trainer.training.resume import (
+    MAY_CHANGE,
+    accept_recipe_changes,
+    contents,
+    find_again_if_changed,
+    find_resume_point,
+)
 
 BASE = "base"
 
@@ -207,3 +213,19 @@ def test_differences_are_found_at_any_depth():
 def test_a_recipe_reads_back_equal_from_a_checkpoint():
     recipe = scene.recipe(BASE)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_resume_point_is_found_again_only_if_another_launch_has_trained_since(run):
+    recipe = scene.recipe(BASE, run__output_dir=str(run.parent))
+    before = contents(run)
+    found = find_resume_point(recipe)
+    (run / ".lease").mkdir()
+    (run / ".lease" / "mine").touch()
+    identity = {"base_fingerprint": "f", "prepared_key": "k"}
+    assert find_again_if_changed(found, before, recipe, identity) is found
+    writer = storage.CheckpointWriter(run / FOLDER, 6)
+    writer.add(FACTS, json.dumps({"step": 6, "metrics_bytes": 60, **identity}).encode())
+    writer.publish()
+    assert find_again_if_changed(found, before, recipe, identity).step == 6
+    with pytest.raises(UserError, match=r"^base\.model holds something else than when .*step-000006 was saved"):
+        find_again_if_changed(found, before, recipe, {**identity, "base_fingerprint": "g"})

@@ -1,6 +1,7 @@
 """The checkpoints of one run: what each holds beside tensors, which ones are kept, and which is the best."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,15 @@ FACTS = "run.json"
 
 @dataclass(frozen=True)
 class CheckpointManager:
-    """Saves the state that `saver` holds into `folder`, and facts of the run as JSON beside it. On every rank."""
+    """Saves the state that `saver` holds into `folder`, and facts of the run as JSON beside it. On every rank.
+
+    before_write: is called on rank 0, before each save is begun and before it is published.
+    """
 
     saver: AsyncSaver
     folder: Path
     config: CheckpointConfig
+    before_write: Callable[[], None] = lambda: None
 
     def save(self, step: int, facts: dict[str, Any], best: int | None) -> None:
         """Returns once the state is copied. best: the step with the lowest held-out loss.
@@ -34,11 +39,13 @@ class CheckpointManager:
         )
 
     def _start(self, step: int, facts: str) -> storage.CheckpointWriter:
+        self.before_write()
         writer = storage.CheckpointWriter(self.folder, step)
         writer.add(FACTS, facts.encode())
         return writer
 
     def _finish(self, step: int, best: int | None, writer: storage.CheckpointWriter) -> None:
+        self.before_write()
         writer.publish()
         kept = []
         if self.config.keep_best:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 from data_prep.user_error import UserError
@@ -61,6 +61,7 @@ class Launch:
     recipe: Recipe
     nodes: tuple[Node, ...]  # empty: this machine
     again: bool = False  # after a fault
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
     def silence(self) -> float:
@@ -90,7 +91,7 @@ class Launch:
         return LocalRanks(command, {**os.environ, **self._own_variables()}, self.grace)
 
     def _own_variables(self) -> dict[str, str]:
-        return {LAUNCH_ID: secrets.token_hex(8), **({AGAIN: "1"} if self.again else {})}
+        return {LAUNCH_ID: f"{self.id}.{secrets.token_hex(4)}", **({AGAIN: "1"} if self.again else {})}
 
     def _on_nodes(self) -> RemoteRanks:
         reached = ConnectedNodes(self.nodes, self.silence, self.grace)

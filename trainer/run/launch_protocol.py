@@ -12,7 +12,12 @@ INTERRUPTED = 130  # exit status after Ctrl-C with nothing to save: 128 + SIGINT
 
 ENDINGS = "TEAMLORA_ENDINGS"  # variable: folder for each rank's `Ending`, which DeepSpeed's launcher does not report
 AGAIN = "TEAMLORA_AGAIN"  # variable: this launch has started ranks before, so the run it finds is its own
-LAUNCH_ID = "TEAMLORA_LAUNCH_ID"  # variable: an id shared by all ranks of one launch and by no other launch
+LAUNCH_ID = "TEAMLORA_LAUNCH_ID"  # variable: LAUNCH.START, shared by all ranks of one start and by no other start
+
+
+def launch_of(start: str | None) -> str | None:
+    """The part of a LAUNCH_ID that all starts of a launch share: those after a fault, or from the queue again."""
+    return start.partition(".")[0] if start else None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The run directory: its files, how it is created, and how a finished run is opened."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,23 +54,30 @@ def name_another(recipe: Recipe) -> str:
     return f"give another run.name, such as run.name={recipe.run.name}-2"
 
 
+@contextlib.contextmanager
+def refuse_unwritable(recipe: Recipe) -> Iterator[None]:
+    """Turns an OSError about the run directory into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run.output_dir={recipe.run.output_dir}: cannot write {recipe.run.directory} ({error.strerror}); give a "
+            "folder that can be written"
+        ) from error
+
+
 def create(recipe: Recipe, environment: dict[str, Any]) -> None:
     """Writes the resolved recipe.yaml, and environment.json with one entry per start. Call it on rank 0 only.
 
     Raises UserError if the directory cannot be written, or no adapter could be published there in the end.
     """
     directory = recipe.run.directory
-    try:
+    with refuse_unwritable(recipe):
         directory.mkdir(parents=True, exist_ok=True)
         check_publishable(directory / ADAPTER)
         starts = [*_earlier_starts(directory / ENVIRONMENT), {**_environment(), **environment}]
         write_atomically(directory / RECIPE, dump_recipe(recipe))  # first: `find` recognizes a run by it
         write_atomically(directory / ENVIRONMENT, json.dumps(starts, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"run.output_dir={recipe.run.output_dir}: cannot write {directory} ({error.strerror}); give a folder that "
-            "can be written"
-        ) from error
 
 
 def is_finished(directory: Path) -> bool:

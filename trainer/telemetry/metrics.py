@@ -4,7 +4,7 @@ import contextlib
 import json
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,19 @@ class MetricsWriter:
 
     step: steps that are done, where the run resumes. keep: bytes of metrics.jsonl that belong to them; what lies beyond
     is cut off, and purged from TensorBoard. Where nothing of it belongs to them, the file is renamed, not emptied.
+    before_write: is called before each write.
     """
 
-    def __init__(self, directory: Path, tensorboard: bool, step: int = 0, keep: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        tensorboard: bool,
+        step: int = 0,
+        keep: int = 0,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._before_write = before_write
+        before_write()
         path = directory / METRICS
         if not keep:
             _set_aside(path)
@@ -125,6 +135,7 @@ class MetricsWriter:
     @contextlib.contextmanager
     def _warn_on_failure(self, what: str) -> Iterator[None]:
         try:
+            self._before_write()
             yield
         except OSError as error:
             print(

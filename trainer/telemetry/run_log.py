@@ -1,6 +1,6 @@
 """What a run shows and writes while it trains: progress, metrics.jsonl, TensorBoard, pictures of the routers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +15,7 @@ class RunLog:
     """The log of one run on rank 0; on other ranks (`enabled=False`) every method does nothing.
 
     done: steps of earlier starts of the run, after which it resumes. metrics_bytes: of metrics.jsonl that belong to
-    them; what lies beyond is cut off.
+    them; what lies beyond is cut off. before_write: is called before each write into the directory.
     """
 
     def __init__(
@@ -27,10 +27,11 @@ class RunLog:
         enabled: bool,
         done: int = 0,
         metrics_bytes: int = 0,
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
         self._tasks = tasks
         self._progress = StepProgress(total_steps, enabled=enabled, done=done)
-        self._writer = MetricsWriter(directory, tensorboard, done, metrics_bytes) if enabled else None
+        self._writer = MetricsWriter(directory, tensorboard, done, metrics_bytes, before_write) if enabled else None
         self._images = RouterImages(tasks) if enabled and tensorboard else None
         self._last_step = done
 

@@ -1,5 +1,6 @@
 """Where a run starts: at its first step, from a checkpoint of its own or of another run, or nowhere, being finished."""
 
+import contextlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,6 +65,15 @@ class ResumePoint:
             return 0
         own = directory / FOLDER / storage.folder_name(self.step)
         return self.facts["metrics_bytes"] if own.exists() and own.samefile(self.checkpoint) else 0
+
+
+def contents(directory: Path) -> dict[Path, int]:
+    """{path: time} of files and folders in a run directory and its checkpoints/: equal ones if nobody trained since."""
+    found: dict[Path, int] = {}
+    for folder in (directory, directory / FOLDER):
+        with contextlib.suppress(OSError):
+            found |= {path: path.lstat().st_mtime_ns for path in folder.iterdir() if not path.name.startswith(".")}
+    return found
 
 
 def find_resume_point(recipe: Recipe) -> ResumePoint:
@@ -182,6 +192,19 @@ def check_same_base_and_data(resume_point: ResumePoint, now: dict[str, Any]) -> 
                 f"{what} holds something else than when {resume_point.checkpoint} was saved; restore it, or start a "
                 "new run with train.resume=never and another run.name"
             )
+
+
+def find_again_if_changed(
+    resume_point: ResumePoint, before: dict[Path, int], recipe: Recipe, identity: dict[str, Any]
+) -> ResumePoint:
+    """Call it on rank 0 with the run's lease: until then another launch may have trained.
+
+    before: contents of the run directory when the resume point was found. Raises UserError as the functions above do.
+    """
+    if contents(recipe.run.directory) != before:
+        resume_point = find_resume_point(recipe)
+        check_same_base_and_data(resume_point, identity)
+    return resume_point
 
 
 def restore(resume_point: ResumePoint, saver: AsyncSaver, trainer: Trainer) -> None:

@@ -1,6 +1,8 @@
 """`teamlora train`: one run from its recipe to its adapter, on the ranks that a launcher started."""
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,12 +32,20 @@ from trainer.distributed.rank_check import (
 from trainer.errors import TrainingFault
 from trainer.recipe import Recipe
 from trainer.run import run_dir
+from trainer.run.lease import RunLease
 from trainer.run.stop_signal import StopSignal
 from trainer.telemetry.progress import LoadProgress
 from trainer.telemetry.run_log import RunLog
 from trainer.telemetry.startup import StartupTimer, describe_run
 from trainer.training.randomness import use_deterministic_kernels
-from trainer.training.resume import ResumePoint, check_same_base_and_data, find_resume_point, restore
+from trainer.training.resume import (
+    ResumePoint,
+    check_same_base_and_data,
+    contents,
+    find_again_if_changed,
+    find_resume_point,
+    restore,
+)
 from trainer.training.run_plan import RunPlan, plan_run, warnings_about
 from trainer.training.trainer import Trainer, TrainState
 
@@ -66,21 +76,49 @@ def _train(
     first = dist.get_rank() == 0
     directory = recipe.run.directory
     with raise_on_all_ranks():
+        before = contents(directory) if first else {}
         found = find_resume_point(recipe) if first else None
     resume_point: ResumePoint = broadcast_from_rank_0(found)
     if resume_point.finished:
-        if first:
-            print(f"{directory} is finished: nothing to do; see {directory / run_dir.ADAPTER}")
-        return
+        return _report_finished(directory)
     with raise_on_all_ranks():
         plan = plan_run(recipe, [rank.local_rank for rank in ranks])
     identity = plan.identity(recipe)
     with raise_on_all_ranks():
         check_same_base_and_data(resume_point, identity)
-        if first:
-            _begin_run_dir(recipe, plan, device, resume_point)
-    timer.lap("checks")
+    lease = RunLease(directory, recipe.run.start_timeout if len(ranks) > 1 else math.inf)
+    with contextlib.ExitStack() as held:
+        with raise_on_all_ranks():
+            if first:
+                with run_dir.refuse_unwritable(recipe):
+                    held.enter_context(lease.held())
+                resume_point = find_again_if_changed(resume_point, before, recipe, identity)
+                if not resume_point.finished:
+                    _begin_run_dir(recipe, plan, device, resume_point)
+        resume_point = broadcast_from_rank_0(resume_point)
+        if resume_point.finished:
+            return _report_finished(directory)
+        timer.lap("checks")
+        _load_and_fit(recipe, plan, resume_point, lease.check, stop, device, timer)
 
+
+def _report_finished(directory: Path) -> None:
+    if dist.get_rank() == 0:
+        print(f"{directory} is finished: nothing to do; see {directory / run_dir.ADAPTER}")
+
+
+def _load_and_fit(
+    recipe: Recipe,
+    plan: RunPlan,
+    resume_point: ResumePoint,
+    before_write: Callable[[], None],
+    stop: StopSignal,
+    device: torch.device,
+    timer: StartupTimer,
+) -> None:
+    """From the base to the published adapter. before_write: is called on rank 0 before each write into the folder."""
+    first = dist.get_rank() == 0
+    directory = recipe.run.directory
     parallel = _load(recipe, plan, device, timer)
     state = TrainState.from_facts(resume_point.facts, recipe.train.eval_rows)
     trainer = Trainer(recipe, parallel, plan.prepared, plan.batches, device, plan.total_steps, state)
@@ -88,7 +126,7 @@ def _train(
         mean_row = plan.prepared.manifest["splits"]["train"]["tokens"] / len(plan.prepared.train)
         print(describe_run(parallel, plan.batches, plan.total_steps, directory, mean_row), flush=True)
     saver = AsyncSaver(TrainedState(parallel.engine, parallel.model), timedelta(seconds=recipe.run.collective_timeout))
-    checkpoints = CheckpointManager(saver, directory / FOLDER, recipe.checkpoint)
+    checkpoints = CheckpointManager(saver, directory / FOLDER, recipe.checkpoint, before_write)
     if resume_point.checkpoint is not None:
         restore(resume_point, saver, trainer)
         timer.lap("checkpoint")
@@ -102,13 +140,14 @@ def _train(
         enabled=first,
         done=resume_point.step,
         metrics_bytes=resume_point.metrics_bytes(directory),
+        before_write=before_write,
     )
     with log:
-        trainer.fit(checkpoints, log, stop, identity, after_first_step=partial(_report_startup, timer))
+        trainer.fit(checkpoints, log, stop, plan.identity(recipe), after_first_step=partial(_report_startup, timer))
     with translate_peer_errors("after the last step"):
         if recipe.checkpoint.load_best_at_end:
             _restore_best(checkpoints)
-        _publish_adapter(recipe, plan, parallel)
+        _publish_adapter(recipe, plan, parallel, before_write)
         dist.barrier()  # no rank leaves, and so ends the launch, before the adapter is there
 
 
@@ -167,13 +206,14 @@ def _restore_best(checkpoints: CheckpointManager) -> None:
         checkpoints.saver.restore(checkpoints.folder / folder_name(step), step)
 
 
-def _publish_adapter(recipe: Recipe, plan: RunPlan, parallel: ParallelModel) -> None:
+def _publish_adapter(recipe: Recipe, plan: RunPlan, parallel: ParallelModel, before_write: Callable[[], None]) -> None:
     """Writes the run's adapter/ from rank 0. Collective."""
     parameters = gather_trainable(parallel.model)
     folder = recipe.run.directory / run_dir.ADAPTER
     record_base = partial(write_base_file, model=recipe.base.model, found=plan.opened.fingerprint)
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
+            before_write()
             _write(parallel, parameters, folder, record_base)
 
 
