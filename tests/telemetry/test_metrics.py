@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from tests.support.full_disk import files_up_to
-from trainer.telemetry.metrics import METRICS, MetricsWriter
+from trainer.telemetry.metrics import METRICS, MetricsWriter, peak_memory
 
 
 def steps(path) -> list[int]:
@@ -54,3 +55,13 @@ def test_metrics_of_steps_that_are_trained_again_from_the_first_are_kept(tmp_pat
     assert steps(tmp_path / "metrics-earlier.jsonl") == [1]
     assert steps(tmp_path / "metrics-earlier-2.jsonl") == [1, 2]
     assert "metrics.jsonl of an earlier start (2 steps) is kept as metrics-earlier-2.jsonl" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_memory_that_is_reserved_is_logged_beside_what_is_allocated(monkeypatch):
+    """Fragmentation shows in their distance."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 9)
+    assert peak_memory() == {"peak_memory_bytes": 7, "peak_reserved_bytes": 9}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peak_memory().keys() == {"peak_memory_bytes"}
