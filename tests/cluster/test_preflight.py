@@ -16,13 +16,13 @@ from tests.support.minimal_recipe import MINIMAL
 from trainer.cli import main
 from trainer.cluster import preflight
 from trainer.cluster.hostfile import Node
-from trainer.cluster.local_ranks import visible_gpus
 from trainer.cluster.preflight import Report
 from trainer.cluster.preflight_checks import run_checks
 from trainer.cluster.preflight_facts import ALL, GIB, ClusterFacts, Finding, Need
 from trainer.cluster.probe import Facts, Gpu, Request, collect_facts, connect, parse_gpus
 from trainer.cluster.probe_client import Answer, ClockOffset, Failure, probe_all, probe_this_machine
 from trainer.recipe import Recipe
+from trainer.run.gpu import visible_gpus
 from trainer.run.resources import PACKAGE_ROOT
 
 RECIPE = Recipe.model_validate(yaml.safe_load(MINIMAL))
