@@ -21,7 +21,7 @@ import psutil
 from data_prep.user_error import UserError
 from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
 from trainer.run.crash import crash_ending, crash_stacks
-from trainer.run.gpu import check_gpus_usable, visible_gpus
+from trainer.run.gpu import gpus_are_usable, visible_gpus
 from trainer.run.launch_protocol import ENDINGS, FAULT, Ending, read_endings
 
 HUNG = "did not end in time, and was killed"
@@ -53,8 +53,7 @@ def slots_here(count: int | None) -> list[int | str]:
     if ids is None:
         import torch  # takes seconds
 
-        check_gpus_usable()
-        ids = list(range(torch.cuda.device_count()))
+        ids = list(range(torch.cuda.device_count())) if gpus_are_usable() else []
     if not ids:
         return [-1] * (count or 1)
     if count is not None and count > len(ids):

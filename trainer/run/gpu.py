@@ -42,28 +42,31 @@ def configure_allocator() -> None:
 
 
 def compute_device() -> "torch.device":
-    """The GPU that is current, else the CPU. Raises UserError as `check_gpus_usable` does."""
+    """The GPU that is current, else the CPU. Raises UserError as `gpus_are_usable` does."""
     import torch
 
-    check_gpus_usable()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if gpus_are_usable() else "cpu")
 
 
-def check_gpus_usable() -> None:
-    """Raises UserError where a GPU is visible and torch cannot use it: a run would go to the CPU without a word.
+def gpus_are_usable() -> bool:
+    """Whether torch can use a GPU; False where none is visible.
+
+    Raises UserError where one is visible and torch cannot use it: a run would go to the CPU without a word.
 
     torch says "not available" where the driver is older than its CUDA build needs (torch.cuda.is_available never
     raises), while NVML still counts the GPUs (torch.cuda.device_count). A CPU build counts none.
     """
     import torch
 
-    if torch.cuda.is_available() or visible_gpus() in ([], ["NoDevFiles"]):  # the latter is Slurm's word for no GPU
-        return
-    if torch.cuda.device_count() or gpu_files():
+    if torch.cuda.is_available():
+        return True
+    hidden = visible_gpus() in ([], ["NoDevFiles"])  # the latter is Slurm's word for no GPU
+    if not hidden and (torch.cuda.device_count() or gpu_files()):
         raise UserError(
             f"torch {torch.__version__} cannot use this machine's GPU ({_reason()}); update the driver or install "
             "another build of torch, see docs/gpu.md; to run on the CPU, set CUDA_VISIBLE_DEVICES to nothing"
         )
+    return False
 
 
 def take_gpu(local_rank: int) -> "torch.device":

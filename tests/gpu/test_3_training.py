@@ -1,0 +1,38 @@
+"""Twenty steps of an 8B configuration cut to eight layers, on one GPU: losses, memory against the estimate, speed."""
+
+import statistics
+
+import pytest
+
+OPTIMIZERS = ["adamw", "adamw_8bit"]  # no paged one: managed memory can hang a card
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def trained(request, eight_layers):
+    """(optimizer, records of its run, estimate of it)"""
+    override = f"train.optimizer={request.param}"
+    return request.param, eight_layers.train(request.param, override), eight_layers.estimate(override)
+
+
+def test_losses_fall(trained, figures):
+    optimizer, records, _ = trained
+    losses = [record["loss"] for record in records]
+    figures[f"{optimizer}: loss of the first and the last step"] = f"{losses[0]:.4f}, {losses[-1]:.4f}"
+    assert losses[-1] < losses[0]
+
+
+def test_the_peak_of_memory_is_within_12_percent_of_the_estimate(trained, figures):
+    """Without the estimate's allowance for libraries, which torch's allocator does not see."""
+    optimizer, records, estimate = trained
+    expected = estimate["peak"]["device"] - estimate["resident"]["libraries"]["device"]
+    found = records[-1]["peak_memory_bytes"]
+    figures[f"{optimizer}: peak over estimate"] = round(found / expected, 4)
+    figures[f"{optimizer}: reserved over peak"] = round(records[-1]["peak_reserved_bytes"] / found, 4)
+    assert found == pytest.approx(expected, rel=0.12)
+
+
+def test_speed_is_reported(trained, figures):
+    optimizer, records, _ = trained
+    speed = statistics.median(record["tokens_per_second"] for record in records[5:])
+    figures[f"{optimizer}: tokens per second"] = round(speed)
+    assert speed > 0
