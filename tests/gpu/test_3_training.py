@@ -1,8 +1,12 @@
 """Twenty steps of an 8B configuration cut to eight layers, on one GPU: losses, memory against the estimate, speed."""
 
+import json
 import statistics
 
 import pytest
+
+from tests.support import scene
+from tests.support.ranks import run_ranks
 
 OPTIMIZERS = ["adamw", "adamw_8bit"]  # no paged one: managed memory can hang a card
 
@@ -36,3 +40,12 @@ def test_speed_is_reported(trained, figures):
     speed = statistics.median(record["tokens_per_second"] for record in records[5:])
     figures[f"{optimizer}: tokens per second"] = round(speed)
     assert speed > 0
+
+
+def test_where_a_step_waits_for_the_gpu_is_reported(tmp_path, figures):
+    """Of four micro-batches on a tiny model, the routers not measured. A figure: no limit is known yet."""
+    base = scene.make_base(tmp_path / "base")
+    run_ranks(1, ["-m", "tests.gpu.synchronisations", str(base), str(tmp_path / "places.json")], limit=300)
+    places = json.loads((tmp_path / "places.json").read_text())
+    figures["synchronisations of a step"] = len(places)
+    figures["their places"] = ", ".join(sorted(set(places)))

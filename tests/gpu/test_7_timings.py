@@ -10,6 +10,7 @@ from torch import nn
 
 from trainer.adapters import TeamLoraConfig
 from trainer.adapters.layer import Experts
+from trainer.base.nf4 import NF4Linear
 
 D_IN, D_OUT, RANK = 4096, 14336, 64
 
@@ -66,6 +67,17 @@ def test_the_adapter_over_a_plain_lora_of_the_same_rank(figures):
 def test_rows_of_a_length_that_is_no_multiple_of_eight(figures):
     ours = TeamLora().cuda().bfloat16()
     figures["4061 tokens over 4064"] = round(forward_and_backward(ours, 4061) / forward_and_backward(ours, 4064), 3)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 512])
+@torch.inference_mode()
+def test_a_frozen_linear_for_so_many_rows(figures, rows):
+    """As decoding calls it, over the product with the weight once dequantised."""
+    linear = nn.Linear(D_IN, D_OUT, bias=False, device="cuda", dtype=torch.bfloat16)
+    layer = NF4Linear.from_linear(linear, torch.bfloat16)
+    x, weight = torch.randn(rows, D_IN, device="cuda", dtype=torch.bfloat16), layer.dequantized(torch.bfloat16)
+    ratio = milliseconds(lambda: layer(x)) / milliseconds(lambda: nn.functional.linear(x, weight))
+    figures[f"NF4 linear over bf16, {rows} rows"] = round(ratio, 2)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
