@@ -9,7 +9,7 @@ import torch.distributed as dist
 from data_prep.user_error import UserError
 from trainer.distributed import expert_parallel
 from trainer.distributed.process_group import process_group, translate_peer_errors
-from trainer.errors import LostRank, TrainingFault
+from trainer.errors import LostRank, OwnFault, TrainingFault
 from trainer.recipe import ExpertsConfig
 
 SYSTEM = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run with \
@@ -38,7 +38,7 @@ def test_gloo_is_always_left():
 
 @pytest.mark.parametrize(
     ("cause", "kind"),
-    [(NO_ROOM, TrainingFault), ("socketProgress: Connection closed by remote peer node-b<40112>", LostRank)],
+    [(NO_ROOM, OwnFault), ("socketProgress: Connection closed by remote peer node-b<40112>", LostRank)],
 )
 def test_the_cause_that_nccl_tells_last_is_told_and_no_other_rank_is_blamed_for_ones_own(monkeypatch, cause, kind):
     monkeypatch.setenv("RANK", "1")
@@ -70,7 +70,7 @@ def test_a_fault_of_nccls_own_at_the_start_is_told_with_its_cause(monkeypatch, t
     monkeypatch.setattr("trainer.distributed.process_group._start_process_group", fail)
     with pytest.raises(TrainingFault) as caught, process_group():
         pass
-    assert type(caught.value) is TrainingFault
+    assert type(caught.value) is OwnFault
     assert f": NCCL does not start: {told}; see docs/gpu.md" in str(caught.value)
     assert str(caught.value).startswith("rank 0 of 1 on ")
 

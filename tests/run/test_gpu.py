@@ -9,6 +9,7 @@ import torch
 from data_prep.user_error import UserError
 from trainer.cli import main
 from trainer.cluster.local_ranks import slots_here
+from trainer.errors import OwnFault
 from trainer.run import gpu
 
 # As torch 2.13 raises them.
@@ -91,6 +92,17 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_how_many_there_are(play, monkey
         "LOCAL_RANK=2: this rank sees 2 GPUs (CUDA_VISIBLE_DEVICES: 0,1); start at most one rank per GPU (num_gpus=2, "
         "slots=2 in a hostfile, or your launcher's number of processes per node)"
     )
+
+
+@pytest.mark.parametrize("error", [gpu.RankWithoutGpu("too many ranks"), OwnFault("no room in /dev/shm")])
+def test_an_error_that_only_this_rank_has_met_is_printed_by_it(error, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("trainer.cli._recipe", fail)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", "my.yaml"]) == (2 if isinstance(error, UserError) else 1)
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(FULL), RuntimeError("CUDA error: out of memory")])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from data_prep.user_error import UserError
 from trainer.distributed.deepspeed_internals import disable_cpu_op_build
 from trainer.distributed.network import interface_to
-from trainer.errors import LostRank, Stopped, TrainingFault
+from trainer.errors import LostRank, OwnFault, Stopped, TrainingFault
 from trainer.run.gpu import compute_device, take_gpu
 
 # What a launcher would set; without one the run is a group of one rank on any free port.
@@ -41,8 +41,8 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
     """Joins the ranks that the launcher started, or makes a group of one, and yields this rank's device.
 
     timeout: how long ranks wait for one another, to meet and in each collective; None: torch's half hour. Raises
-    LostRank where they do not meet, TrainingFault where the port to meet at is taken or this rank's own NCCL fails,
-    UserError where this rank has no GPU of its own on a machine that has some.
+    LostRank where they do not meet, TrainingFault where the port to meet at is taken, OwnFault where this rank's NCCL
+    fails, UserError where this rank has no GPU of its own on a machine that has some.
 
     The group is destroyed also after an error that every rank raises: with gloo's threads alive the process would
     abort. Destroying an NCCL group waits for all ranks, so after an error of this rank alone it is skipped: the others
@@ -82,7 +82,7 @@ def _translate_meeting_errors(timeout: timedelta | None) -> Iterator[None]:
             raise
         # With several ranks DeepSpeed binds a device, so NCCL connects here and not at the first collective.
         if _is_own_fault(text):
-            raise TrainingFault(f"{rank}: NCCL does not start: {text[:300]}; see docs/gpu.md") from error
+            raise OwnFault(f"{rank}: NCCL does not start: {text[:300]}; see docs/gpu.md") from error
         limit = f" within run.start_timeout={timeout.total_seconds():g} s" if timeout is not None else ""
         raise LostRank(
             f"{rank}: the ranks did not meet at {place}{limit} ({text[:200]}); a node did not start, or cannot reach "
@@ -125,7 +125,7 @@ def translate_peer_errors(doing: str) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST_CONNECTION):
             raise
         if _is_own_fault(text):
-            raise TrainingFault(f"{doing}, rank {os.environ['RANK']}: {text[:300]}") from error
+            raise OwnFault(f"{doing}, rank {os.environ['RANK']}: {text[:300]}") from error
         raise LostRank(
             f"{doing}, rank {os.environ['RANK']}: another rank has ended or does not answer in {_operation(error)} "
             f"({text[:200]}); look for that rank's own message; if it has none, it was killed (out of memory?)"

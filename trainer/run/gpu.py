@@ -21,12 +21,19 @@ ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 ALLOCATOR_DEFAULT = "expandable_segments:True,pinned_max_round_threshold_mb:1"
 
 
+class RankWithoutGpu(UserError):
+    """More ranks were started on a machine than it has GPUs; those that have one do not notice."""
+
+
 def visible_gpus() -> list[int | str] | None:
-    """Ids in CUDA_VISIBLE_DEVICES up to the first -1 or empty one, as CUDA reads it; None if it is not set."""
+    """Ids in CUDA_VISIBLE_DEVICES up to the first -1 or empty one, as CUDA reads it; None if it is not set.
+
+    Slurm sets it to NoDevFiles for a job without GPUs.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return None
-    names = itertools.takewhile(lambda name: name not in ("-1", ""), map(str.strip, visible.split(",")))
+    names = itertools.takewhile(lambda name: name not in ("-1", "", "NoDevFiles"), map(str.strip, visible.split(",")))
     return [int(name) if name.isdecimal() else name for name in names]
 
 
@@ -60,8 +67,7 @@ def gpus_are_usable() -> bool:
 
     if torch.cuda.is_available():
         return True
-    hidden = visible_gpus() in ([], ["NoDevFiles"])  # the latter is Slurm's word for no GPU
-    if not hidden and (torch.cuda.device_count() or gpu_files()):
+    if visible_gpus() != [] and (torch.cuda.device_count() or gpu_files()):
         raise UserError(
             f"torch {torch.__version__} cannot use this machine's GPU ({_reason()}); update the driver or install "
             "another build of torch, see docs/gpu.md; to run on the CPU, set CUDA_VISIBLE_DEVICES to nothing"
@@ -70,13 +76,13 @@ def gpus_are_usable() -> bool:
 
 
 def take_gpu(local_rank: int) -> "torch.device":
-    """Makes GPU `local_rank` of this machine the current one. Raises UserError where there are fewer."""
+    """Makes GPU `local_rank` of this machine the current one. Raises RankWithoutGpu where there are fewer."""
     import torch
 
     count = torch.cuda.device_count()
     if local_rank >= count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        raise UserError(
+        raise RankWithoutGpu(
             f"LOCAL_RANK={local_rank}: this rank sees {count} GPU{'s' if count != 1 else ''} "
             f"(CUDA_VISIBLE_DEVICES: {visible}); start at most one rank per GPU (num_gpus={count}, slots={count} in a "
             "hostfile, or your launcher's number of processes per node)"
