@@ -129,3 +129,40 @@ def test_a_wheel_trains_and_launches_without_the_clone(installed, workplace):
         (start,) = json.loads((workplace.folder / "runs" / name / "environment.json").read_text())
         assert start["world_size"] == ranks
         assert start["commit"] is None and start["teamlora"] is not None
+
+
+RECORDING_PYTHON = """#!/usr/bin/env bash
+echo "$@" >> "$(dirname "$0")/../../calls"
+"""
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A clone whose .venv holds a Python that only records how it is called."""
+    (tmp_path / "launch").mkdir()
+    for name in ("launch/install.sh", "setup.cfg", "constraints.txt", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(RECORDING_PYTHON)
+    python.chmod(0o755)
+    return tmp_path
+
+
+def install(clone: Path, **variables: str) -> list[str]:
+    """The calls of pip in one run of launch/install.sh."""
+    (clone / "calls").write_text("")
+    environment = {"PATH": os.environ["PATH"], **variables}
+    subprocess.run(["bash", "launch/install.sh", "test"], cwd=clone, env=environment, check=True, capture_output=True)
+    return [line.removeprefix("-m pip ") for line in (clone / "calls").read_text().splitlines()]
+
+
+def test_another_build_of_torch_is_taken_from_its_index_in_the_place_of_the_one_that_is_there(clone):
+    plain = "install -c constraints.txt -e .[test] --quiet --quiet --disable-pip-version-check"
+    index = "URL"
+    assert install(clone) == [plain]
+    assert install(clone) == []
+    removal, installation = install(clone, TORCH_INDEX=index)
+    assert removal.startswith("uninstall --yes torch ")
+    assert installation == plain.replace(".[test]", f".[test] --extra-index-url {index}")
+    assert install(clone, TORCH_INDEX=index) == []

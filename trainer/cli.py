@@ -14,7 +14,9 @@ from trainer.console import options as options_of
 from trainer.console.library_logs import silence_libraries
 from trainer.console.streams import survive_closed_streams
 from trainer.console.utf8_mode import restart_in_utf8_mode
-from trainer.errors import LostRank, Stopped, TrainingFault
+from trainer.errors import LostRank, OwnFault, Stopped, TrainingFault
+from trainer.run.crash import record_crashes
+from trainer.run.gpu import RankWithoutGpu, configure_allocator, out_of_memory
 from trainer.run.launch_protocol import FAULT, INTERRUPTED, MISTAKE, STOPPED, Ending, write_ending
 from trainer.run.stop_signal import StopSignal
 from trainer.run.user_home import ensure_home
@@ -57,12 +59,14 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status. A user's mistake is one line, on the first rank of each machine.
+    """Runs one command and returns its exit status. A user's mistake is one line, on the first rank of each machine,
+    unless only another rank can tell.
 
     arguments: None for those of this process, which is then the command's own.
     """
     if arguments is None:
         restart_in_utf8_mode()
+    record_crashes()
     with survive_closed_streams():
         try:
             ending = _run(_parse(arguments))
@@ -77,13 +81,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> Ending:
     ensure_home()
     silence_libraries()
+    configure_allocator()
     try:
         status = options.run(options)
     except (UserError, TrainingFault) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        alone = isinstance(error, (OwnFault, RankWithoutGpu))  # else every rank has met it
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = MISTAKE if isinstance(error, UserError) else FAULT
         return Ending(status, str(error), followed=isinstance(error, LostRank))
+    except RuntimeError as error:
+        found = out_of_memory(error)
+        if found is None:
+            raise
+        line = f"rank {os.environ['RANK']}: {found}" if "RANK" in os.environ else found
+        print(f"error: {line}", file=sys.stderr, flush=True)  # on each rank: others need not have met it
+        return Ending(FAULT, line)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)

@@ -139,6 +139,15 @@ def test_report_by_task_is_the_mean_over_the_tasks_tokens_however_the_batch_is_c
         assert torch.allclose(report.entropy_by_task[:, task], entropy, atol=1e-6)
 
 
+def test_a_report_comes_to_the_host_in_one_copy():
+    """On a GPU each copy waits for all work before it."""
+    net, batch = net_of("teamlora"), batch_of(1)
+    report, _ = train_step(net, RouterStats(net), batch)
+    tensors = [value for value in vars(report).values() if isinstance(value, Tensor)]
+    assert len(tensors) == 6
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
 def test_report_holds_the_interaction_matrices_and_the_mean_weights_after_competition():
     net, batch = net_of("teamlora"), batch_of(1)
     phis, _ = written_out(net, batch, uniform_means(net))

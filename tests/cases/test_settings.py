@@ -46,7 +46,18 @@ def test_auto_in_a_deepspeed_file_of_the_hf_trainer_is_filled_from_the_recipe(tm
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": 3},
+        "timers": {"throughput": {"enabled": False}},
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "enabled"), [({}, False), ({"synchronized": False}, False), ({"enabled": True}, True)]
+)
+def test_deepspeeds_timer_which_waits_for_the_gpu_is_off_unless_the_file_asks_for_it(tmp_path, given, enabled):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "timers": {"throughput": given}}))
+    config = read_deepspeed_config(recipe(tmp_path, f"deepspeed.config={path}"), plan_batches(8, 1, 2))
+    assert config["timers"]["throughput"] == {**given, "enabled": enabled}
 
 
 def test_a_zero_stage_in_quotes_is_that_stage_for_every_part(tmp_path):

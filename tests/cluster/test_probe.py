@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 from tests.support.minimal_recipe import MINIMAL
 from trainer.cluster import preflight
 from trainer.cluster.hostfile import Node
-from trainer.cluster.local_ranks import visible_gpus
 from trainer.cluster.probe import Gpu, Request, collect_facts, connect, parse_gpus
 from trainer.cluster.probe_client import Answer, Failure, probe_all, probe_this_machine
+from trainer.run.gpu import visible_gpus
 from trainer.run.resources import PACKAGE_ROOT
 
 NODES = (Node("a", 2), Node("b", 2))

@@ -1,11 +1,16 @@
 """How a rank leaves the others, and whom it blames. NCCL is played by its name and its texts: it needs GPUs."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 import torch.distributed as dist
 
 from data_prep.user_error import UserError
+from trainer.distributed import expert_parallel
 from trainer.distributed.process_group import process_group, translate_peer_errors
-from trainer.errors import LostRank, TrainingFault
+from trainer.errors import LostRank, OwnFault, TrainingFault
+from trainer.recipe import ExpertsConfig
 
 SYSTEM = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run with \
 NCCL_DEBUG=INFO for details), NCCL version 2.27.5
@@ -33,7 +38,7 @@ def test_gloo_is_always_left():
 
 @pytest.mark.parametrize(
     ("cause", "kind"),
-    [(NO_ROOM, TrainingFault), ("socketProgress: Connection closed by remote peer node-b<40112>", LostRank)],
+    [(NO_ROOM, OwnFault), ("socketProgress: Connection closed by remote peer node-b<40112>", LostRank)],
 )
 def test_the_cause_that_nccl_tells_last_is_told_and_no_other_rank_is_blamed_for_ones_own(monkeypatch, cause, kind):
     monkeypatch.setenv("RANK", "1")
@@ -42,3 +47,67 @@ def test_the_cause_that_nccl_tells_last_is_told_and_no_other_rank_is_blamed_for_
     assert type(caught.value) is kind
     assert str(caught.value).startswith("step 3, rank 1: ")
     assert f"ncclSystemError: {cause}" in str(caught.value)
+
+
+DUPLICATE = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, invalid usage (run with \
+NCCL_WARN=1 for details), NCCL version 2.27.5
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"""
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (DUPLICATE, "ncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"),
+        (SYSTEM + NO_ROOM, f"ncclSystemError: {NO_ROOM}"),
+    ],
+)
+def test_a_fault_of_nccls_own_at_the_start_is_told_with_its_cause(monkeypatch, text, told):
+    def fail(timeout: object) -> None:
+        raise dist.DistBackendError(text)
+
+    monkeypatch.setattr("trainer.distributed.process_group._start_process_group", fail)
+    with pytest.raises(TrainingFault) as caught, process_group():
+        pass
+    assert type(caught.value) is OwnFault
+    assert f": NCCL does not start: {told}; see docs/gpu.md" in str(caught.value)
+    assert str(caught.value).startswith("rank 0 of 1 on ")
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("cuda", 0), ("cpu", 1)])
+def test_deepspeeds_ops_are_looked_up_only_on_a_cpu(monkeypatch, kind, asked):
+    """Where nvcc is missing the look-up warns once for each op (deepspeed.ops.op_builder.builder)."""
+    looked_up, started = [], []
+    module = "trainer.distributed.process_group"
+    monkeypatch.setattr(f"{module}.compute_device", lambda: torch.device(kind))
+    monkeypatch.setattr(f"{module}.take_gpu", lambda local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(f"{module}.disable_cpu_op_build", lambda: looked_up.append(True))
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **given: started.append(given["dist_backend"]))
+    with process_group() as device:
+        assert device.type == kind
+    assert len(looked_up) == asked
+    assert started == [{"cuda": "nccl", "cpu": "gloo"}[kind]]
+
+
+@pytest.mark.parametrize(
+    ("world", "size", "replicate", "groups"),
+    [(4, 4, False, 2), (4, 2, False, 2), (4, 4, True, 2), (4, 2, True, 3)],
+)
+def test_only_groups_that_something_uses_are_made(monkeypatch, world, size, replicate, groups):
+    """Each costs buffers on every GPU. One of single ranks is needed where replicas keep their experts whole."""
+    made = []
+
+    def make(members: int) -> tuple[SimpleNamespace, None]:
+        made.append(members)
+        return SimpleNamespace(size=lambda: members), None
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "new_subgroups", make)
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", lambda lists: make(len(lists[0])))
+    registered = []
+    monkeypatch.setattr(expert_parallel, "register_expert_groups", lambda *given: registered.append(given))
+    made_groups = expert_parallel.make_expert_groups(ExpertsConfig(parallel_size=size, replicate=replicate))
+    assert len(made) == groups
+    ((_, parallel, partition),) = registered
+    assert (parallel, partition.size()) == (made_groups.parallel, made_groups.partitions)

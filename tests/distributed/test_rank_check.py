@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from data_prep.user_error import UserError
 from trainer.distributed.rank_check import RankFacts, check_ranks_agree, describe, interface, own_facts
@@ -10,7 +11,7 @@ from trainer.run.launch_protocol import LAUNCH_ID
 
 RECIPE = {"run": {"name": "a", "seed": 0}, "train": {"steps": 10}}
 VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"}
-FIRST = RankFacts("a", "a's boot", 0, "one", VERSIONS, ("x", "y"), RECIPE)
+FIRST = RankFacts("a", "a's boot", 0, "one", VERSIONS, ("x", "y"), RECIPE, "CPU")
 SECOND = replace(FIRST, host="b", machine="b's boot")
 
 
@@ -64,15 +65,15 @@ def test_facts_of_this_process_agree_with_themselves_and_follow_the_launch(monke
             return RECIPE
 
     monkeypatch.setenv(LAUNCH_ID, "one")
-    facts = own_facts(Recipe())
+    facts = own_facts(Recipe(), torch.device("cpu"))
     monkeypatch.setenv(LAUNCH_ID, "two")
     check_ranks_agree([facts, facts], nodes=1)
-    assert "another launch" in refusal(facts, own_facts(Recipe()))
+    assert "another launch" in refusal(facts, own_facts(Recipe(), torch.device("cpu")))
 
 
 def test_the_line_for_a_person_tells_nodes_versions_and_time():
-    line = describe([FIRST, FIRST, SECOND], 1.26)
-    assert line.startswith("ranks           3 on 2 nodes: a (2), b (1); ")
+    line = describe([FIRST, FIRST, replace(SECOND, device="NVIDIA L4")], 1.26)
+    assert line.startswith("ranks           3 on 2 nodes: a (2), b (1); on CPU and NVIDIA L4; ")
     assert line.endswith("; met in 1.3 s; python 3.12.1, torch 2.13.0, deepspeed 0.19.8")
 
 

@@ -199,7 +199,7 @@ def mistakes(base: Path, folder: Path, _device: torch.device) -> None:
             raise PermissionError("the last rank cannot look")
 
     os.environ[LAUNCH_ID] = "before" if last else "now"
-    ranks = gather_rank_facts(scene.recipe(base))
+    ranks = gather_rank_facts(scene.recipe(base), torch.device("cpu"))
     found = {
         "disk": everyones_answer(meet),
         "crash": everyones_answer(crash),

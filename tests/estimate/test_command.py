@@ -92,6 +92,14 @@ def test_json_reports_the_peak_on_each_kind_of_device(path, capsys):
     assert on["cuda"]["host"] == on["cpu"]["host"]
 
 
+@pytest.mark.parametrize(("world", "groups"), [(2, 1), (4, 2)], ids=["no replicas", "replicas"])
+def test_groups_of_placed_experts_take_memory_of_their_own_on_gpus(path, capsys, world, groups):
+    options = ["--world-size", str(world), "experts.parallel_size=2"]
+    on_gpu = estimate_json(capsys, path, "--gpu-memory", "900GiB", *options)["resident"]
+    assert on_gpu["expert groups"]["device"] == groups * 128 * 2**20
+    assert estimate_json(capsys, path, *options)["resident"]["expert groups"]["device"] == 0
+
+
 def test_offload_moves_bytes_to_the_host(path, capsys):
     on_device = estimate_json(capsys, path)["peak"]
     found = estimate_json(capsys, path, "deepspeed.config=ds_configs/zero3_offload.json", "--host-memory", "1GiB")

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from tests.support.full_disk import files_up_to
-from trainer.telemetry.metrics import METRICS, MetricsWriter
+from trainer.telemetry.metrics import METRICS, MetricsWriter, peak_memory
 
 
 def steps(path) -> list[int]:
@@ -74,3 +75,13 @@ def test_nothing_is_written_without_asking_first(tmp_path):
     with pytest.raises(InterruptedError):
         MetricsWriter(tmp_path, tensorboard=False, before_write=before_write)
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+def test_on_a_gpu_the_memory_that_is_reserved_is_logged_beside_what_is_allocated(monkeypatch):
+    """Fragmentation shows in their distance."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 9)
+    assert peak_memory() == {"peak_memory_bytes": 7, "peak_reserved_bytes": 9}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peak_memory().keys() == {"peak_memory_bytes"}

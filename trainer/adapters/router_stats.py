@@ -23,7 +23,7 @@ from trainer.adapters.layer import Experts
 
 @dataclass(frozen=True)
 class RouterReport:
-    """Routers over one optimizer step, averaged over the real tokens of all ranks; fp32, k entries of phi.
+    """Routers over one optimizer step, averaged over the real tokens of all ranks; fp32 on the CPU, k entries of phi.
 
     names [layers]: of the adapted linears' `Experts`.
     weights [layers, k], entropy [layers]: mean of phi, and of its entropy in nats.
@@ -148,16 +148,16 @@ class RouterStats:
 
     def _report(self) -> RouterReport:
         sums, count = self._step, self._step.tokens
-        return RouterReport(
-            names=tuple(self.names),
-            weights=self.means,
-            entropy=sums.by_task[:, -1].sum(1) / max(self.tokens, 1),
-            task_tokens=count.clone(),
-            weights_by_task=(sums.by_task[:, :-1] / count).transpose(1, 2),
-            entropy_by_task=sums.by_task[:, -1] / count,
-            interaction=None if self._interaction is None else self._interaction.clone(),
-            renormalized=self.renormalized,
-        )
+        found = {
+            "weights": self.means,
+            "entropy": sums.by_task[:, -1].sum(1) / max(self.tokens, 1),
+            "task_tokens": count,
+            "weights_by_task": (sums.by_task[:, :-1] / count).transpose(1, 2),
+            "entropy_by_task": sums.by_task[:, -1] / count,
+        }
+        if self._interaction is not None:
+            found["interaction"] = self._interaction
+        return RouterReport(tuple(self.names), **_on_host(found), renormalized=self.renormalized)
 
     def observe(self, layer: int, phi: Tensor, interaction: Tensor | None) -> "_BalanceGradient | None":
         """Takes the weights phi [k, tokens] and the interaction matrix of one layer's forward."""
@@ -177,6 +177,13 @@ class RouterStats:
         k = phi.shape[0]
         slope = self.balance_loss_weight * 2 * (self.means[layer] - 1 / k) / (len(self.names) * max(self.tokens, 1))
         return _BalanceGradient(self, slope, self.mask)
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Copies of tensors on the CPU, by one copy: on a GPU each copy waits for the work before it."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 
 @dataclass(frozen=True)

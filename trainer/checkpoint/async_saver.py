@@ -60,9 +60,9 @@ class AsyncSaver:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._rank = dist.get_rank()
         self.buckets = make_buckets(state.keys, self._slices_of_all_ranks())
-        pinned = torch.cuda.is_available()
+        self._on_gpu = torch.cuda.is_available()
         # written once, so that the first save does not wait for the system to find the memory
-        self._copies = [torch.empty(b.numel_of(self._rank), pin_memory=pinned).zero_() for b in self.buckets]
+        self._copies = [torch.empty(b.numel_of(self._rank), pin_memory=self._on_gpu).zero_() for b in self.buckets]
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
@@ -137,7 +137,7 @@ class AsyncSaver:
                 live = self.state.slices[piece.key].live
                 copy[offset : offset + piece.numel].copy_(live, non_blocking=True)
                 offset += piece.numel
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.synchronize()
 
     def _slices_of_all_ranks(self) -> list[list[TensorSlice]]:

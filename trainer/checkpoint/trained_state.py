@@ -19,6 +19,7 @@ from trainer.distributed.deepspeed_internals import (
     write_computed_values,
 )
 from trainer.distributed.expert_shard import expert_shards
+from trainer.objective.optimizer import set_steps
 
 PARAMETER = "parameter"  # the fp32 value the optimizer steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
@@ -114,8 +115,7 @@ class TrainedState:
         """Makes what was written the state; step: the number of updates that AdamW corrects its moments' bias by."""
         for moment in self._quantized:
             moment.write()
-        for state in self._optimizer.state.values():
-            state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+        set_steps(self._optimizer, step)
 
     def _slices_of(self, whole: "_TrainedParameter") -> Iterator[StateSlice]:
         found = find_optimizer_slice(whole.parameter, self._optimizer, self._copies)

@@ -5,7 +5,6 @@ return, and waits forever for a suspended rank.
 """
 
 import base64
-import itertools
 import json
 import os
 import signal
@@ -21,6 +20,8 @@ import psutil
 
 from data_prep.user_error import UserError
 from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
+from trainer.run.crash import crash_ending, crash_stacks
+from trainer.run.gpu import gpus_are_usable, visible_gpus
 from trainer.run.launch_protocol import ENDINGS, FAULT, Ending, read_endings
 
 HUNG = "did not end in time, and was killed"
@@ -42,26 +43,17 @@ def launcher_command(
     return [*launcher, *place, *arguments]
 
 
-def visible_gpus() -> list[int | str] | None:
-    """Ids in CUDA_VISIBLE_DEVICES up to the first -1 or empty one, as CUDA reads it; None if it is not set."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return None
-    names = itertools.takewhile(lambda name: name not in ("-1", ""), map(str.strip, visible.split(",")))
-    return [int(name) if name.isdecimal() else name for name in names]
-
-
 def slots_here(count: int | None) -> list[int | str]:
     """Ids of the first `count` GPUs of this machine, None for all; without a GPU, `count` ranks on the CPU or one.
 
     Respects CUDA_VISIBLE_DEVICES. An id of -1 is a rank on the CPU: DeepSpeed's launcher then hides all GPUs. Raises
-    UserError if there are fewer GPUs.
+    UserError if there are fewer GPUs, or torch cannot use them.
     """
     ids = visible_gpus()
     if ids is None:
         import torch  # takes seconds
 
-        ids = list(range(torch.cuda.device_count()))
+        ids = list(range(torch.cuda.device_count())) if gpus_are_usable() else []
     if not ids:
         return [-1] * (count or 1)
     if count is not None and count > len(ids):
@@ -133,9 +125,17 @@ class LocalRanks:
         running = {process.pid for process in processes}
         gone = [rank for rank, each in self._ranks.items() if each.pid not in running and rank not in self._endings]
         written = read_endings(Path(self._folder.name))  # after listing processes: ranks write before they exit
-        killed = {rank: Ending(FAULT, KILLED) for rank in gone if rank not in written}
-        for rank, ending in (written | killed).items():
+        unwritten = {rank: self._ending_of(rank) for rank in gone if rank not in written}
+        for rank, ending in (written | unwritten).items():
             self._endings.setdefault(rank, RankEnding(rank, ending))
+
+    def _ending_of(self, rank: int) -> Ending:
+        """The ending of a rank that is gone and has written none. Prints the stacks that it left, if it crashed."""
+        stacks = crash_stacks(Path(self._folder.name), rank)
+        if not stacks:
+            return Ending(FAULT, KILLED)
+        print(f"rank {rank} crashed:\n{stacks}", file=sys.stderr, flush=True)
+        return crash_ending(stacks)
 
     def _send_to_ranks(self, number: signal.Signals) -> None:
         for process in self._ranks.values():

@@ -17,7 +17,6 @@ from data_prep.tables import text_table
 from data_prep.user_error import UserError
 from trainer.cluster.hostfile import Node
 from trainer.cluster.launch_environment import forwarded_variables
-from trainer.cluster.local_ranks import visible_gpus
 from trainer.cluster.preflight_checks import run_checks
 from trainer.cluster.preflight_facts import ALL, ClusterFacts, Finding, Level, Need, counted
 from trainer.cluster.probe import Request
@@ -25,6 +24,7 @@ from trainer.cluster.probe_client import Answer, probe_hosts, probe_this_machine
 from trainer.cluster.ssh import launch_folder
 from trainer.recipe import CheckpointConfig
 from trainer.recipe_file import load_recipe
+from trainer.run.gpu import gpu_files, visible_gpus
 from trainer.run.launch_protocol import MISTAKE
 from trainer.run.resources import PROGRAM
 
@@ -105,7 +105,7 @@ def check_launch(
 def _count_gpus() -> int:
     """How many GPUs a launch would use, without torch, whose import takes seconds."""
     visible = visible_gpus()
-    return len(visible if visible is not None else list(Path("/dev").glob("nvidia[0-9]*")))
+    return len(visible if visible is not None else gpu_files())
 
 
 def _probe(nodes: Sequence[Node], request: Request, over_ssh: bool) -> tuple[list[Answer], Answer | None]:

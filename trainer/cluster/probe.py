@@ -27,11 +27,11 @@ import psutil
 
 from data_prep.fingerprint import code_hash, file_states, tokenizer_files
 from data_prep.resource_limits import available_memory, usable_cpus
-from trainer.cluster.local_ranks import visible_gpus
 from trainer.distributed.deepspeed_file import read_deepspeed_file
 from trainer.distributed.network import machine, reached_at
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
+from trainer.run.gpu import gpu_files, visible_gpus
 from trainer.run.provenance import PACKAGES
 from trainer.run.resources import PACKAGE_ROOT, find_deepspeed_config
 
@@ -131,7 +131,7 @@ def connect(address: str, port: int, hostname: str) -> str | None:
 def list_gpus() -> list[Gpu]:
     """The GPUs that ranks will see. Raises OSError if the driver fails or lacks a GPU of CUDA_VISIBLE_DEVICES."""
     visible = visible_gpus()
-    if visible == [] or not any(Path("/dev").glob("nvidia[0-9]*")):
+    if visible == [] or not gpu_files():
         return []
     command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:

@@ -65,7 +65,6 @@ def _seconds(action: Callable[[], object], device: torch.device) -> float:
     for _ in range(WARM_UP + REPETITIONS):
         started = time.perf_counter()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.get_device_module(device).synchronize()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[WARM_UP:])

@@ -51,6 +51,8 @@ def read_deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     }
     for keys, (value, origin) in fills.items():
         _fill(config, keys, value, origin, path)
+    # DeepSpeed's timer waits for the GPU twice per micro-batch; the run measures its own throughput.
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     if not torch.cuda.is_available():  # without a GPU there is nothing to pin memory for
         for section in ("offload_param", "offload_optimizer"):
             if section in config["zero_optimization"]:

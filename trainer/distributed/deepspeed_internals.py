@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.objective.optimizer import set_steps
+
 
 def disable_cpu_op_build() -> None:
     """Keeps DeepSpeed from compiling its shared-memory op at first use on a CPU (half a minute).
@@ -151,11 +153,15 @@ def fp32_copies(optimizer: Any) -> dict[nn.Parameter, Tensor]:
 def undo_first_step(optimizer: Any) -> None:
     """Takes back the step that DeepSpeed makes at initialisation in bf16 without ZeRO.
 
-    It makes it with zero gradients, to allocate the optimizer's state; but the step counts, and decays weights.
+    It makes it with zero gradients, to allocate the optimizer's state; but the step counts, and decays weights. The
+    state stays, with moments of zero: bitsandbytes never frees paged memory (functional.get_paged), so dropping it
+    would hold every paged moment twice.
     """
-    for parameter, stepped in fp32_copies(optimizer).items():
+    copies = fp32_copies(optimizer)
+    for parameter, stepped in copies.items():
         stepped.copy_(parameter)
-        optimizer.state.pop(stepped, None)
+    if copies:
+        set_steps(optimizer, 0)
 
 
 def find_optimizer_slice(

@@ -54,8 +54,9 @@ def make_expert_groups(experts: ExpertsConfig) -> ExpertGroups:
     size, world = experts.parallel_size, dist.get_world_size()
     parallel, _ = dist.new_subgroups(size)
     replicas, _ = dist.new_subgroups_by_enumeration([list(range(first, world, size)) for first in range(size)])
-    alone, _ = dist.new_subgroups(1)
-    register_expert_groups(size, parallel, alone if experts.replicate else replicas)
+    # On GPUs each group is one of NCCL's communicators, with buffers of its own: none is made that nothing uses.
+    partition = dist.new_subgroups(1)[0] if experts.replicate and replicas.size() > 1 else replicas
+    register_expert_groups(size, parallel, partition)
     return ExpertGroups(parallel, replicas, experts.replicate)
 
 

@@ -14,10 +14,13 @@ import torch.distributed as dist
 from data_prep.user_error import UserError
 from trainer.distributed.deepspeed_internals import disable_cpu_op_build
 from trainer.distributed.network import interface_to
-from trainer.errors import LostRank, Stopped, TrainingFault
+from trainer.errors import LostRank, OwnFault, Stopped, TrainingFault
+from trainer.run.gpu import compute_device, take_gpu
 
 # What a launcher would set; without one the run is a group of one rank on any free port.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}  # by type of device
 
 # Words in gloo's and NCCL's errors about connections, for which torch has no type.
 LOST_CONNECTION = (
@@ -38,7 +41,8 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
     """Joins the ranks that the launcher started, or makes a group of one, and yields this rank's device.
 
     timeout: how long ranks wait for one another, to meet and in each collective; None: torch's half hour. Raises
-    LostRank where they do not meet, TrainingFault where the port to meet at is taken.
+    LostRank where they do not meet, TrainingFault where the port to meet at is taken, OwnFault where this rank's NCCL
+    fails, UserError where this rank has no GPU of its own on a machine that has some.
 
     The group is destroyed also after an error that every rank raises: with gloo's threads alive the process would
     abort. Destroying an NCCL group waits for all ranks, so after an error of this rank alone it is skipped: the others
@@ -64,10 +68,11 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
 @contextlib.contextmanager
 def _translate_meeting_errors(timeout: timedelta | None) -> Iterator[None]:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    rank = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}"
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = _reason(error)
         if "EADDRINUSE" in text:
             raise TrainingFault(  # not a user's mistake: the next start of a supervised launch takes another port
                 f"the ranks cannot meet at {place}: the port is taken, perhaps by a rank that an earlier launch left "
@@ -75,27 +80,31 @@ def _translate_meeting_errors(timeout: timedelta | None) -> Iterator[None]:
             ) from None
         if not isinstance(error, dist.DistError) and "gloo" not in text.lower():
             raise
+        # With several ranks DeepSpeed binds a device, so NCCL connects here and not at the first collective.
+        if _is_own_fault(text):
+            raise OwnFault(f"{rank}: NCCL does not start: {text[:300]}; see docs/gpu.md") from error
         limit = f" within run.start_timeout={timeout.total_seconds():g} s" if timeout is not None else ""
         raise LostRank(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}: the ranks did not "
-            f"meet at {place}{limit} ({text[:200]}); a node did not start, or cannot reach that address and port"
+            f"{rank}: the ranks did not meet at {place}{limit} ({text[:200]}); a node did not start, or cannot reach "
+            "that address and port"
         ) from error
 
 
 def _start_process_group(timeout: timedelta | None = None) -> torch.device:
     """Joins the ranks that the environment describes and returns this rank's device."""
+    device = compute_device()
+    if device.type == "cuda":
+        device = take_gpu(int(os.environ["LOCAL_RANK"]))
     import deepspeed
 
-    disable_cpu_op_build()
+    if device.type == "cpu":  # on a GPU there is no such op, and to ask for it warns of each op that lacks nvcc
+        disable_cpu_op_build()
     if (interface := interface_to(os.environ["MASTER_ADDR"])) not in (None, "lo"):
         # by default gloo takes the address of the host's own name, which is 127.0.1.1 on Debian
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     limit = {"timeout": timeout} if timeout is not None else {}
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **limit)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    deepspeed.init_distributed(dist_backend=BACKENDS[device.type], verbose=False, **limit)
+    return device
 
 
 def set_collective_timeout(timeout: timedelta) -> None:
@@ -115,12 +124,17 @@ def translate_peer_errors(doing: str) -> Iterator[None]:
         text = _reason(error)
         if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST_CONNECTION):
             raise
-        if any(word in text for word in OWN_FAULTS) and "peer" not in text:
-            raise TrainingFault(f"{doing}, rank {os.environ['RANK']}: {text[:300]}") from error
+        if _is_own_fault(text):
+            raise OwnFault(f"{doing}, rank {os.environ['RANK']}: {text[:300]}") from error
         raise LostRank(
             f"{doing}, rank {os.environ['RANK']}: another rank has ended or does not answer in {_operation(error)} "
             f"({text[:200]}); look for that rank's own message; if it has none, it was killed (out of memory?)"
         ) from error
+
+
+def _is_own_fault(text: str) -> bool:
+    """Whether the text of an error of NCCL is about this rank's own machine or set-up."""
+    return any(word in text for word in OWN_FAULTS) and "peer" not in text
 
 
 def _reason(error: BaseException) -> str:

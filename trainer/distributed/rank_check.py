@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 
 from data_prep.differences import differences
@@ -28,9 +29,10 @@ from trainer.run.provenance import versions
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank runs. All ranks must agree in everything except host, machine and local_rank.
+    """What one rank runs. All ranks must agree in everything except host, machine, local_rank and device.
 
-    host: the machine's name, which cloned machines may share. machine: a text that is unique to the machine.
+    host: the machine's name, which cloned machines may share. machine: a text that is unique to the machine. device:
+    what it computes on, for users.
     """
 
     host: str
@@ -40,9 +42,10 @@ class RankFacts:
     versions: dict[str, str]
     code: tuple[str, str]  # sha256 of data_prep's and of trainer's own text
     recipe: dict[str, Any]  # as resolved
+    device: str
 
 
-def own_facts(recipe: Recipe) -> RankFacts:
+def own_facts(recipe: Recipe, device: torch.device) -> RankFacts:
     """The facts of this process."""
     return RankFacts(
         socket.gethostname(),
@@ -52,13 +55,14 @@ def own_facts(recipe: Recipe) -> RankFacts:
         {"python": platform.python_version(), **versions()},
         (code_hash(), code_hash(Path(__file__).parent.parent)),
         recipe.model_dump(mode="json"),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     )
 
 
-def gather_rank_facts(recipe: Recipe) -> list[RankFacts]:
+def gather_rank_facts(recipe: Recipe, device: torch.device) -> list[RankFacts]:
     """The facts of every rank, in the order of ranks. Collective: every rank must call it."""
     found: list[RankFacts | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own_facts(recipe))
+    dist.all_gather_object(found, own_facts(recipe, device))
     return cast(list[RankFacts], found)
 
 
@@ -96,12 +100,13 @@ def check_ranks_agree(ranks: Sequence[RankFacts], nodes: int | None) -> None:
 
 
 def describe(ranks: Sequence[RankFacts], seconds: float) -> str:
-    """One line about ranks, nodes and versions. seconds: how long the ranks took to meet."""
+    """One line about ranks, nodes, devices and versions. seconds: how long the ranks took to meet."""
     by_node = _by_node(ranks)
     place = f"{len(ranks)} on {len(by_node)} node{'s' if len(by_node) > 1 else ''}: {_listed(by_node)}"
     found = ranks[0].versions
     versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "deepspeed"))
-    return f"ranks           {place}; {interface()}; met in {seconds:.1f} s; {versions}"
+    devices = " and ".join(Counter(rank.device for rank in ranks))
+    return f"ranks           {place}; on {devices}; {interface()}; met in {seconds:.1f} s; {versions}"
 
 
 def interface() -> str:

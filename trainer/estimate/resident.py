@@ -37,6 +37,9 @@ DeviceKind = Literal["cpu", "cuda"]
 
 FP32 = 4  # bytes
 LIBRARIES: dict[DeviceKind, int] = {"cpu": 41_000_000, "cuda": 1024**3}
+# Of each process group of placed experts on GPUs, not measured: NCCL's buffers, 4 MiB (NCCL_BUFFSIZE) in each direction
+# for some 16 channels. Those of the two groups that every run has are in LIBRARIES.
+COMMUNICATOR = 2 * 16 * 4 * 2**20
 # (ranks, base.quantization, train.activation_checkpointing, experts.parallel_size)
 FITTED_ON = (1, "nf4", False, 1)
 
@@ -88,6 +91,7 @@ def estimate_resident(
         *_gradients_and_state(trained, rank_model, zero, optimizer, world_size, elements),
         MemoryUse("reduce bucket", device=_reduce_bucket(trained, rank_model, zero, kind)),
         MemoryUse("libraries", device=LIBRARIES[kind]),
+        MemoryUse("expert groups", device=COMMUNICATOR * _communicators(rank_model) if kind == "cuda" else 0),
     ]
 
 
@@ -171,6 +175,12 @@ def _second_level(model: nn.Module) -> int:
     """Per packed linear, whole on every rank, in fp32: maxima of blocks of blocks, an offset, the 256-value code."""
     counts = [m.absmax.numel() for m in model.modules() if isinstance(m, NF4Linear)]
     return sum(FP32 * (-(-blocks // BLOCKS_OF_BLOCKS) + 1 + 256) for blocks in counts)
+
+
+def _communicators(rank_model: RankModel) -> int:
+    """Process groups of several ranks that placed experts add (`make_expert_groups`)."""
+    groups = rank_model.placement.groups if rank_model.placement is not None else None
+    return sum(group.size() > 1 for group in (groups.parallel, groups.replicas)) if groups is not None else 0
 
 
 def _persistent(

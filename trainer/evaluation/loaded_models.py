@@ -24,6 +24,7 @@ from trainer.distributed.parallelize import shard_for_inference
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
 from trainer.run import run_dir
+from trainer.run.gpu import compute_device
 
 CausalLM = PreTrainedModel | PeftModel
 
@@ -38,12 +39,13 @@ class LoadedRun:
 
 
 def load_run(directory: Path) -> LoadedRun:
-    """Raises UserError where there is no finished run, or its base cannot be used."""
+    """Raises UserError where there is no finished run, or its base or this machine's GPU cannot be used."""
+    device = compute_device()
     recipe = run_dir.open_run(directory)
     adapter = directory / run_dir.ADAPTER
     opened = open_base(recipe.base)
     check_base_file(adapter, recipe.base.model, opened.fingerprint)
-    base = load_unsharded(opened, "cuda" if torch.cuda.is_available() else "cpu")
+    base = load_unsharded(opened, device)
     return LoadedRun(recipe, apply_adapter(base, adapter), load_tokenizer(recipe.base, recipe.data.chat_template))
 
 

@@ -34,10 +34,10 @@ class TaskLosses:
         return {task: loss / count for task, loss, count in columns if count}
 
     def over_ranks(self) -> "TaskLosses":
-        """The sums over all ranks. Collective: every rank must call it."""
+        """The sums over all ranks, on the CPU by one copy. Collective: every rank must call it."""
         both = torch.stack((self.loss, self.labelled_tokens))
         dist.all_reduce(both)
-        return TaskLosses(*both)
+        return TaskLosses(*both.cpu())
 
     @classmethod
     def zeros(cls, num_tasks: int, device: torch.device) -> "TaskLosses":

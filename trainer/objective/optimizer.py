@@ -45,6 +45,12 @@ def build_optimizer(train: TrainConfig, parameters: Sequence[nn.Parameter]) -> t
     return kinds[train.optimizer](parameters, **settings)
 
 
+def set_steps(optimizer: Any, step: int) -> None:
+    """Sets the number of updates by which AdamW corrects its moments' bias, wherever it has state."""
+    for state in optimizer.state.values():
+        state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+
+
 def warmup_steps(train: TrainConfig, steps: int) -> int:
     """Steps of warm-up in a run of `steps` optimizer steps."""
     if train.warmup_steps is not None:

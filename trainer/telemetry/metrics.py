@@ -34,7 +34,7 @@ def step_record(report: StepReport, tasks: Sequence[str], held_out: TaskLosses |
         "step_seconds": report.seconds,
         "tokens_per_second": report.tokens / report.seconds,
         "labelled_tokens_per_second": report.labelled_tokens / report.seconds,
-        "peak_memory_bytes": peak_memory(),
+        **peak_memory(),
     }
     if report.router is not None:
         record |= router_record(report.router, tasks)
@@ -44,12 +44,16 @@ def step_record(report: StepReport, tasks: Sequence[str], held_out: TaskLosses |
     return record
 
 
-def peak_memory() -> int:
-    """Peak bytes of this rank so far: allocated on its GPU, else resident in the process."""
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this rank so far: allocated on its GPU, else resident in the process.
+
+    On a GPU also what torch's allocator has reserved there: far more than was allocated means fragmented memory.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        used, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"peak_memory_bytes": used, "peak_reserved_bytes": reserved}
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
@@ -176,7 +180,13 @@ def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     groups = {
         "train": ("loss", "loss_by_task", "learning_rate", "grad_norm"),
         "held_out": ("held_out_loss", "held_out_loss_by_task"),
-        "speed": ("step_seconds", "tokens_per_second", "labelled_tokens_per_second", "peak_memory_bytes"),
+        "speed": (
+            "step_seconds",
+            "tokens_per_second",
+            "labelled_tokens_per_second",
+            "peak_memory_bytes",
+            "peak_reserved_bytes",
+        ),
         "router": (
             "router_weight",
             "router_omega",

@@ -62,7 +62,7 @@ def train(recipe: Recipe, stop: StopSignal) -> None:
     with process_group(timedelta(seconds=recipe.run.start_timeout)) as device:
         met = timer.lap("process group")
         with translate_peer_errors("starting"):
-            ranks = gather_rank_facts(recipe)
+            ranks = gather_rank_facts(recipe, device)
             with raise_on_all_ranks():
                 check_ranks_agree(ranks, recipe.run.nodes)
             if dist.get_rank() == 0:

@@ -26,7 +26,7 @@ def test_started_on_each_node_two_hosts_train_as_two_ranks_on_one(shared, cluste
         begun.append(cluster.nodes[node].begin(*LAUNCHERS[launcher], *meeting, *recipe, **place))
     done = [ended(launched) for launched in begun]
     assert [node.returncode for node in done] == [0, 0], "".join(node.stdout + node.stderr for node in done)
-    assert "ranks           2 on 2 nodes: node-a (1), node-b (1); eth0; met in " in done[0].stdout
+    assert "ranks           2 on 2 nodes: node-a (1), node-b (1); on CPU; eth0; met in " in done[0].stdout
     expected, found = shared.records("one_host"), shared.records(run)
     for key in ("step", "loss", "grad_norm"):
         assert [record[key] for record in found] == [record[key] for record in expected], key

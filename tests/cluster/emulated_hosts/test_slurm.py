@@ -68,7 +68,7 @@ def test_two_nodes_train_as_two_ranks_on_one_host(shared, slurm):
     named = ",".join(slurm.environment)  # and so none that the job sets itself
     job = slurm.submit("slurm", options=[f"--export={named}"])
     assert job.end() == ("COMPLETED", 0), job.said()
-    assert "ranks           2 on 2 nodes: node-a (1), node-b (1); eth0; met in " in job.said()
+    assert "ranks           2 on 2 nodes: node-a (1), node-b (1); on CPU; eth0; met in " in job.said()
     assert_equal_runs(shared, "slurm", "one_host")
 
 

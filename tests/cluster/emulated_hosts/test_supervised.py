@@ -37,7 +37,7 @@ def cause(told: str) -> str:
 def test_two_hosts_train_as_two_ranks_on_one(shared, cluster, train):
     done = ended(train.begin_supervised(*NODES, run__name="supervised"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "node-a: ranks           2 on 2 nodes: node-a (1), node-b (1); eth0; met in " in done.stdout
+    assert "node-a: ranks           2 on 2 nodes: node-a (1), node-b (1); on CPU; eth0; met in " in done.stdout
     expected, found = shared.records("one_host"), shared.records("supervised")
     for key in ("step", "loss", "grad_norm"):
         assert [record[key] for record in found] == [record[key] for record in expected], key

@@ -44,7 +44,7 @@ def assert_same_training(place: Workplace, one: str, two: str) -> None:
 def test_two_hosts_train_as_two_ranks_on_one(shared, cluster, train):
     done = train(*NODES, run__name="two_hosts", run__nodes=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ranks           2 on 2 nodes: node-a (1), node-b (1); eth0; met in " in done.stdout
+    assert "ranks           2 on 2 nodes: node-a (1), node-b (1); on CPU; eth0; met in " in done.stdout
     assert_same_training(shared, "one_host", "two_hosts")
     assert cluster.wait_until_idle() == []
 
