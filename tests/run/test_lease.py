@@ -23,6 +23,7 @@ from trainer.run.lease_holder import LeaseHolder
 WORKER = Path(__file__).with_name("lease_worker.py")
 REPOSITORY = Path(__file__).parent.parent.parent
 RENEW, STALE = 0.1, 4.0  # seconds; far apart, since a busy machine may suspend a thread for a second
+LONG, SLACK = 60.0, 15.0  # seconds
 
 
 class Process:
@@ -78,10 +79,11 @@ def leave(folder: Path, **changes: object) -> Path:
 
 
 @contextlib.contextmanager
-def taking(seconds_at_least: float, seconds_at_most: float) -> Iterator[None]:
+def waiting(seconds: float) -> Iterator[None]:
+    """Checks how long a block waits; beyond that it may take as long as a loaded machine does."""
     started = time.monotonic()
     yield
-    assert seconds_at_least <= time.monotonic() - started <= seconds_at_most
+    assert seconds <= time.monotonic() - started <= seconds + SLACK
 
 
 def test_of_launches_at_random_offsets_exactly_one_trains_each_time(tmp_path, start):
@@ -128,7 +130,7 @@ def test_the_second_launch_is_refused_in_one_line_that_names_the_first(tmp_path,
 
 def test_the_lease_of_a_lost_host_is_taken_over_within_its_bound_and_the_wait_is_told(tmp_path, capsys):
     leave(tmp_path)
-    with taking(1.0, 3.0), lease(tmp_path, stale_after=1.0).held():
+    with waiting(1.0), lease(tmp_path, stale_after=1.0).held():
         assert len(list((tmp_path / FOLDER).iterdir())) == 1
     assert "lease           process" in capsys.readouterr().out
     assert (RENEW_EVERY, STALE_AFTER) == (5.0, 30.0)
@@ -136,16 +138,16 @@ def test_the_lease_of_a_lost_host_is_taken_over_within_its_bound_and_the_wait_is
 
 def test_several_stale_leases_are_waited_for_at_the_same_time(tmp_path):
     left = leave(tmp_path)
-    for number in range(5):
+    for number in range(30):
         shutil.copy(left, left.with_name(f"left-{number}"))
-    with taking(1.0, 3.0), lease(tmp_path, stale_after=1.0).held():
+    with waiting(1.0), lease(tmp_path, stale_after=1.0).held():
         assert len(list((tmp_path / FOLDER).iterdir())) == 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"pid": "x"}', "\0" * 300, "[" * 100_000])
 def test_a_damaged_lease_is_waited_for_like_one_of_another_host(tmp_path, content):
     leave(tmp_path).write_text(content)
-    with taking(0.5, 3.0), lease(tmp_path, stale_after=0.5).held():
+    with waiting(0.5), lease(tmp_path, stale_after=0.5).held():
         pass
 
 
@@ -166,7 +168,7 @@ def test_after_a_kill_the_next_launch_on_the_host_does_not_wait(tmp_path, start)
     assert killed.answer() == "holds"
     killed.signal(signal.SIGKILL)
     os.waitid(os.P_PID, killed.child.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
-    with taking(0, 1.0), lease(tmp_path).held():
+    with waiting(0), lease(tmp_path, stale_after=LONG).held():
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -174,17 +176,17 @@ def test_after_a_kill_the_next_launch_on_the_host_does_not_wait(tmp_path, start)
 def test_a_number_that_another_process_has_got_meanwhile_is_not_waited_for(tmp_path):
     here = LeaseHolder.of_this_process()
     leave(tmp_path, kernel=here.kernel, started=str(int(here.started) - 1))
-    with taking(0, 1.0), lease(tmp_path).held():
+    with waiting(0), lease(tmp_path, stale_after=LONG).held():
         pass
 
 
 def test_a_retry_of_the_same_launch_does_not_wait_even_on_another_host(tmp_path, monkeypatch):
     leave(tmp_path, launch="one")
     monkeypatch.setenv(LAUNCH_ID, "one.second-start")
-    with taking(0, 1.0), lease(tmp_path).held():
+    with waiting(0), lease(tmp_path, stale_after=LONG).held():
         pass
     leave(tmp_path, launch="two")
-    with taking(0.5, 3.0), lease(tmp_path, stale_after=0.5).held():
+    with waiting(0.5), lease(tmp_path, stale_after=0.5).held():
         pass
 
 
@@ -195,10 +197,10 @@ def test_a_suspended_holder_that_was_replaced_ends_without_writing_and_says_why(
     suspended.ask("write_on", tmp_path, RENEW, STALE)
     assert suspended.answer() == "holds"
     suspended.signal(signal.SIGSTOP)
-    with taking(STALE, STALE + 3), lease(tmp_path).held():
+    with waiting(STALE), lease(tmp_path).held():
         before = (tmp_path / "lines").stat().st_size
         suspended.signal(signal.SIGCONT)
-        assert suspended.child.wait(10) == FAULT
+        assert suspended.child.wait(SLACK) == FAULT
         assert (tmp_path / "lines").stat().st_size - before <= 2  # one that was under way
         line = suspended.child.stderr.read()
     assert line.startswith(f"error: {tmp_path}: this launch has lost the run to another, which found it suspended")
@@ -240,7 +242,7 @@ def test_a_copied_run_folder_waits_once_and_disturbs_the_original_never(tmp_path
     first.hold(tmp_path / "run")
     assert first.answer() == "holds"
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    with taking(0.5, 3.0), lease(tmp_path / "copy", stale_after=0.5).held():
+    with waiting(0.5), lease(tmp_path / "copy", stale_after=0.5).held():
         pass
     first.ask("release")
     assert first.answer() == "released"

@@ -68,9 +68,9 @@ def test_nothing_is_written_without_asking_first(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False, before_write=before_write)
     writer.write({"step": 1})
     allowed = False
-    writer.write({"step": 2})
-    writer.position()
-    writer.close()
+    for write in (lambda: writer.write({"step": 2}), writer.position, writer.close):
+        with pytest.raises(InterruptedError):
+            write()
     assert steps(tmp_path / METRICS) == [1]
     with pytest.raises(InterruptedError):
         MetricsWriter(tmp_path, tensorboard=False, before_write=before_write)

@@ -138,8 +138,8 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _warn_on_failure(self, what: str) -> Iterator[None]:
+        self._before_write()
         try:
-            self._before_write()
             yield
         except OSError as error:
             print(
