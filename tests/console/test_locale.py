@@ -40,6 +40,18 @@ with survive_closed_streams():
     assert (done.stdout, done.stderr) == (b"gr\\xf6\\xdfe 5\n", b"")
 
 
+def test_a_program_that_embeds_python_goes_on_and_its_children_are_in_utf8_mode(tmp_path):
+    code = """
+import os, sys
+from trainer.console.utf8_mode import restart_in_utf8_mode
+sys.executable = ""
+restart_in_utf8_mode()
+print(os.environ["PYTHONUTF8"], sys.flags.utf8_mode)
+"""
+    done = python(tmp_path, "-c", code)
+    assert (done.stdout, done.stderr) == (b"1 0\n", b"")
+
+
 def texts_by_locale(path: Path) -> Iterator[str]:
     """Places that read or write text in the locale's encoding."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
