@@ -22,7 +22,7 @@ def record_crashes() -> None:
     """From now on a crash writes all threads' stacks: for the launcher to the folder it named, else to stderr."""
     folder = Path(os.environ.get(ENDINGS, ""))
     if ENDINGS in os.environ and "RANK" in os.environ and folder.is_dir():
-        faulthandler.enable((folder / f"{os.environ['RANK']}{SUFFIX}").open("w"))  # open until the process ends
+        faulthandler.enable((folder / f"{os.environ['RANK']}{SUFFIX}").open("wb"))  # until the process ends
     elif not faulthandler.is_enabled():
         faulthandler.enable(2)  # the number, since sys.stderr may be replaced or closed
 
