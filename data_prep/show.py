@@ -8,6 +8,7 @@ import numpy as np
 
 from data_prep.encode import IGNORED
 from data_prep.manifest import read_manifest
+from data_prep.terminal_text import without_control_codes
 
 
 def show(directory: Path, tokenizer: Any, count: int) -> None:
@@ -38,7 +39,8 @@ def _stretches(tokenizer: Any, ids: np.ndarray, learned: np.ndarray) -> Iterator
     """Text of each run of tokens that are all learned or all not."""
     edges = np.flatnonzero(learned[1:] != learned[:-1]) + 1
     for part, flags in zip(np.split(ids, edges), np.split(learned, edges), strict=True):
-        yield tokenizer.decode(part, clean_up_tokenization_spaces=False), bool(flags[0])
+        text = tokenizer.decode(part, clean_up_tokenization_spaces=False)
+        yield without_control_codes(text), bool(flags[0])
 
 
 def _write(console: Any, text: str, is_learned: bool) -> None:

@@ -12,6 +12,11 @@ def expand_home(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def is_file_name(name: object) -> bool:
+    """Whether an index may name a file of its own folder so: no path that leads elsewhere."""
+    return isinstance(name, str) and name == os.path.basename(name) and name not in ("", ".", "..")
+
+
 def _refuse_no_path(path: Path | str) -> Path | str:
     """Raises ValueError for what no file can be named: a zero byte, half a character."""
     text = str(path)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_prep.sources.blocks import Row, Unreadable
+from data_prep.sources.lines import BoundedLines
 from data_prep.sources.text import ZERO_BYTE, first_repeated, no_utf8
 from data_prep.user_error import UserError
 
@@ -36,19 +37,18 @@ def read_table(file: BinaryIO, path: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # applies to all readers of the process; the default is 128 KiB
     # Bytes that are not UTF-8 become lone surrogates, so that only their rows are bad.
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = BoundedLines(text, path)
     header: list[str] = []
-    start = 1
     try:
-        for values in lines:
+        for values in csv.reader(lines, delimiter=delimiter, strict=True):
             if not header:
-                header = checked_header(values, f"{path}:{start}")
+                header = checked_header(values, f"{path}:{lines.row}")
             elif values:
                 why = why_not_a_row(values, header)
-                yield start, Unreadable(why) if why else dict(zip(header, values, strict=True))
-            start = lines.line_num + 1
+                yield lines.row, Unreadable(why) if why else dict(zip(header, values, strict=True))
+            lines.end_row()
     except csv.Error as error:
-        raise UserError(f"{path}:{start}: not a table ({error}); correct the row or its quotes") from error
+        raise UserError(f"{path}:{lines.row}: not a table ({error}); correct the row or its quotes") from error
 
 
 def checked_header(names: list[str], origin: str) -> list[str]:

@@ -92,7 +92,9 @@ def unreadable_file(path: Path, error: Exception, key: str) -> UserError:
     advice = "give a readable file"
     if is_compressed(path) and not getattr(error, "errno", None):  # errno: it could not be opened
         advice = "it is truncated or damaged, download it again"
-        if lacks_compression(first_bytes(path), path.suffix.lower()):
+        if isinstance(error, lzma.LZMAError) and "Memory usage limit" in cause:
+            advice = "compress it again with a smaller dictionary, as `xz -9` does"
+        elif lacks_compression(first_bytes(path), path.suffix.lower()):
             advice = f"it is not compressed, remove {path.suffix} from its name"
     return UserError(f"{key}.path: cannot read {path} ({cause}); {advice}")
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from data_prep.sources.blocks import Row
+from data_prep.sources.lines import LONGEST, TOO_LONG
 from data_prep.user_error import UserError
 
 DEEPEST = 100  # nested lists and objects
 
 _CHUNK = 2**20  # characters read at once
-_LARGEST = 2**28  # characters of one element
 _BLANKS = " \t\r\n"  # in JSON
 _NO_BLANK = re.compile(f"[^{_BLANKS}]")
 _SCALAR = re.compile(rf'[^{_BLANKS},:"\[\]{{}}]*')
@@ -150,10 +150,8 @@ class Window:
         Raises UserError for an element that is too long.
         """
         needed = self.text[self.at :]
-        if len(needed) > _LARGEST:
-            raise UserError(
-                f"{self._path}: over {_LARGEST >> 20} MiB in one element of an array; look for a missing quote"
-            )
+        if len(needed) > LONGEST:
+            raise UserError(f"{self._path}: {TOO_LONG}")
         more = self._file.read(max(_CHUNK, len(needed)))
         self._line += self.text.count("\n", self._counted, self.at)
         self.text, self.at, self._counted = needed + more, 0, 0

@@ -12,6 +12,7 @@ from data_prep.sources.text import is_turn, read_json_lines
 from data_prep.user_error import UserError
 
 _FIELDS = frozenset(get_args(FieldName))
+_MOST_OF_KEYS = 2**20  # characters; the keys are kept
 _COLUMNS = "features"  # a list of objects beside the rows, in what the Hub's viewer sends
 
 
@@ -64,7 +65,7 @@ def read_layout(layout: Layout, file: BinaryIO, path: str) -> Iterator[Row]:
     """The rows of a file as bytes, few in memory at a time; parse_object reads them."""
     match layout.kind:
         case "lines":
-            return read_json_lines(file)
+            return read_json_lines(file, path)
         case "array":
             return read_json_array(file, path)
         case "object":
@@ -125,8 +126,12 @@ def _is_list_of_records(window: Window, path: str) -> bool:
 def _keys(window: Window, path: str) -> Iterator[str]:
     """Keys of the object at the window's place. The caller moves past the value of each; moves past the object."""
     window.at += 1
+    room = _MOST_OF_KEYS
     while window.next_character() != "}":
-        yield window.take_key(path)
+        key = window.take_key(path)
+        if (room := room - len(key) - 1) < 0:
+            raise UserError(f"{path}: over {_MOST_OF_KEYS >> 20} MiB of keys in one object; expected a list of records")
+        yield key
         window.skip_comma()
     window.at += 1
 

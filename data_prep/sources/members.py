@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK = 2**16  # bytes
+_XZ_MEMORY = 2**29  # bytes; `xz -9` needs 65 MiB to unpack, and a header may ask for 4 GiB
 
 
 class _Members(io.RawIOBase):
@@ -55,4 +56,4 @@ def open_bz2(path: Path) -> io.RawIOBase:
 
 
 def open_xz(path: Path) -> io.RawIOBase:
-    return _Members(path, lzma.LZMADecompressor)
+    return _Members(path, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))

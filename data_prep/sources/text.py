@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from data_prep.sources.blocks import Row, Unreadable
+from data_prep.sources.lines import LONGEST, BoundedLines, numbered_lines
 from data_prep.user_error import UserError
 
 _SPEAKER = {"role", "from"}  # fields of a turn
 _RECORD = {"messages", "conversations", "instruction", "prompt", "text"}  # fields that make it a record
 _VIEWER = {"row_idx", "row", "truncated_cells"}
-_LARGEST = 2**26  # bytes of one plain text
 ZERO_BYTE = "holds a zero byte, so it is not text; remove the byte"
 
 
@@ -25,9 +25,9 @@ def refuse_other_encodings(start: bytes, path: str) -> None:
         raise UserError(f"{path}:1: the file holds zero bytes, so it is not text; save it as UTF-8 text")
 
 
-def read_json_lines(file: BinaryIO) -> Iterator[Row]:
+def read_json_lines(file: BinaryIO, path: str) -> Iterator[Row]:
     """Lines as bytes, numbered from 1, without blank ones; parse_object reads them."""
-    for number, line in enumerate(file, start=1):
+    for number, line in numbered_lines(file, path):
         if line.strip() not in (b"", codecs.BOM_UTF8):
             yield number, line
 
@@ -77,14 +77,14 @@ def first_repeated(names: list[str]) -> str | None:
 def read_plain_text(file: BinaryIO, path: str, sample_by: str) -> Iterator[Row]:
     """Documents of plain text as {"text": ...}, numbered by their first line, without blank ones."""
     if sample_by == "document":
-        content = file.read(_LARGEST + 1)
-        if len(content) > _LARGEST:
-            raise UserError(f"{path}: over {_LARGEST >> 20} MiB in one document; set sample_by: paragraph or line")
+        content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise UserError(f"{path}: over {LONGEST >> 20} MiB in one document; set sample_by: paragraph or line")
         samples = iter([(1, content)])
     elif sample_by == "line":
-        samples = enumerate(file, start=1)
+        samples = numbered_lines(file, path)
     else:
-        samples = _paragraphs(file)
+        samples = _paragraphs(file, path)
     for number, content in samples:
         try:
             text = content.decode("utf-8-sig").replace("\r\n", "\n").strip("\n")  # indentation stays
@@ -102,12 +102,17 @@ def no_utf8(byte: int) -> str:
     return f"byte {byte:02x} is not UTF-8; save the file as UTF-8"
 
 
-def _paragraphs(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    numbered = enumerate(file, start=1)
-    for blank, lines in itertools.groupby(numbered, key=lambda line: not line[1].strip()):
-        if not blank:
-            (number, first), *rest = lines
-            yield number, b"".join([first, *(line for _, line in rest)])
+def _paragraphs(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
+    lines = BoundedLines(file, path)
+    paragraph = bytearray()
+    for line in itertools.chain(lines, [b""]):
+        if line.strip():
+            paragraph += line
+            continue
+        if paragraph:
+            yield lines.row, bytes(paragraph)
+        paragraph.clear()
+        lines.end_row()
 
 
 def _json_cause(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from data_prep.sources.blocks import Row, Unreadable
 from data_prep.sources.delimited import checked_header, why_not_a_row
+from data_prep.sources.lines import numbered_lines
 from data_prep.user_error import UserError
 
 _QUOTED = re.compile(r'"(?:[^"]++|"")*+"')
@@ -22,7 +23,7 @@ def read_tsv(file: BinaryIO, path: str) -> Iterator[Row]:
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=None)
     header: list[str] = []
     open_quotes = _OpenQuotes(path)
-    for number, line in enumerate(text, start=1):
+    for number, line in numbered_lines(text, path):
         line = line.removesuffix("\n")
         if not header:
             header = checked_header(line.split("\t"), f"{path}:{number}") if line else []

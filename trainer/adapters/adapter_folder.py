@@ -16,12 +16,14 @@ from torch import nn
 from data_prep.publish import publish_atomically
 from data_prep.sources.file_kind import refuse_lfs_pointer
 from data_prep.user_error import UserError
+from trainer.adapters import EXPERT_METHODS
 from trainer.base.model_folder import one_line
 from trainer.base.safetensors_writer import translate_disk_errors
 
 LARGEST = 1e9  # of an adapter's settings: far beyond it the products of alpha are infinite in fp32
 # The keys of a LoRA's adapter_config.json that every reader knows, and that some demand.
 COMMON_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
+METHODS = ("LORA", *(name.upper() for name in EXPERT_METHODS))  # peft_type of what is read here
 COMMON_KEYS |= {"target_modules", "bias", "fan_in_fan_out", "init_lora_weights", "modules_to_save"}
 
 
@@ -104,7 +106,12 @@ def _says_something(value: Any, defaults: dict[str, Any], key: str) -> bool:
 def read_adapter_config(folder: Path) -> Any:  # as PEFT types it: each method has fields of its own
     """PEFT's configuration in an adapter's folder. Raises UserError where there is none that can be computed with."""
     try:
+        if not (folder / CONFIG_NAME).is_file():  # PEFT would take a/b for an id of the Hub
+            raise ValueError(f"it has no {CONFIG_NAME}")
         config = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type not in METHODS:  # others fetch further adapters, or read pickles, that theirs names
+            kind = str(config.peft_type).removeprefix("PeftType.")
+            raise ValueError(f"a {kind} is none of {', '.join(METHODS)}")
         numbers = {key: value for key, value in config.to_dict().items() if isinstance(value, float)}
         if strange := [f"{key}={value}" for key, value in numbers.items() if not abs(value) <= LARGEST]:
             raise ValueError(f"{strange[0]} cannot be computed with")

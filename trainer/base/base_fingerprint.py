@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from data_prep.user_error import UserError
 from trainer.base.model_folder import files_of_model
 
 BASE_FILE = "base.json"
+LONGEST_HEADER = 100_000_000  # bytes; safetensors itself refuses longer ones
 SAMPLES = 4  # places in each tensor
 SAMPLE = 32  # elements read at each
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")  # keys of config.json
@@ -55,19 +57,31 @@ def fingerprint(folder: Path, most: int | None = None) -> str:
 
 
 def _tensors(folder: Path, files: ExitStack) -> dict[str, _Stored]:
-    """By name, from the headers of the folder's safetensors files, which stay open as long as `files`.
-
-    A file begins with its header's length (8 bytes, little endian) and the header, JSON; offsets count from its end.
-    """
+    """By name, from the headers of the folder's safetensors files, which stay open as long as `files`."""
     found: dict[str, _Stored] = {}
     for path in files_of_model(folder):
         file = files.enter_context(path.open("rb"))
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, stop = (8 + length + offset for offset in entry["data_offsets"])
-                found[name] = _Stored(file.fileno(), entry["dtype"], entry["shape"], start, stop)
+        try:
+            found |= _header(file)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # JSON of any shape
+            raise ValueError(f"{path}: not a readable safetensors file ({error}); fetch the model again") from error
+    return found
+
+
+def _header(file: BinaryIO) -> dict[str, _Stored]:
+    """The tensors of a file. It begins with its header's length (8 bytes, little endian) and the header, JSON; offsets
+    count from its end. Nothing is read by a number that the file cannot hold."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(LONGEST_HEADER, size - 8):
+        raise ValueError(f"a header of {length} bytes in {size}")
+    found: dict[str, _Stored] = {}
+    for name, entry in json.loads(file.read(length)).items():
+        if name != "__metadata__":
+            start, stop = (8 + length + offset for offset in entry["data_offsets"])
+            if not 8 + length <= start <= stop <= size:
+                raise ValueError(f"{name} lies at {entry['data_offsets']}, outside the file")
+            found[name] = _Stored(file.fileno(), entry["dtype"], entry["shape"], start, stop)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.sources.file_kind import refuse_lfs_pointer
 from data_prep.user_error import UserError
+from data_prep.user_path import is_file_name
 
 if TYPE_CHECKING:
     from trainer.recipe import BaseModelConfig
@@ -56,7 +57,9 @@ def files_of_model(folder: Path) -> list[Path]:
         _refuse_lfs_pointers([index])
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            if elsewhere := [name for name in names if not is_file_name(name)]:
+                raise ValueError(f"it names {elsewhere[0]!r}, where files of its folder are expected")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index}: not readable as an index ({one_line(error)}); fetch the model again") from error
         files = sorted(folder / name for name in names)
     _refuse_lfs_pointers(files)

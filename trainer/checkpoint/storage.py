@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import check_publishable, remove_folder, sync_folder, unused_path, write_atomically
+from data_prep.user_path import is_file_name
 
 INDEX = "index.json"
 LATEST, BEST = "latest", "best"
@@ -113,6 +114,8 @@ def verify(folder: Path) -> str | None:
         if index["sha256"] != _digest(files):
             return f"{INDEX} is damaged"
         for name, known in files.items():
+            if not is_file_name(name):
+                return f"{INDEX} names {name!r}, where files of its folder are expected"
             content = folder / name
             if not content.is_file():
                 return f"{name} is missing"

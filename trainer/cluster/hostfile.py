@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data_prep.user_error import UserError
 
-_LINE = re.compile(r"(?P<name>[^\s=,\0]+)\s+(?P<options>\S.*)")
+# no name begins with -: ssh would take it for an option, such as -F, whose file can name a command
+_LINE = re.compile(r"(?P<name>[^\s=,\0-][^\s=,\0]*)\s+(?P<options>\S.*)")
 _OPTION = re.compile(r"([\w-]+)\s*=\s*(\d{1,6})(?:\s+|$)", re.ASCII)
 
 

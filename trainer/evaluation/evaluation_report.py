@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.publish import write_atomically
 from data_prep.tables import text_table
+from data_prep.terminal_text import without_control_codes
 from trainer.evaluation.bootstrap import Difference
 from trainer.evaluation.scoring import exact_match
 from trainer.evaluation.summary import LOSS, SCORE, SUBJECT, TaskSummary
@@ -100,8 +101,8 @@ def _examples(items: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str
         item = next(filter(_only_adapter_is_right, of_task), of_task[0])
         given = {"answer": item["answer"], **{name: scores["given"] for name, scores in item["models"].items()}}
         question = next((turn["content"] for turn in reversed(item["messages"]) if turn.get("content")), "")
-        lines.append(f"[{task}] {question.strip()}")
-        lines += [f"  {name:{width}}{' '.join(given[name].split())}" for name in names]
+        lines.append(f"[{task}] {without_control_codes(question.strip())}")
+        lines += [f"  {name:{width}}{without_control_codes(' '.join(given[name].split()))}" for name in names]
     return lines
 
 

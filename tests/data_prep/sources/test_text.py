@@ -331,7 +331,7 @@ def test_only_the_bad_pieces_of_a_text_are_refused(tmp_path, sample_by):
 
 
 def test_a_text_too_large_for_one_document_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.text._LARGEST", 2**20)
+    monkeypatch.setattr("data_prep.sources.text.LONGEST", 2**20)
     path = write(tmp_path, (b"a" * 1023 + b"\n") * 1024 + b"b", "a.txt")
     assert refusal(path) == f"{path}: over 1 MiB in one document; set sample_by: paragraph or line"
     assert len(read(path, sample_by="line")) == 1025
