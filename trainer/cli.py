@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from data_prep.terminal_text import without_control_codes
 from data_prep.user_error import UserError
 from trainer.console import options as options_of
 from trainer.console.library_logs import silence_libraries
@@ -204,7 +205,8 @@ def _generate(options: argparse.Namespace) -> None:
     from trainer.evaluation.generation import answer
     from trainer.evaluation.loaded_models import load_run
 
-    print(answer(load_run(options.directory), options.prompt, options.max_new_tokens))
+    found = answer(load_run(options.directory), options.prompt, options.max_new_tokens)
+    print(without_control_codes(found))
 
 
 def _router(options: argparse.Namespace) -> None:

@@ -39,7 +39,9 @@ CONFIG = {
 def usual(folder: str, _device: torch.device) -> nn.Module:
     """from_pretrained with bitsandbytes: the whole quantised model on every rank, sharded by initialize."""
     quantization = usual_quantization()
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(  # nosec B615 # a local folder
+        folder, quantization_config=quantization, dtype=torch.bfloat16
+    )
 
 
 def ours(folder: str, device: torch.device) -> nn.Module:

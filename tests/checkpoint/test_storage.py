@@ -1,5 +1,6 @@
 """A checkpoint's folder: whole or not there, found again, and any damage seen."""
 
+import hashlib
 import json
 import os
 
@@ -117,6 +118,15 @@ def test_a_pointer_may_be_a_link(tmp_path):
 def test_only_files_of_the_index_are_read(checkpoint):
     (checkpoint / "state-00001.bak.safetensors").write_bytes(b"a copy by hand")
     assert storage.tensor_files(checkpoint) == [checkpoint / "state-00001.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b", "..", ""])
+def test_an_index_that_names_files_elsewhere_is_no_intact_checkpoint(checkpoint, name):
+    files = {name: {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (checkpoint / storage.INDEX).write_text(json.dumps({"files": files, "sha256": digest}))
+    (checkpoint.parent / "secret").write_bytes(b"x")
+    assert storage.verify(checkpoint) == f"index.json names {name!r}, where files of its folder are expected"
 
 
 def test_a_partial_save_that_cannot_be_removed_is_in_no_later_ones_way(tmp_path, monkeypatch):

@@ -64,6 +64,7 @@ def test_hostfiles_of_other_tools_and_editors_are_read(tmp_path, text):
         ("node-a slots=8 max_slots=4\n", "line 1: 'node-a slots=8 max_slots=4': expected"),
         ("node-a slots=-1\n", "line 1: 'node-a slots=-1': expected"),
         ("node-a:8\n", "line 1: 'node-a:8': expected"),
+        ("-F/tmp/conf slots=1\n", "line 1: '-F/tmp/conf slots=1': expected"),  # to ssh that is an option
         ("# nothing\n", "lists no nodes"),
         (None, "No such file or directory; give a file with one line per node, such as `node-a slots=8`"),
     ],

@@ -81,6 +81,8 @@ def _header(file: BinaryIO) -> dict[str, _Stored]:
             start, stop = (8 + length + offset for offset in entry["data_offsets"])
             if not 8 + length <= start <= stop <= size:
                 raise ValueError(f"{name} lies at {entry['data_offsets']}, outside the file")
+            if min(entry["shape"], default=0) < 0 or math.prod(entry["shape"]) > 8 * (stop - start):
+                raise ValueError(f"{name} has the shape {entry['shape']} in {stop - start} bytes")
             found[name] = _Stored(file.fileno(), entry["dtype"], entry["shape"], start, stop)
     return found
 

@@ -81,7 +81,7 @@ def set_generation(model: PreTrainedModel, folder: Path) -> None:
     position_ids only while no cache is in use.
     """
     if (folder / "generation_config.json").is_file():
-        named = GenerationConfig.from_pretrained(folder)
+        named = GenerationConfig.from_pretrained(folder)  # nosec B615 # a local folder
         model.generation_config = GenerationConfig(**{key: getattr(named, key) for key in NAMED_TOKENS})
     model.config.use_cache = False
     model.generation_config.use_cache = True

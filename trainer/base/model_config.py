@@ -58,7 +58,9 @@ def load_tokenizer(base: "BaseModelConfig", chat_template: Path | None = None) -
     """
     folder = resolve_folder(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # a local folder
+            folder, trust_remote_code=base.trust_remote_code
+        )
     except Exception as error:
         raise UserError(
             f"base.model: {folder} has no tokenizer that transformers can read ({one_line(error)}); "
@@ -91,7 +93,7 @@ def _parse(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             "set base.trust_remote_code: true if you trust it"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)  # nosec B615 # a local folder
     except Exception as error:
         raise UserError(
             f"base.model: {folder} has model_type {raw.get('model_type')!r}, which transformers cannot build "

@@ -96,7 +96,9 @@ def convert(gguf: Path, folder: Path) -> None:
 
     disable_progress_bar()
     print("sample base: converting to a transformers folder (bf16)", flush=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(  # nosec B615 # a local folder
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
     # The weights are now plain bf16; these attributes would mark the folder as a GGUF-quantized model.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -114,7 +116,7 @@ def repaired_tokenizer(gguf: Path):
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)  # nosec B615 # a local folder
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

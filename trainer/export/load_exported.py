@@ -23,7 +23,7 @@ def load_plain_lora(run: LoadedRun, folder: Path) -> CausalLM:
 def load_merged(run: LoadedRun, folder: Path) -> CausalLM:
     """The model of a folder, on the run's device, with the run's settings for generation."""
     base = run.recipe.base
-    model = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(  # nosec B615 # a local folder
         folder,
         dtype=DTYPES[base.dtype],
         attn_implementation=base.attention,
