@@ -78,12 +78,13 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
         model_init_kwargs={"dtype": "bfloat16"},
     )
     clock = StepClock()
+    tokenizer = AutoTokenizer.from_pretrained(base)  # nosec B615 # a local folder
     trainer = SFTTrainer(
         model=base,
         args=config,
         train_dataset=load_from_disk(rows),
         data_collator=collate,
-        processing_class=AutoTokenizer.from_pretrained(base),  # nosec B615 # a local folder
+        processing_class=tokenizer,
         callbacks=[clock],
         quantization_config=usual_quantization(),
         peft_config=LoraConfig(

@@ -16,7 +16,8 @@ class BoundedLines(Generic[AnyStr]):
     """
 
     def __init__(self, file: IO[AnyStr], path: str) -> None:
-        self._file, self._path = file, path
+        self._file: IO[AnyStr] = file
+        self._path = path
         self._room = LONGEST  # left for the row
         self.row = 1  # the line on which it begins
         self._number = 0
