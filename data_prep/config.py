@@ -10,6 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -107,7 +108,7 @@ class ReasoningGymSource(Section):
     generator: str = Field(min_length=1, description="generator name, such as basic_arithmetic")
     count: Rows = Field(description="number of documents to generate, including held-out ones")
     seed: int = Field(default=0, description="seed of the generator")
-    options: dict[str, Any] = Field(default_factory=dict, description="the generator's own options")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="the generator's own options")
     prompt: str = Field(
         default=QUESTION,
         description="text of the user turn; {question} is replaced by the generator's question",

@@ -83,6 +83,8 @@ FATAL_LATER = [
     "report=[&a [x,x,x,x,x,x,x,x,x,x], " + ", ".join(
         f"&{'abcdefghi'[i + 1]} [{', '.join(['*' + 'abcdefghi'[i]] * 10)}]" for i in range(8)) + "]",
     f"data.sources.{'9' * 5000}.path=x", "data.sources.-1.path=x", "data.sources.1.path=x",
+    *(f"data.sources=[{{type: reasoning_gym, task: a, generator: b, count: 3, options: {{x: {value}}}}}]"
+      for value in ("!!binary /w==", ".nan", "2026-01-01", "!!set {1}")),
     "adapter.alpha\n=1", "train.steps=3\x85x", "\x1b[31mrun=3",
 ]  # fmt: skip
 

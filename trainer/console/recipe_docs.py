@@ -81,8 +81,8 @@ def _type(schema: dict[str, Any]) -> str:
             return f"[{', '.join(map(_type, schema['prefixItems']))}]"
         return "list of sources" if "oneOf" in schema["items"] else f"list of {_type(schema['items'])}"
     if kind == "object":
-        values = schema.get("additionalProperties")
-        return f"mapping to {_type(values)}" if isinstance(values, dict) else "mapping"
+        values = schema.get("additionalProperties", {})  # of the free options of a generator: any JSON
+        return f"mapping to {_type(values)}" if isinstance(values, dict) and "type" in values else "mapping"
     bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
     return " ".join([_TYPES[schema["type"]], " and ".join(bounds)]).strip()
 
