@@ -70,6 +70,7 @@ class RunLease:
         self._looks: Counter[str] = Counter()
         self._waiting = False
         self._released = threading.Event()
+        self._ending = threading.Lock()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -104,6 +105,7 @@ class RunLease:
             pass
 
     def _end(self) -> None:
+        self._ending.acquire()  # for good: of all threads that notice one says so
         line = (
             f"{self.directory}: this launch has lost the run to another, which found it suspended or cut off from the "
             f"disk for {self.stale_after:g} s (or {self._path.parent} was removed); it ends without writing more"
