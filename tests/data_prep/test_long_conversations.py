@@ -64,12 +64,13 @@ def test_answers_after_calls_of_a_kind_end_alike_with_a_token_or_without():
     ] * 2
 
 
-def test_results_are_put_in_the_order_of_their_calls_unless_one_is_of_another_call():
+def test_results_are_put_in_the_order_of_their_calls_unless_one_is_of_an_earlier_turn():
     made = [{**call(), "id": name} for name in "abc"]
-    results = [{**result(name), "tool_call_id": name} for name in "cxba"]
-    earlier = calls({**call(), "id": "x"})
-    found = in_order_of_calls([earlier, calls(*made), *results], [str(i) for i in range(6)])
-    assert [message["content"] for message in found[2:]] == ["c", "x", "b", "a"]
-    results.pop(1)
-    found = in_order_of_calls([earlier, calls(*made), *results], [str(i) for i in range(5)])
-    assert [message["content"] for message in found[2:]] == ["a", "b", "c"]
+    before = [calls({**call(), "id": "x"}), {**result("x"), "tool_call_id": "x"}, calls(*made)]
+
+    def order(names: str) -> list[str]:
+        turns = [*before, *({**result(name), "tool_call_id": name} for name in names)]
+        return [message["content"] for message in in_order_of_calls(turns, [*map(str, range(len(turns)))])[3:]]
+
+    assert order("cba") == ["a", "b", "c"]
+    assert order("cxba") == ["c", "x", "b", "a"]

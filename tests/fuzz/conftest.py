@@ -6,7 +6,7 @@ __all__ = ["outcomes"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line per fuzz test, and their sum, before pytest's own last line."""
+    """One line per fuzz test with more than one example, and the sum of all, before pytest's own last line."""
     lines = []
     failed_ids = {report.nodeid for report in terminalreporter.stats.get("failed", [])}
     for report in terminalreporter.stats.get("", []):  # those of set-ups and tear-downs, which know the counts
@@ -19,6 +19,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     terminalreporter.section("fuzzed input")
     for name, examples, accepted, refused, outcome in lines:
+        if examples == 1 and outcome == "passed":
+            continue  # a single case of a parametrized test
         terminalreporter.line(
             f"{name:60} {examples:6} examples {accepted:6} accepted {refused:6} refused in one line, {outcome}"
         )
