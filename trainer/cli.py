@@ -1,6 +1,7 @@
 """The `teamlora` command: a table from command to options and function."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -20,6 +21,9 @@ from trainer.run.user_home import ensure_home
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
+
+# A disk, or a limit of this machine, as opposed to a path that is wrong.
+MACHINE_FAILS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 
 EXAMPLE = """\
 example:
@@ -83,6 +87,12 @@ def _run(options: argparse.Namespace) -> Ending:
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = MISTAKE if isinstance(error, UserError) else FAULT
         return Ending(status, str(error), followed=isinstance(error, LostRank))
+    except OSError as error:
+        if error.errno not in MACHINE_FAILS:
+            raise
+        line = f"{error.filename or 'this process'}: {error.strerror}; mend that and start again: nothing saved is lost"
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return Ending(FAULT, line)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)

@@ -45,7 +45,12 @@ def enter_namespace() -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5.0, help="after which no further fault begins")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=5.0,
+        help="of faults, after what they are compared with; then runs come to their end",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first run; each further one adds 1")
     parser.add_argument("--runs", type=int, help="exactly so many, whatever time they take")
     options = parser.parse_args(arguments)
@@ -53,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.soak.driver import numbers, soak, table  # heavy, and only once
 
     began = time.monotonic()
-    until = began + 60 * options.minutes if options.runs is None else float("inf")
+    minutes = options.minutes if options.runs is None else float("inf")
     seeds = itertools.islice(itertools.count(options.seed), options.runs)
     with tempfile.TemporaryDirectory() as name:
-        found = soak(Path(name), seeds, until, own_disk)
+        found = soak(Path(name), seeds, minutes, own_disk)
     print(f"\n{table(found)}\n")
     print(json.dumps(numbers(found, (time.monotonic() - began) / 60)))
     return int(any(one.problem for one in found))

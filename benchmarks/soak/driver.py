@@ -1,5 +1,6 @@
 """Runs of many seeds, side by side: what they need, what they found, as a table and as numbers."""
 
+import itertools
 import shutil
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 from benchmarks.shared.processor import processor
 from benchmarks.soak.forked import MAKE_SPARE, Server
 from benchmarks.soak.kinds import AT_REST, KINDS, SHARED_MEMORY
-from benchmarks.soak.plan import plan_run
+from benchmarks.soak.plan import is_placed, plan_run
 from benchmarks.soak.run import Found, Pace, Setting, SoakedRun, arguments, environment, mount, unbroken_name
 from data_prep.tables import text_table
 
@@ -28,19 +29,22 @@ def finish(server: Server, words: Sequence[str], folder: Path) -> float:
     return time.monotonic() - began
 
 
-def run_unbroken(server: Server, spare: Path, unbroken: Path) -> float:
-    """The runs that others are compared with, as much at once as in the soak itself; seconds of the slower one."""
+def run_unbroken(server: Server, spare: Path, unbroken: Path, variants: set[bool]) -> float:
+    """The runs that others are compared with, as much at once as in the soak itself; seconds of the slower one.
+
+    variants: with placement, and without.
+    """
 
     def run(placed: bool) -> float:
         name = [f"run.output_dir={unbroken}", f"run.name={unbroken_name(placed)}"]
         return finish(server, ["launch", *arguments(placed), *name], spare)
 
-    with ThreadPoolExecutor(2) as pool:
-        return max(pool.map(run, [False, True]))
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        return max(pool.map(run, variants))
 
 
-def soak(folder: Path, seeds: Iterator[int], until: float, own_disk: bool) -> list[Found]:
-    """Runs of these seeds, side by side, as long as there are seeds and time."""
+def soak(folder: Path, seeds: Iterator[int], minutes: float, own_disk: bool) -> list[Found]:
+    """Runs of these seeds, side by side, while there are seeds and time. minutes: of faults, once the pace is known."""
     if own_disk:
         mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(SHARED_MEMORY))
     server = Server(environment())
@@ -48,13 +52,15 @@ def soak(folder: Path, seeds: Iterator[int], until: float, own_disk: bool) -> li
         spare, unbroken = folder / "spare", folder / "unbroken"
         spare.mkdir()
         finish(server, [MAKE_SPARE], spare)
-        pace = Pace(server.seconds, run_unbroken(server, spare, unbroken))
+        first = list(itertools.islice(seeds, SIDE_BY_SIDE))
+        pace = Pace(server.seconds, run_unbroken(server, spare, unbroken, set(map(is_placed, first))))
         print(
             f"unbroken        {pace.seconds:.0f} s and imports {pace.imports:.0f} s: a start may take "
             f"{pace.limit:.0f} s",
             flush=True,
         )
-        return run_seeds(seeds, folder, Setting(spare, unbroken, pace, server, own_disk, until))
+        until = time.monotonic() + 60 * minutes
+        return run_seeds(itertools.chain(first, seeds), folder, Setting(spare, unbroken, pace, server, own_disk, until))
     finally:
         server.close()
 

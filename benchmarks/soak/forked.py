@@ -37,6 +37,8 @@ IMPORTS = (
     "torch.utils.tensorboard",
     "matplotlib.pyplot",
     "datasets",
+    "benchmarks.soak.spare",
+    "benchmarks.soak.kinds",
 )
 
 
@@ -186,9 +188,7 @@ def _command(words: list[str], folder: str, environment: dict[str, str], log: st
     os.environ.update(environment)
     local_ranks.subprocess = SimpleNamespace(Popen=ForkedPopen)
     if words == [MAKE_SPARE]:
-        from benchmarks.soak.spare import make_spare
-
-        return make_spare(Path.cwd())
+        return importlib.import_module("benchmarks.soak.spare").make_spare(Path.cwd())
     show([sys.executable, str(Path(local_ranks.__file__).parent.parent / "__main__.py"), *words], {})
     return main(words)
 

@@ -122,14 +122,15 @@ def take_descriptors(fault: Fault, rank: Rank) -> None:
 
 
 def fail_to_read(fault: Fault, rank: Rank) -> None:
-    """The next file of a folder that Python opens to read cannot be read."""
+    """Python can open no file of a folder to read it; of checkpoints, not the next one."""
     folder, real = f"/{fault.victim}/", io.open
 
     def open_or_fail(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if "r" in mode and folder in f"/{file}":
+        if "r" not in mode or folder not in f"/{file}":
+            return real(file, mode, *arguments, **options)
+        if fault.victim == "checkpoints":
             io.open = builtins.open = real
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
-        return real(file, mode, *arguments, **options)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
 
     io.open = builtins.open = open_or_fail
 

@@ -27,13 +27,18 @@ class Plan:
     starts: list[Start]
 
 
+def is_placed(seed: int) -> bool:
+    """Whether the run of a seed places its experts."""
+    return bool(seed % 2)
+
+
 def plan_run(seed: int, own_disk: bool, import_seconds: float) -> Plan:
     """The same for the same seed on machines of any pace, but for the moments of faults while imports run.
 
     own_disk: whether a small disk can be mounted. import_seconds: that a rank takes for imports here.
     """
     chance = random.Random(seed)
-    placed = bool(seed % 2)
+    placed = is_placed(seed)
     count = chance.randint(*STARTS)
     starts = [_start(chance, placed, own_disk, import_seconds, last=index == count) for index in range(count + 1)]
     starts[0].before.clear()  # there are no files yet
