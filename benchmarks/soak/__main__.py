@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--minutes",
         type=float,
         default=5.0,
-        help="of faults, after what they are compared with; then runs come to their end",
+        help="of faults; then runs come to their end",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first run; each further one adds 1")
     parser.add_argument("--runs", type=int, help="exactly so many, whatever time they take")

@@ -128,6 +128,7 @@ def fail_to_read(fault: Fault, rank: Rank) -> None:
     def open_or_fail(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if "r" not in mode or folder not in f"/{file}":
             return real(file, mode, *arguments, **options)
+        rank.record(fault)
         if fault.victim == "checkpoints":
             io.open = builtins.open = real
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
@@ -198,7 +199,7 @@ KINDS = {
         signal_victims(signal.SIGSTOP), TRAINING, RANKS, FAILS, "suspended|did not end in time|does not answer",
         weight=0.3,
     ),
-    "bus error": Kind(bus_error, ("base read", "rows read"), (), FAILS, weight=1.0),
+    "bus error": Kind(bus_error, ("base read", "rows read"), (), FAILS, "SIGBUS|killed from outside"),
     "EIO": Kind(
         fail_to_read, ("checks",), ("base", "prepared"), frozenset({FAULT, MISTAKE}), "Input/output error"
     ),
@@ -226,6 +227,14 @@ KINDS = {
         replace_prepared, ("prune",), ends=False, refused="data.held_out: the recipe says", undo=restore_prepared
     ),
 }  # fmt: skip
+
+
+def act(fault: Fault, rank: Rank) -> None:
+    """Lets a fault strike in this rank."""
+    kind = KINDS[fault.kind]
+    if kind.act is not fail_to_read:  # which counts once something is read
+        rank.record(fault)
+    kind.act(fault, rank)
 
 
 # What happens to files between two starts.

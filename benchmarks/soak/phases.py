@@ -10,6 +10,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,14 @@ class Rank:
         self.entries[phase] += 1
         if phase == "step":
             self._pass_step()
-        for index, fault in enumerate(self.faults):
+        for fault in self.faults:
             if (fault.rank, fault.phase, fault.entry) == (self.number, phase, self.entries[phase]):
-                self._strike(index, fault)
+                self._strike(fault)
+
+    def record(self, fault: Fault) -> None:
+        """Notes that it has struck."""
+        with suppress(FileExistsError):
+            os.mkdir(self.folder / f"{self.faults.index(fault)}.{FIRED}")  # takes no descriptor: none may be left
 
     def end_after(self, steps: int, undo: Callable[[], None]) -> None:
         self.endings.append((self.entries["step"] + steps, undo))
@@ -114,17 +120,13 @@ class Rank:
         for undo in due:
             undo()
 
-    def _strike(self, index: int, fault: Fault) -> None:
-        def strike() -> None:
-            os.mkdir(self.folder / f"{index}.{FIRED}")  # takes no descriptor, of which there may be none
-            self.act(fault, self)
-
+    def _strike(self, fault: Fault) -> None:
         if fault.delay:
-            timer = threading.Timer(fault.delay, strike)
+            timer = threading.Timer(fault.delay, self.act, (fault, self))
             timer.daemon = True
             timer.start()
         else:
-            strike()
+            self.act(fault, self)
 
 
 def write_faults(folder: Path, faults: list[Fault]) -> None:
@@ -140,14 +142,12 @@ def fired(folder: Path, faults: list[Fault]) -> list[Fault]:
 def arm() -> None:
     """Prepares this rank's faults. Nothing heavy is imported before the command handles signals, as without faults."""
     import trainer.recipe_file
-    from benchmarks.soak.kinds import KINDS
+    from benchmarks.soak.kinds import act
     from data_prep.publish import write_atomically
 
     folder = Path(os.environ[FOLDER])
     faults = [Fault(**each) for each in json.loads((folder / PLAN).read_text())]
-    rank = Rank(
-        int(os.environ["RANK"]), folder, Path.cwd(), faults, lambda fault, rank: KINDS[fault.kind].act(fault, rank)
-    )
+    rank = Rank(int(os.environ["RANK"]), folder, Path.cwd(), faults, act)
     write_atomically(folder / RANKS[rank.number], str(os.getpid()))
     real = trainer.recipe_file.load_recipe
 

@@ -27,6 +27,7 @@ from trainer.run.launch_protocol import MISTAKE
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 24, 3, 5
 DISK = "32m"
+HALF_WRITTEN = (".partial", ".part", ".new", ".old")
 SPEED = ("step_seconds", "tokens_per_second", "labelled_tokens_per_second", "peak_memory_bytes")
 RESUMED = re.compile(r"^resume .*?(?:at step (\d+)|from the first step)$", re.MULTILINE)
 HOOK = """import os
@@ -140,7 +141,7 @@ class SoakedRun:
         if not any(fault.kind == "EIO of a checkpoint" for fault in struck):  # an older one is right then
             self._check_resumed(said, newest)
         check_ending(status, said, struck)
-        if not struck and (left := sorted(path.name for path in self.run.rglob(".*"))):
+        if not struck and (left := sorted(p.name for p in self.run.rglob(".*") if p.suffix in HALF_WRITTEN)):
             raise Problem(f"left behind: {', '.join(left)}")
         refused = [KINDS[fault.kind] for fault in struck if KINDS[fault.kind].refused]
         finished = status == 0 or (status == KILLED and (self.run / "adapter").is_dir())
