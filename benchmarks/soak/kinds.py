@@ -196,8 +196,8 @@ KINDS = {
         signal_victims(signal.SIGINT), (IMPORTS, *WHOLE_RUN), ("supervisor",), frozenset({STOPPED}), weight=1.0
     ),
     "SIGSTOP for good": Kind(
-        signal_victims(signal.SIGSTOP), TRAINING, RANKS, FAILS, "suspended|did not end in time|does not answer|killed from outside",
-        weight=0.3,
+        signal_victims(signal.SIGSTOP), TRAINING, RANKS, FAILS,
+        "suspended|did not end in time|does not answer|killed from outside", weight=0.3,
     ),
     "bus error": Kind(bus_error, ("base read", "rows read"), (), FAILS, "SIGBUS|killed from outside"),
     "EIO": Kind(

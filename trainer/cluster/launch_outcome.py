@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trainer.run.launch_protocol import FAULT, MISTAKE, STOPPED, Ending
 
 KILLED = "killed from outside (SIGKILL, or out of memory)"
-CRASHES = {
+CRASHES: dict[int, str] = {
     signal.SIGBUS: "ended by SIGBUS: a file of the base or the prepared set could not be read, or was cut meanwhile",
     signal.SIGSEGV: "ended by SIGSEGV: a library crashed",
     signal.SIGABRT: "ended by SIGABRT: a library gave up, see its own message above",
