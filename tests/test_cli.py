@@ -1,5 +1,7 @@
 """The command line: every command explains itself with an example; versions and recipes are shown."""
 
+import errno
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -7,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from trainer import recipe_file
 from trainer.cli import COMMANDS, main
 from trainer.cluster.launch_options import LaunchOptions
+from trainer.run.launch_protocol import FAULT
 from trainer.run.resources import recipes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -61,6 +65,17 @@ def test_an_unknown_recipe_is_one_line_of_error(capsys):
     assert capsys.readouterr().err.startswith(
         "error: quickstrat: expected the name of a recipe; give one of quickstart"
     )
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE])
+def test_a_disk_that_fails_or_a_limit_is_one_line_and_a_fault(capsys, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number), "base/config.json")
+
+    monkeypatch.setattr(recipe_file, "load_recipe", fail)
+    assert main(["prepare", "recipe.yaml"]) == FAULT
+    line = f"error: base/config.json: {os.strerror(number)}; mend that and start again: nothing saved is lost\n"
+    assert capsys.readouterr().err == line
 
 
 def test_started_by_its_path_the_package_wins_over_a_folder_of_that_name(tmp_path):

@@ -1,6 +1,7 @@
 """The `teamlora` command: a table from command to options and function."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -23,6 +24,9 @@ from trainer.run.user_home import ensure_home
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
+
+# A disk, or a limit of this machine, as opposed to a path that is wrong.
+MACHINE_FAILS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 
 EXAMPLE = """\
 example:
@@ -90,8 +94,8 @@ def _run(options: argparse.Namespace) -> Ending:
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = MISTAKE if isinstance(error, UserError) else FAULT
         return Ending(status, str(error), followed=isinstance(error, LostRank))
-    except RuntimeError as error:
-        found = out_of_memory(error)
+    except (RuntimeError, OSError) as error:
+        found = _fault_of_machine(error)
         if found is None:
             raise
         line = f"rank {os.environ['RANK']}: {found}" if "RANK" in os.environ else found
@@ -105,6 +109,15 @@ def _run(options: argparse.Namespace) -> Ending:
         print("interrupted", file=sys.stderr)
         return Ending(INTERRUPTED, "interrupted")
     return Ending(status or 0)
+
+
+def _fault_of_machine(error: RuntimeError | OSError) -> str | None:
+    """One line for a full disk, exhausted memory and the like; None for other errors, which need a traceback."""
+    if isinstance(error, RuntimeError):
+        return out_of_memory(error)
+    if error.errno not in MACHINE_FAILS:
+        return None
+    return f"{error.filename or 'this process'}: {error.strerror}; mend that and start again: nothing saved is lost"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """What a launch is told: hostfile, variables, options; and what it tells of its ranks' endings."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.support.minimal_recipe import MINIMAL
 from trainer.cluster.hostfile import Node, read_hostfile
 from trainer.cluster.launch_environment import forwarded_variables
 from trainer.cluster.launch_options import parse_launch_options
-from trainer.cluster.launch_outcome import Outcome, RankEnding, outcome
+from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
 from trainer.cluster.local_ranks import slots_here
 from trainer.cluster.ssh import launch_folder
 from trainer.cluster.supervisor import Launch, dividing_nodes, launch
@@ -244,6 +245,7 @@ def ended(rank: int, status: int, line: str = "", followed: bool = False, stuck:
 LOST = ended(0, FAULT, "another rank has ended", followed=True)
 HALTED = ended(1, FAULT, "was halted", stuck=True)
 OWN = ended(2, FAULT, "ValueError: no")
+GONE = ended(1, FAULT, KILLED)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +258,18 @@ OWN = ended(2, FAULT, "ValueError: no")
         ([LOST, HALTED, OWN], [1], False, Outcome(FAULT, "node, rank 2: ValueError: no")),
         ([LOST], [1], False, Outcome(FAULT, "node, rank 0: another rank has ended")),
         ([LOST], [1], True, Outcome(STOPPED, "node, rank 0: another rank has ended")),
+        ([LOST, GONE], [256 - signal.SIGKILL], False, Outcome(FAULT, f"node, rank 1: {KILLED}")),
+        ([LOST, GONE], [1], False, Outcome(FAULT, f"node, rank 1: {KILLED}")),
+        (
+            [LOST, GONE],
+            [256 - signal.SIGBUS],
+            False,
+            Outcome(
+                FAULT,
+                "node, rank 1: ended by SIGBUS: a file of the base or the prepared set could not be read, or was cut "
+                "meanwhile",
+            ),
+        ),
         ([], [2], False, Outcome(MISTAKE)),
         (
             [],

@@ -11,9 +11,6 @@ from typing import Any
 
 import yaml
 
-from tests.support.tiny_models import tiny_llama
-from tests.support.tiny_tokenizer import tiny_tokenizer
-
 REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPT = str(REPOSITORY / "launch" / "train.sh")
 ZERO3 = f"deepspeed.config={REPOSITORY / 'ds_configs' / 'zero3.json'}"
@@ -44,6 +41,9 @@ class Workplace:
 
 
 def make_workplace(folder: Path) -> Workplace:
+    from tests.support.tiny_models import tiny_llama  # here, since they take seconds to import
+    from tests.support.tiny_tokenizer import tiny_tokenizer
+
     tiny_llama(folder / "base", tie=True)
     tiny_tokenizer().save_pretrained(folder / "base")
     for task, suffix in (("upper", str.upper), ("twice", lambda word: f"{word} {word}")):

@@ -1,9 +1,13 @@
 """metrics.jsonl through a disk that fills, and the start of a run's later part."""
 
+import errno
 import json
+import os
+import threading
 
 import pytest
 import torch
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 from tests.support.full_disk import files_up_to
 from trainer.telemetry.metrics import METRICS, MetricsWriter, peak_memory
@@ -27,6 +31,33 @@ def test_lines_without_room_wait_for_it(tmp_path, length, capfd):
     assert ("metrics.jsonl cannot be written (File too large); training goes on" in capfd.readouterr().err) == (
         length > 1500
     )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_tensorboard_is_one_warning_and_no_traceback_of_its_thread(
+    tmp_path, capfd, monkeypatch
+):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)  # by default it prints a traceback
+    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer.write({"step": 1, "loss": 2.0})
+    writer.position()
+    monkeypatch.setattr(LocalFileSystem, "append", fail)
+    for step in (2, 3, 4):
+        writer.write({"step": step, "loss": 2.0})
+        writer.position()
+    other = threading.Thread(target=fail)
+    other.start()
+    other.join()
+    writer.close()
+    assert capfd.readouterr().err == (
+        "warning: tensorboard cannot be written (No space left on device); training goes on\n"
+    )
+    assert [each.thread for each in raised] == [other]
+    assert steps(tmp_path / METRICS) == [1, 2, 3, 4]
 
 
 def test_a_later_part_begins_after_whole_lines(tmp_path):

@@ -1,12 +1,17 @@
 """Derives a launch's outcome from how each rank ended: an exit status and one line that gives the cause."""
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from trainer.run.launch_protocol import FAULT, MISTAKE, STOPPED, Ending
 
 KILLED = "killed from outside (SIGKILL, or out of memory)"
+CRASHES: dict[int, str] = {
+    signal.SIGBUS: "ended by SIGBUS: a file of the base or the prepared set could not be read, or was cut meanwhile",
+    signal.SIGSEGV: "ended by SIGSEGV: a library crashed",
+    signal.SIGABRT: "ended by SIGABRT: a library gave up, see its own message above",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def outcome(endings: Iterable[tuple[str, RankEnding]], launchers: Iterable[int],
     a failure of its own. If several ranks failed, the cause is the first one that did not merely follow another rank,
     and preferably one that was not stuck.
     """
-    endings = list(endings)
+    endings, launchers = list(endings), list(launchers)
     statuses = {each.ending.status for _, each in endings}
     failed = [(where, each) for where, each in endings if each.ending.failed]
     if MISTAKE in statuses:
@@ -53,5 +58,11 @@ def outcome(endings: Iterable[tuple[str, RankEnding]], launchers: Iterable[int],
         status = next((abs(status) for status in launchers if status != 0), 0)
         return Outcome(STOPPED if stopping and status not in (0, MISTAKE) else status)
     where, first = min(failed, key=lambda pair: (pair[1].ending.followed, pair[1].stuck))  # of equals, the first
+    line = _crash(launchers) or KILLED if first.ending.line == KILLED else first.ending.line
     stopped = stopping and not any(each.own_fault for _, each in failed)
-    return Outcome(STOPPED if stopped else FAULT, f"{where}rank {first.rank}: {first.ending.line}")
+    return Outcome(STOPPED if stopped else FAULT, f"{where}rank {first.rank}: {line}")
+
+
+def _crash(launchers: Sequence[int]) -> str | None:
+    """What ended a rank that a signal of its own ended: DeepSpeed's launcher exits with minus its number, in a byte."""
+    return next((CRASHES[256 - status] for status in launchers if 256 - status in CRASHES), None)

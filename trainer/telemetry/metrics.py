@@ -4,6 +4,7 @@ import contextlib
 import json
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            _silence_writer_thread()
             self._board = SummaryWriter(str(directory / TENSORBOARD), flush_secs=10, purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -147,6 +149,18 @@ class MetricsWriter:
             )
             if what == TENSORBOARD:
                 self._board = None
+
+
+def _silence_writer_thread() -> None:
+    """TensorBoard writes in a thread: what it raises there, the next call here raises again."""
+    before = threading.excepthook
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        its_own = type(raised.thread).__module__.startswith("tensorboard.")
+        if not (its_own and isinstance(raised.exc_value, OSError)):
+            before(raised)
+
+    threading.excepthook = hook
 
 
 def _set_aside(path: Path) -> None:

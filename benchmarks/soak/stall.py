@@ -1,7 +1,14 @@
-"""One rank of `python -m benchmarks.faults`: saves the state of a large adapter under ZeRO-3, and times it."""
+"""How long training stands still for a save: the state of an adapter of 100 M parameters, on two ZeRO-3 ranks.
+
+    python -m benchmarks.soak.stall
+
+Prints the seconds that training waits for a save, those that the save takes, and their ratio as a JSON object.
+"""
 
 import json
+import statistics
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +17,8 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.placement.rank import Shape, Variant, engine_of
+from benchmarks.shared.processor import processor
+from tests.support.ranks import run_ranks
 from trainer.checkpoint.async_saver import AsyncSaver
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.trained_state import TrainedState
@@ -18,10 +27,11 @@ from trainer.distributed.process_group import process_group
 from trainer.recipe import CheckpointConfig
 
 LARGE = Shape(1024, 2816, 4, ("gate_proj", "up_proj", "down_proj"), expert_rank=544)  # 100 M parameters
-REPETITIONS = 5
+WORLD, REPETITIONS = 2, 5
 
 
 def measure(folder: Path) -> dict[str, Any]:
+    """On every rank."""
     engine = engine_of(Variant(), LARGE)
     state = TrainedState(engine, engine.module.model)
     saver = AsyncSaver(state, timedelta(seconds=300))
@@ -41,7 +51,7 @@ def measure(folder: Path) -> dict[str, Any]:
     return {"stall": waits, "blocking": saves, "parameters": parameters}
 
 
-def main(folder: str, output: str) -> None:
+def rank(folder: str, output: str) -> None:
     silence_libraries()
     with process_group():
         found = measure(Path(folder))
@@ -50,5 +60,21 @@ def main(folder: str, output: str) -> None:
         dist.barrier()
 
 
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name) / "stall.json"
+        run_ranks(WORLD, ["-m", "benchmarks.soak.stall", str(Path(name) / "checkpoints"), str(output)])
+        timed = json.loads(output.read_text())
+    waits, saves = timed["stall"], timed["blocking"]
+    print(f"saves of {timed['parameters'] / 1e6:.0f} M parameters, seconds: training waits ", end="")
+    print(f"{statistics.median(waits):.2f} (the first time {waits[0]:.2f}) of {statistics.median(saves):.2f}")
+    numbers = {
+        "stall_over_blocking": round(statistics.median(waits) / statistics.median(saves), 3),
+        "first_stall_over_blocking": round(waits[0] / saves[0], 3),
+        "processor": processor(),
+    }
+    print(json.dumps(numbers))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    rank(*sys.argv[1:]) if sys.argv[1:] else main()
