@@ -95,17 +95,21 @@ def test_collate_pads_with_a_document_of_its_own_and_scores_no_first_token():
         {"input_ids": [3, 4], "labels": [-100, 4], "position_ids": [0, 1], "task_ids": [2, 2]},
     ]
     batch = collate(rows)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+    lists = {name: value.tolist() if torch.is_tensor(value) else value for name, value in batch.items()}
+    assert lists == {
         "input_ids": [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]],
         "labels": [[-100, -100, 7, -100, 9], [-100, 4, -100, -100, -100]],
         "position_ids": [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]],
         "task_ids": [[1, 1, 1, 0, 0], [2, 2, -1, -1, -1]],
+        "predicting": [1, 3, 5],  # the places before tokens 7 and 9, and in the second row before token 4
+        "document_starts": [0, 3, 5, 7, 10],
+        "longest_document": 3,
     }
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert {tensor.dtype for tensor in batch.values() if torch.is_tensor(tensor)} == {torch.int64, torch.int32}
 
 
 def test_an_empty_batch_has_tokens_but_no_labels_and_no_task():
     batch = empty_batch()
     assert batch["input_ids"].numel() > 0
     assert (batch["labels"] == -100).all() and (batch["task_ids"] == -1).all()
-    assert len({tensor.shape for tensor in batch.values()}) == 1
+    assert len({batch[name].shape for name in ("input_ids", "labels", "position_ids", "task_ids")}) == 1
