@@ -27,6 +27,7 @@ from trainer.adapters import fused
 from trainer.adapters.attach import attach_on_meta
 from trainer.adapters.layer import Experts, freeze_experts
 from trainer.adapters.router_stats import RouterStats
+from trainer.base import varlen_attention
 from trainer.base.loader import pack_linears
 from trainer.base.nf4 import NF4Linear
 from trainer.distributed import expert_shard
@@ -58,12 +59,12 @@ def case(name: str) -> Callable[[Case], Case]:
     return register
 
 
-def model_on_meta(method: str) -> PeftModel:
+def model_on_meta(method: str, attention: str) -> PeftModel:
     """A packed Llama in bf16 with an adapter."""
+    varlen_attention.register()
+    config = CONFIG_MAPPING["llama"](**SIZES | {"num_hidden_layers": 1})
     with init_empty_weights(include_buffers=False):
-        base = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING["llama"](**SIZES | {"num_hidden_layers": 1}), dtype=torch.bfloat16
-        )
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     pack_linears(base, torch.bfloat16)
     base.requires_grad_(False)
     settings = {"expert_rank": 3, "alpha": 6.0, "dropout": 0.1, **METHODS[method]}
@@ -73,9 +74,9 @@ def model_on_meta(method: str) -> PeftModel:
 
 
 @contextmanager
-def model_on_gpu(method: str) -> Iterator[PeftModel]:
+def model_on_gpu(method: str, attention: str = "sdpa") -> Iterator[PeftModel]:
     """That model on the fake GPU; within, all tensors are fake."""
-    model = model_on_meta(method)
+    model = model_on_meta(method, attention)
     with fake_gpu.fake_tensors():
         fake_gpu.move_to(GPU, model)
         yield model
@@ -106,8 +107,8 @@ def check_on_gpu(*tensors: Tensor | None) -> None:
     assert tensors and all(tensor is not None and tensor.device == GPU for tensor in tensors), tensors
 
 
-def train(method: str, checkpointing: bool) -> None:
-    with model_on_gpu(method) as model:
+def train(method: str, checkpointing: bool = False, attention: str = "sdpa") -> None:
+    with model_on_gpu(method, attention) as model:
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         train_micro_batch(model, RouterStats(model, len(scene.TASKS)))
@@ -123,9 +124,10 @@ def decode(method: str) -> None:
 
 
 for method in METHODS:
-    CASES[f"train-{method}"] = lambda method=method: train(method, checkpointing=False)
+    CASES[f"train-{method}"] = lambda method=method: train(method)
     CASES[f"decode-{method}"] = lambda method=method: decode(method)
 CASES["train-checkpointed"] = lambda: train("teamlora", checkpointing=True)
+CASES["train-varlen"] = lambda: train("teamlora", attention="varlen")
 
 
 @case("nf4-linear")
@@ -222,7 +224,7 @@ def tensor_on_the_cpu() -> None:
     """A deliberate fault: this case must fail."""
     softmax = fused._softmax
     with mock.patch.object(fused, "_softmax", lambda logits: softmax(logits) + torch.zeros(logits.shape)):
-        train("teamlora", checkpointing=False)
+        train("teamlora")
 
 
 @case("fault-tensor-on-the-cpu-in-backward")
@@ -230,7 +232,7 @@ def tensor_on_the_cpu_in_backward() -> None:
     """A deliberate fault: this case must fail."""
     backward = fused._softmax_backward
     with mock.patch.object(fused, "_softmax_backward", lambda g, phi: backward(g, phi) * torch.ones(phi.shape)):
-        train("teamlora", checkpointing=False)
+        train("teamlora")
 
 
 @case("fault-waits-in-backward")
@@ -238,7 +240,7 @@ def waits_in_backward() -> None:
     """A deliberate fault: this case must fail."""
     backward = fused._softmax_backward
     with mock.patch.object(fused, "_softmax_backward", lambda g, phi: backward(g, phi) * phi.sum().item()):
-        train("teamlora", checkpointing=False)
+        train("teamlora")
 
 
 def main(file: str, *only: str) -> None:

@@ -6,6 +6,7 @@ The cases run together in one process (tests/gpu_correctness/cases.py), whose im
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ METHODS = ["teamlora", "renormalized", "moelora", "hydralora", "lora"]
 WHOLE = [
     *(f"{what}-{method}" for method in METHODS for what in ("train", "decode")),
     "train-checkpointed",
+    "train-varlen",
     "nf4-linear",
     "place-weights",
     "place-weights-moelora",
@@ -29,7 +31,8 @@ FAULTS = {
 def outcomes(tmp_path_factory) -> dict[str, str | None]:
     """{case: None, or its traceback}"""
     file = tmp_path_factory.mktemp("fake_gpu") / "outcomes.json"
-    subprocess.run([sys.executable, "-m", "tests.gpu_correctness.cases", str(file)], check=True)
+    command = [sys.executable, "-m", "tests.gpu_correctness.cases", str(file)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
     return json.loads(file.read_text())
 
 

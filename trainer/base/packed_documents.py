@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import masking_utils
 
-TAKE_LENGTHS = ("flash_attention_2",)
+TAKE_LENGTHS = ("flash_attention_2", "varlen")
 """Kinds of attention that take documents by their lengths; the others take a mask, which position_ids give."""
 
 
@@ -15,7 +15,8 @@ def document_arguments(attention: str, document_starts: Tensor, longest_document
     """What a model's forward needs beside position_ids to keep documents apart, in any number of rows.
 
     document_starts: int32 [documents + 1], on the model's device, counted over all rows; the last is the end. Without
-    these arguments flash_attention_2 looks for documents in each layer again, and in batches of one row only.
+    these arguments flash_attention_2 looks for documents in each layer again, and in batches of one row only; with
+    them it takes all rows as one ([rows * seq, heads, d]).
     """
     if attention not in TAKE_LENGTHS:
         return {}
