@@ -123,6 +123,13 @@ def decode(method: str) -> None:
         check_on_gpu(model(input_ids=torch.ones(2, 1, dtype=torch.int64, device=GPU), use_cache=False).logits)
 
 
+@case("decode-packed")
+def decode_packed() -> None:
+    """The same by the kernel that only a CUDA device takes, where it is chosen by the device's name."""
+    with mock.patch.object(NF4Linear, "_decodes_on_gpu", lambda _self, _x: True):
+        decode("teamlora")
+
+
 for method in METHODS:
     CASES[f"train-{method}"] = lambda method=method: train(method)
     CASES[f"decode-{method}"] = lambda method=method: decode(method)

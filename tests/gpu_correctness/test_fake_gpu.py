@@ -15,6 +15,7 @@ WHOLE = [
     *(f"{what}-{method}" for method in METHODS for what in ("train", "decode")),
     "train-checkpointed",
     "train-varlen",
+    "decode-packed",
     "nf4-linear",
     "place-weights",
     "place-weights-moelora",

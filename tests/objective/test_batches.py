@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from data_prep.user_error import UserError
+from tests.support import scene
+from tests.support.tiny_adapters import adapted
+from tests.support.tiny_models import tiny_llama
+from trainer.adapters.router_stats import RouterStats
 from trainer.objective.batches import (
     BatchPlan,
     collate,
+    count_tokens,
     empty_batch,
     micro_batches_of,
     plan_batches,
     rows_of_step,
     steps_in,
 )
+from trainer.objective.loss import LabelledLoss
 
 
 @pytest.mark.parametrize(("num_rows", "batch"), [(12, 4), (10, 4), (7, 3), (3, 8), (1, 1)])
@@ -106,6 +112,24 @@ def test_collate_pads_with_a_document_of_its_own_and_scores_no_first_token():
         "longest_document": 3,
     }
     assert {tensor.dtype for tensor in batch.values() if torch.is_tensor(tensor)} == {torch.int64, torch.int32}
+
+
+def test_rows_of_a_multiple_of_tokens_have_the_same_loss_and_gradients(tmp_path):
+    """In fp32 and within the order of summation."""
+    rows, found = scene.rows(2, seed=6), []
+    model = adapted(tiny_llama(tmp_path), "teamlora")
+    stats = RouterStats(model, len(scene.TASKS))
+    for multiple in (1, 64):
+        batch = collate(rows, multiple)
+        stats.begin_step(count_tokens([batch])[1], measure=False)
+        stats.begin_micro_batch(batch["task_ids"])
+        loss, by_task = LabelledLoss(model, stats, len(scene.TASKS))(batch, 10, 1.0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found.append([loss, by_task.loss, by_task.labelled_tokens, *torch.autograd.grad(loss, trained)])
+        assert count_tokens([batch]) == count_tokens([collate(rows)])
+    assert batch["input_ids"].shape == (2, 64)
+    for plain, padded in zip(*found, strict=True):
+        assert torch.allclose(plain, padded, rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_batch_has_tokens_but_no_labels_and_no_task():

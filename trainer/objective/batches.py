@@ -13,6 +13,8 @@ from data_prep.encode import IGNORED
 from data_prep.user_error import UserError
 
 NO_TASK = -1  # task id of padding
+GPU_MULTIPLE = 64
+"""Of this many tokens rows are a multiple on a GPU, where matrices [rank, tokens] of other sizes multiply slowly."""
 
 
 class Batch(TypedDict):
@@ -79,14 +81,14 @@ def micro_batches_of(rows: Sequence[int], plan: BatchPlan, rank: int) -> Iterato
         yield list(rows[start : start + plan.micro_batch_size])
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> Batch:
-    """Pads rows to the longest of them, on the CPU.
+def collate(rows: Sequence[dict[str, Any]], multiple: int = 1) -> Batch:
+    """Pads rows to the longest of them, on the CPU, rounded up to a multiple of so many tokens.
 
     Padding is a document of its own (position_ids restart at 0), so attention isolates it as it does any packed
     document and no attention mask is needed. The first token of a document is never a target: the token before
     it belongs to another document.
     """
-    length = max(len(row["input_ids"]) for row in rows)
+    length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
     labels = _padded([row["labels"] for row in rows], length, IGNORED)
     positions = _padded([row["position_ids"] for row in rows], length, None)
     labels[positions == 0] = IGNORED

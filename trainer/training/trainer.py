@@ -16,6 +16,7 @@ from trainer.distributed.parallelize import ParallelModel
 from trainer.distributed.process_group import translate_peer_errors
 from trainer.errors import Stopped, TrainingFault
 from trainer.objective.batches import (
+    GPU_MULTIPLE,
     Batch,
     BatchPlan,
     collate,
@@ -105,6 +106,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.prepared, self.plan, self.device = recipe, prepared, plan, device
         self.model, self.router_stats, self.engine = parallel.model, parallel.router_stats, parallel.engine
+        self.row_multiple = GPU_MULTIPLE if device.type == "cuda" else 1
         self.total_steps = total_steps
         self.state = state or TrainState()
         self.router_every = recipe.report.router_every
@@ -197,7 +199,7 @@ class Trainer:
         for start in range(0, self.held_out_rows, unit):
             mine = start + dist.get_rank() * plan.micro_batch_size
             indices = range(mine, min(mine + plan.micro_batch_size, self.held_out_rows))
-            batch = collate([rows[i] for i in indices]) if indices else empty_batch()
+            batch = collate([rows[i] for i in indices], self.row_multiple) if indices else empty_batch()
             _, by_task = self.engine(move(batch, self.device), 1, 1.0)
             sums += by_task
         self.engine.train()
@@ -224,7 +226,7 @@ class Trainer:
         rows = self.prepared.train
         indices = rows_of_step(self.recipe.run.seed, step - 1, len(rows), self.plan.global_batch_size)
         for micro_batch in micro_batches_of(indices, self.plan, dist.get_rank()):
-            yield collate([rows[i] for i in micro_batch])
+            yield collate([rows[i] for i in micro_batch], self.row_multiple)
 
     def _sum_over_ranks(self, *counts: int) -> list[int]:
         total = torch.tensor(counts).to(self.device)
