@@ -59,8 +59,9 @@ def test_key_that_resembles_none_is_reported_with_those_of_its_section(path):
         ("experts.parallel_size=3", r"parallel_size=3 does not divide adapter\.num_experts=4; use one of 1, 2, 4$"),
         (
             "base={model: m, attention: flash_attention_2, dtype: fp32}",
-            r"no kernels for dtype=fp32; set dtype=bf16",
+            r"attention=flash_attention_2 has no kernels for dtype=fp32; set dtype=bf16",
         ),
+        ("base={model: m, attention: varlen, dtype: fp32}", r"attention=varlen has no kernels for dtype=fp32"),
         ("checkpoint={load_best_at_end: true, keep_best: false}", r"keep_best=false keeps no best checkpoint; set"),
         ("checkpoint.load_best_at_end=true", r"needs held-out losses on the way; set train\.eval_every, such as 100"),
         ("experts.parallel_size=8", r"parallel_size=8 does not divide adapter\.num_experts=4; use one of 1, 2, 4$"),

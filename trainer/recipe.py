@@ -53,15 +53,17 @@ class BaseModelConfig(Section):
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="compute dtype, and storage dtype of everything that is not quantized"
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="attention kernels; flash_attention_2 needs dtype bf16 and train.micro_batch_size 1"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = Field(
+        "sdpa",
+        description="attention kernels; varlen (torch's own) and flash_attention_2 (package flash-attn) compute no "
+        "more than each document needs, on CUDA GPUs and with dtype bf16",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
     @model_validator(mode="after")
     def _flash_attention_has_no_fp32(self) -> "BaseModelConfig":
-        if self.attention == "flash_attention_2" and self.dtype == "fp32":
-            raise ValueError("attention=flash_attention_2 has no kernels for dtype=fp32; set dtype=bf16, or sdpa")
+        if self.attention in ("flash_attention_2", "varlen") and self.dtype == "fp32":
+            raise ValueError(f"attention={self.attention} has no kernels for dtype=fp32; set dtype=bf16, or sdpa")
         return self
 
 
@@ -247,17 +249,6 @@ class Recipe(Section):
     deepspeed: DeepSpeedConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
-
-    @model_validator(mode="after")
-    def _documents_stay_apart(self) -> "Recipe":
-        """transformers' flash attention separates packed documents by position_ids in batches of one row only."""
-        rows = self.train.micro_batch_size
-        if self.base.attention == "flash_attention_2" and rows > 1:
-            raise ValueError(
-                f"train.micro_batch_size={rows}: with base.attention=flash_attention_2 packed documents stay apart in "
-                "one row only; set train.micro_batch_size=1 (and a longer data.seq_len), or base.attention=sdpa"
-            )
-        return self
 
     @model_validator(mode="after")
     def _best_needs_held_out_losses(self) -> "Recipe":

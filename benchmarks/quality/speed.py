@@ -31,8 +31,8 @@ from trainer.adapters.router_observer import find_experts
 from trainer.adapters.router_stats import RouterStats
 from trainer.base.loader import load_base
 from trainer.base.model_config import load_tokenizer
-from trainer.objective.batches import Batch, collate
-from trainer.objective.loss import LabelledLoss, count_tokens
+from trainer.objective.batches import Batch, collate, count_tokens
+from trainer.objective.loss import LabelledLoss
 from trainer.recipe import Recipe
 
 DEFAULT_BASE = "bases/smollm2-135m-instruct"

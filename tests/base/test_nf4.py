@@ -1,12 +1,14 @@
 """NF4Linear and its quantisation, against bitsandbytes' own functions and an explicit F.linear."""
 
+from types import SimpleNamespace
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from trainer.base.nf4 import NF4Linear, quantize, quantize_blocks
+from trainer.base.nf4 import NF4Linear, multiply_packed, quantize, quantize_blocks
 
 SHAPES = [(64, 64), (96, 64), (32, 96), (30, 90), (7, 34), (576, 192)]
 
@@ -129,6 +131,32 @@ def test_packed_bytes_that_spell_nan_survive_a_cast_to_bf16():
 def test_second_level_follows_the_module_to_its_device():
     layer = linear(32, 64).to("meta")
     assert {t.device.type for t in (layer.second.absmax, layer.second.code, layer.second.offset)} == {"meta"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_multiplying_by_the_packed_weight_equals_multiplying_by_the_dequantised_one(bias):
+    """On a CPU bitsandbytes' op is plain operations; what is shown here is that it is given the right arguments."""
+    layer, x = linear(96, 128, bias=bias), torch.randn(2, 3, 128)
+    found = multiply_packed(x, layer.weight, layer.absmax, layer.bias, layer.second, (96, 128))
+    expected = F.linear(x, table_dequantize(layer), layer.bias)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_features", "on_gpu", "gradient", "packed"),
+    [
+        (1, 128, True, False, True),
+        (64, 128, True, False, True),
+        (65, 128, True, False, False),
+        (1, 100, True, False, False),  # not whole blocks
+        (1, 128, False, False, False),
+        (1, 128, True, True, False),
+    ],
+)
+def test_a_gpu_multiplies_few_rows_without_a_gradient_by_the_packed_weight(rows, in_features, on_gpu, gradient, packed):
+    x = SimpleNamespace(is_cuda=on_gpu, numel=lambda: rows * in_features)
+    with torch.set_grad_enabled(gradient):
+        assert NF4Linear(in_features, 8, False, torch.float32)._decodes_on_gpu(x) == packed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

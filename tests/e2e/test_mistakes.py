@@ -26,10 +26,6 @@ TRAIN = {
     "contradicting DeepSpeed file": (["deepspeed.config=own.json"], "gradient_clipping=9.0 contradicts train.max_grad"),
     "GPU optimizer on a CPU": (["train.optimizer=adamw_8bit"], "train.optimizer=adamw_8bit: needs a GPU"),
     "no adapter to start from": (["adapter.init_from=base"], "adapter.init_from: base holds no adapter"),
-    "rows that flash attention would mix": (
-        ["base.attention=flash_attention_2", "base.dtype=bf16", "train.micro_batch_size=2"],
-        "packed documents stay apart in one row only",
-    ),
     "warm-up that never ends": (
         ["train.warmup_steps=400", "train.warmup_ratio=null"],
         "so it would end before the learning rate is reached",

@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from data_prep.user_error import UserError
+from tests.support import scene
+from tests.support.tiny_adapters import adapted
+from tests.support.tiny_models import tiny_llama
+from trainer.adapters.router_stats import RouterStats
 from trainer.objective.batches import (
     BatchPlan,
     collate,
+    count_tokens,
     empty_batch,
     micro_batches_of,
     plan_batches,
     rows_of_step,
     steps_in,
 )
+from trainer.objective.loss import LabelledLoss
 
 
 @pytest.mark.parametrize(("num_rows", "batch"), [(12, 4), (10, 4), (7, 3), (3, 8), (1, 1)])
@@ -95,17 +101,39 @@ def test_collate_pads_with_a_document_of_its_own_and_scores_no_first_token():
         {"input_ids": [3, 4], "labels": [-100, 4], "position_ids": [0, 1], "task_ids": [2, 2]},
     ]
     batch = collate(rows)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+    lists = {name: value.tolist() if torch.is_tensor(value) else value for name, value in batch.items()}
+    assert lists == {
         "input_ids": [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]],
         "labels": [[-100, -100, 7, -100, 9], [-100, 4, -100, -100, -100]],
         "position_ids": [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]],
         "task_ids": [[1, 1, 1, 0, 0], [2, 2, -1, -1, -1]],
+        "predicting": [1, 3, 5],  # the places before tokens 7 and 9, and in the second row before token 4
+        "document_starts": [0, 3, 5, 7, 10],
+        "longest_document": 3,
     }
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert {tensor.dtype for tensor in batch.values() if torch.is_tensor(tensor)} == {torch.int64, torch.int32}
+
+
+def test_rows_of_a_multiple_of_tokens_have_the_same_loss_and_gradients(tmp_path):
+    """In fp32 and within the order of summation."""
+    rows, found = scene.rows(2, seed=6), []
+    model = adapted(tiny_llama(tmp_path), "teamlora")
+    stats = RouterStats(model, len(scene.TASKS))
+    for multiple in (1, 64):
+        batch = collate(rows, multiple)
+        stats.begin_step(count_tokens([batch])[1], measure=False)
+        stats.begin_micro_batch(batch["task_ids"])
+        loss, by_task = LabelledLoss(model, stats, len(scene.TASKS))(batch, 10, 1.0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found.append([loss, by_task.loss, by_task.labelled_tokens, *torch.autograd.grad(loss, trained)])
+        assert count_tokens([batch]) == count_tokens([collate(rows)])
+    assert batch["input_ids"].shape == (2, 64)
+    for plain, padded in zip(*found, strict=True):
+        assert torch.allclose(plain, padded, rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_batch_has_tokens_but_no_labels_and_no_task():
     batch = empty_batch()
     assert batch["input_ids"].numel() > 0
     assert (batch["labels"] == -100).all() and (batch["task_ids"] == -1).all()
-    assert len({tensor.shape for tensor in batch.values()}) == 1
+    assert len({batch[name].shape for name in ("input_ids", "labels", "position_ids", "task_ids")}) == 1

@@ -41,7 +41,7 @@ class Training:
     def step(self, number: int) -> StepReport:
         """Optimizer step `number`, from 1; every rank calls it."""
         self.trainer.state.step = number - 1
-        return self.trainer.train_step()
+        return self.trainer.train_step(self.trainer.next_input())
 
     def held_out_losses(self) -> TaskLosses:
         return self.trainer.held_out_loss()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from data_prep.encode import IGNORED
 from trainer.evaluation.loaded_models import CausalLM
-from trainer.objective.batches import Batch, collate
+from trainer.objective.batches import Batch, collate, move, of_labelled
 from trainer.objective.labelled_logits import labelled_logits
 
 Document = dict[str, np.ndarray]  # a row of one document, see data_prep.reader.PreparedSet
@@ -70,7 +70,7 @@ def score(model: CausalLM, documents: Sequence[Document], on_batch: Callable[[Ba
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]["input_ids"]))
     for start in range(0, len(by_length), BATCH):
         indices = by_length[start : start + BATCH]
-        batch = {n: t.to(model.device) for n, t in collate([documents[i] for i in indices]).items()}
+        batch = move(collate([documents[i] for i in indices]), model.device)
         if on_batch is not None:
             on_batch(batch)
         loss[indices], labelled[indices], exact[indices] = _score_batch(model, batch)
@@ -79,13 +79,12 @@ def score(model: CausalLM, documents: Sequence[Document], on_batch: Callable[[Ba
 
 def _score_batch(model: CausalLM, batch: Batch) -> np.ndarray:
     """[3, rows]: loss, number of labelled tokens, whether all of them are the likeliest."""
-    targets = batch["labels"][:, 1:]
-    labelled = targets != IGNORED
-    logits = labelled_logits(model, batch, labelled).float()
-    losses = F.cross_entropy(logits, targets[labelled], reduction="none")
-    missed = (logits.argmax(-1) != targets[labelled]).float()
-    rows = labelled.nonzero()[:, 0]
-    sums = torch.zeros(3, len(targets), device=targets.device)
-    sums.index_add_(1, rows, torch.stack((losses, torch.ones_like(losses), missed)))
+    rows, length = batch["labels"].shape
+    targets = of_labelled(batch["labels"], batch)
+    logits = labelled_logits(model, batch).float()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    missed = (logits.argmax(-1) != targets).float()
+    sums = torch.zeros(3, rows, device=targets.device)
+    sums.index_add_(1, batch["predicting"] // length, torch.stack((losses, torch.ones_like(losses), missed)))
     sums[2] = sums[2] == 0
     return sums.double().cpu().numpy()

@@ -22,7 +22,7 @@ from trainer.analysis.router_usage import RouterUsageCollector
 from trainer.analysis.router_view import RouterView, as_json, only_expert_name, save_plots, tables
 from trainer.analysis.tokens_page import Example, tokens_page
 from trainer.evaluation.loaded_models import LoadedRun, load_run
-from trainer.objective.batches import collate
+from trainer.objective.batches import collate, move
 from trainer.run import run_dir
 
 FOLDER = "router"
@@ -138,7 +138,7 @@ def _omega(run: LoadedRun, document: Document, linears: int) -> Tensor:
     def keep(index: int, _phi: Tensor, omega: Tensor) -> None:
         by_linear[index] = omega[0].cpu()
 
-    batch = {name: tensor.to(run.model.device) for name, tensor in collate([document]).items()}
+    batch = move(collate([document]), run.model.device)
     with observe_routers(run.model, keep):
         run.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     return torch.stack(by_linear)

@@ -7,6 +7,7 @@ logits.
 """
 
 import copy
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line
+from trainer.base.packed_documents import TAKE_LENGTHS, document_arguments
 
 # Small enough for milliseconds; head_dim 16 divides into rotary halves and quarters.
 TINY = {
@@ -37,11 +39,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def check_document_isolation(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> None:
     """Raise UserError unless packed documents are isolated in this architecture with this attention.
 
-    Leaves the random state as it was. flash_attention_2 is tried on the GPU, in bf16 and with one row: with
-    more rows transformers does not look at position_ids there.
+    Leaves the random state as it was. flash_attention_2 and varlen are tried on the GPU and in bf16.
     """
-    device = torch.device("cuda" if attention == "flash_attention_2" else "cpu")
-    dtype = torch.bfloat16 if attention == "flash_attention_2" else torch.float32
+    on_gpu = attention in TAKE_LENGTHS
+    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
@@ -51,7 +52,7 @@ def check_document_isolation(config: PretrainedConfig, attention: str, trust_rem
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
             )
-            leak = _leak(model.eval().to(device))
+            leak = _leak(model.eval().to(device), attention)
         except Exception as error:
             raise UserError(
                 f"base.model: could not check whether {config.model_type} keeps packed documents apart "
@@ -114,13 +115,17 @@ def _try_to_set(config: PretrainedConfig, key: str, value: object) -> None:
         return
 
 
-def _leak(model: PreTrainedModel) -> float:
-    """Largest change in the second document's logits when the first document's tokens change."""
+def _leak(model: PreTrainedModel, attention: str) -> float:
+    """Largest change in the logits of the second document of two rows when the first document's tokens change."""
     first, second = DOCUMENTS
+    length = first + second
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    ids = torch.randint(1, vocabulary, (1, first + second), device=model.device)
+    ids = torch.randint(1, vocabulary, (2, length), device=model.device)
     others = ids.clone()
     others[:, :first] = (ids[:, :first] + 7) % (vocabulary - 1) + 1
-    positions = torch.tensor([[*range(first), *range(second)]], device=model.device)
-    logits = [model(input_ids=x, position_ids=positions, use_cache=False).logits for x in (ids, others)]
+    positions = torch.tensor([[*range(first), *range(second)]] * 2, device=model.device)
+    starts = torch.tensor([0, first, length, length + first, 2 * length], dtype=torch.int32, device=model.device)
+    documents = document_arguments(attention, starts, max(DOCUMENTS))
+    forward = partial(model, position_ids=positions, use_cache=False, **documents)
+    logits = [forward(input_ids=x).logits for x in (ids, others)]
     return (logits[0] - logits[1])[:, first:].float().abs().max().item()

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from data_prep.user_error import UserError
+from trainer.base import varlen_attention
 from trainer.base.model_folder import one_line, resolve_folder
 from trainer.base.safetensors_reader import safetensors_files
 
@@ -34,7 +35,7 @@ def parse_config(base: "BaseModelConfig") -> PretrainedConfig:
     folder = resolve_folder(base)
     safetensors_files(folder)
     config = _checked_config(folder, base)
-    _check_attention(base.attention)
+    _check_attention(base.attention, config)
     return config
 
 
@@ -127,11 +128,27 @@ def _refuse_non_causal(config: PretrainedConfig, trust_remote_code: bool) -> Non
         )
 
 
-def _check_attention(attention: str) -> None:
+def _check_attention(attention: str, config: PretrainedConfig) -> None:
+    if attention == varlen_attention.NAME:
+        _check_varlen(config)
+        varlen_attention.register()
     if attention != "flash_attention_2":
         return
     if importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available():
         raise UserError(
             "base.attention: flash_attention_2 needs a CUDA GPU and the package flash-attn; "
             "install it, or set base.attention: sdpa"
+        )
+
+
+def _check_varlen(config: PretrainedConfig) -> None:
+    """Raises UserError where torch's kernels cannot run, or cannot compute what the model trains with."""
+    if not torch.cuda.is_available():
+        raise UserError(
+            "base.attention: varlen needs a CUDA GPU (torch has no kernels for CPUs); set base.attention: sdpa"
+        )
+    if dropout := getattr(config, "attention_dropout", 0):
+        raise UserError(
+            f"base.attention: varlen has no dropout, and {config.model_type} trains with attention_dropout={dropout}; "
+            "set base.attention: sdpa"
         )

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 BLOCK = 64
 BLOCKS_OF_BLOCKS = 256
+FEW_ROWS = 64
+"""Up to so many rows without a gradient, a GPU multiplies by the packed weight and never writes it out."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,18 @@ def dequantize(packed: Tensor, absmax: Tensor, second: SecondLevel, shape: tuple
     return torch.ops.bitsandbytes.dequantize_4bit(packed, maxima, BLOCK, "nf4", rows, dtype).view(shape)
 
 
+def multiply_packed(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, second: SecondLevel, shape: tuple
+) -> Tensor:
+    """x [..., in_features] times the weight of `shape` [out_features, in_features], plus bias, in one kernel.
+
+    For in_features that are whole blocks. bitsandbytes has the kernel on CUDA; where it would be the slower way it
+    dequantises after all, as it always does on a CPU.
+    """
+    level = second.absmax, BLOCK, "nf4", bias, absmax, second.code, second.offset
+    return torch.ops.bitsandbytes.gemm_4bit(x, packed, shape, *level)
+
+
 class NF4Linear(nn.Linear):
     """y = x W^T + b with W [out_features, in_features] frozen in NF4.
 
@@ -147,7 +161,15 @@ class NF4Linear(nn.Linear):
         """x [..., in_features] -> [..., out_features], in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         shape = (self.out_features, self.in_features)
+        if self._decodes_on_gpu(x):
+            assert self.second is not None  # set where the weight is
+            return multiply_packed(x, self.weight, self.absmax, bias, self.second, shape)
         return _FrozenLinear.apply(x, self.weight, self.absmax, bias, self.second, shape)
+
+    def _decodes_on_gpu(self, x: Tensor) -> bool:
+        """Whether `multiply_packed` is the quicker way: there dequantising costs far more than so few rows do."""
+        few = x.numel() <= FEW_ROWS * self.in_features
+        return x.is_cuda and few and self.in_features % BLOCK == 0 and not torch.is_grad_enabled()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         # `fn` moves, casts, or both. An integer tensor shows where it leads without being cast.

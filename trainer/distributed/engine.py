@@ -62,6 +62,7 @@ def gather_trainable(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _finite(norm: Any) -> float:
-    if not 0 <= float(norm) < float("inf"):
+    value = float(norm)  # once: it waits for the GPU
+    if not 0 <= value < float("inf"):
         raise NonFiniteGradient
-    return float(norm)
+    return value

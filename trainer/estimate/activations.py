@@ -19,11 +19,12 @@ from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear, SecondLevel
+from trainer.base.packed_documents import TAKE_LENGTHS
 from trainer.base.weight_map import DTYPES
 from trainer.estimate.rank_model import base_of, build_rank_model, decoder_layers
 from trainer.recipe import ExpertsConfig, Recipe
 
-FLASH = "fa2_on_fake_tensors"  # stands in for flash_attention_2, which only runs on a GPU
+FLASH = "fa2_on_fake_tensors"  # stands in for flash_attention_2 and varlen, which only run on a GPU
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _saved_bytes(config: PretrainedConfig, recipe: Recipe) -> _SavedBytes:
     Rows hold packed documents: fake positions could restart anywhere, so transformers builds attention masks.
     """
     adapter = recipe.adapter.model_copy(update={"balance_loss_weight": 0.0})  # needs a training loop, saves nothing
-    base = recipe.base.model_copy(update={"attention": FLASH} if recipe.base.attention == "flash_attention_2" else {})
+    base = recipe.base.model_copy(update={"attention": FLASH} if recipe.base.attention in TAKE_LENGTHS else {})
     experts = ExpertsConfig.model_validate({})  # not placed
     unplaced = recipe.model_copy(update={"experts": experts, "adapter": adapter, "base": base})
     kept: dict[int, Any] = {}

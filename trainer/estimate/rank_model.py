@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.adapters.attach import attach_on_meta, check_adapter
 from trainer.base.loader import pack_linears, tie
+from trainer.base.packed_documents import TAKE_LENGTHS
 from trainer.base.weight_map import DTYPES, skeleton
 from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.distributed.expert_shard import ExpertGroups
@@ -78,8 +79,8 @@ def build_rank_model(config: PretrainedConfig, recipe: Recipe, world_size: int) 
 
 
 def build_base(config: PretrainedConfig, base: BaseModelConfig) -> PreTrainedModel:
-    """Builds the frozen base. sdpa replaces flash_attention_2, which needs a GPU and has the same weights."""
-    attention = "sdpa" if base.attention == "flash_attention_2" else base.attention
+    """Builds the frozen base. sdpa replaces attention that needs a GPU, and has the same weights."""
+    attention = "sdpa" if base.attention in TAKE_LENGTHS else base.attention
     model = skeleton(config, base.model_copy(update={"attention": attention}))
     if base.quantization == "nf4":
         pack_linears(model, DTYPES[base.dtype])

@@ -83,10 +83,9 @@ def log_likelihoods(model: CausalLM, texts: Sequence[Continuation], pad: int) ->
     """
     length = max(len(text.ids) for text in texts)
     ids = torch.tensor([text.ids + [pad] * (length - len(text.ids)) for text in texts], device=model.device)
-    predicting = torch.zeros_like(ids, dtype=torch.bool)
-    for row, text in zip(predicting, texts, strict=True):
-        row[text.start - 1 : len(text.ids) - 1] = True
+    places = [row * length + i for row, text in enumerate(texts) for i in range(text.start - 1, len(text.ids) - 1)]
+    predicting = torch.tensor(places, dtype=torch.int64, device=model.device)
     with head_sees(model.get_output_embeddings(), predicting):
         logits = model(input_ids=ids, use_cache=False).logits
-    losses = F.cross_entropy(logits.float(), ids[:, 1:][predicting[:, :-1]], reduction="none").double()
+    losses = F.cross_entropy(logits.float(), ids.flatten()[predicting + 1], reduction="none").double()
     return [-part.sum().item() for part in losses.split([text.scored for text in texts])]

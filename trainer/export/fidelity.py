@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_prep.encode import IGNORED
 from data_prep.tables import text_table
 from trainer.evaluation.loaded_models import CausalLM, LoadedRun
 from trainer.evaluation.runner import RunnerOptions, build_questions, run_items
 from trainer.evaluation.scoring import metrics_of
-from trainer.objective.batches import Batch
+from trainer.objective.batches import Batch, move, of_labelled
 from trainer.objective.labelled_logits import labelled_logits
 
 CHUNK = 128  # tokens whose distributions over the vocabulary are held in fp64 at a time
@@ -68,23 +67,16 @@ def _sums(before: CausalLM, after: CausalLM, batch: Batch, num_tasks: int) -> Te
 
     In fp64: the rounding noise of fp32, about 1e-8 nats per token, can exceed the KL of a faithful export.
     """
-    targets = batch["labels"][:, 1:]
-    labelled = targets != IGNORED
-    logits = [_labelled_logits(model, batch, labelled) for model in (before, after)]
+    targets = of_labelled(batch["labels"], batch)
+    logits = [labelled_logits(model, move(batch, next(model.parameters()).device)) for model in (before, after)]
     columns = []
-    for one, other, labels in zip(*(whole.split(CHUNK) for whole in (*logits, targets[labelled])), strict=True):
+    for one, other, labels in zip(*(whole.split(CHUNK) for whole in (*logits, targets)), strict=True):
         p, q = (F.log_softmax(part.cpu().double(), -1) for part in (one, other))
         kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
         losses = (F.nll_loss(part, labels, reduction="none") for part in (p, q))
         columns.append(torch.stack([torch.ones_like(kl), kl, *losses], 1))
     by_token = torch.cat(columns)
-    return torch.zeros(num_tasks, 4, dtype=torch.float64).index_add(0, batch["task_ids"][:, 1:][labelled], by_token)
-
-
-def _labelled_logits(model: CausalLM, batch: Batch, labelled: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    moved = {key: batch[key].to(device) for key in ("input_ids", "position_ids")}
-    return labelled_logits(model, moved, labelled.to(device))
+    return torch.zeros(num_tasks, 4, dtype=torch.float64).index_add(0, of_labelled(batch["task_ids"], batch), by_token)
 
 
 def item_scorer(run: LoadedRun, items: Sequence[dict[str, Any]]) -> Score | None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -13,8 +13,26 @@ from data_prep.encode import IGNORED
 from data_prep.user_error import UserError
 
 NO_TASK = -1  # task id of padding
+GPU_MULTIPLE = 64
+"""Of this many tokens rows are a multiple on a GPU, where matrices [rank, tokens] of other sizes multiply slowly."""
 
-Batch = dict[str, torch.Tensor]
+
+class Batch(TypedDict):
+    """A micro-batch. All that depends on its values is found on the CPU: on a GPU the host would have to wait for it.
+
+    input_ids, labels, position_ids, task_ids: int64 [batch, seq].
+    predicting: int64 [labelled tokens], the places that predict them, counted over all rows: each is one before.
+    document_starts: int32 [documents + 1], counted over all rows, padding included; the last is the end.
+    longest_document: tokens.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    task_ids: torch.Tensor
+    predicting: torch.Tensor
+    document_starts: torch.Tensor
+    longest_document: int
 
 
 @dataclass(frozen=True)
@@ -63,22 +81,45 @@ def micro_batches_of(rows: Sequence[int], plan: BatchPlan, rank: int) -> Iterato
         yield list(rows[start : start + plan.micro_batch_size])
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> Batch:
-    """Pads rows to the longest of them: int64 tensors [batch, seq] on the CPU.
+def collate(rows: Sequence[dict[str, Any]], multiple: int = 1) -> Batch:
+    """Pads rows to the longest of them, on the CPU, rounded up to a multiple of so many tokens.
 
     Padding is a document of its own (position_ids restart at 0), so attention isolates it as it does any packed
     document and no attention mask is needed. The first token of a document is never a target: the token before
     it belongs to another document.
     """
-    length = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        "input_ids": _padded([row["input_ids"] for row in rows], length, 0),
-        "labels": _padded([row["labels"] for row in rows], length, IGNORED),
-        "position_ids": _padded([row["position_ids"] for row in rows], length, None),
-        "task_ids": _padded([row["task_ids"] for row in rows], length, NO_TASK),
+    length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
+    labels = _padded([row["labels"] for row in rows], length, IGNORED)
+    positions = _padded([row["position_ids"] for row in rows], length, None)
+    labels[positions == 0] = IGNORED
+    starts = np.append(np.flatnonzero(positions == 0), positions.size)
+    of_row, before = (labels[:, 1:] != IGNORED).nonzero()
+    return {
+        "input_ids": torch.from_numpy(_padded([row["input_ids"] for row in rows], length, 0)),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+        "task_ids": torch.from_numpy(_padded([row["task_ids"] for row in rows], length, NO_TASK)),
+        "predicting": torch.from_numpy(of_row * length + before),
+        "document_starts": torch.from_numpy(starts.astype(np.int32)),
+        "longest_document": int(np.diff(starts).max()),
     }
-    batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORED)
-    return batch
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """The same batch with its tensors on a device."""
+    tensors = {n: v.to(device, non_blocking=True) for n, v in batch.items() if isinstance(v, torch.Tensor)}
+    return cast(Batch, {**batch, **tensors})
+
+
+def of_labelled(column: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The entries of labels or task_ids at a batch's labelled tokens: int64 [labelled tokens]."""
+    return column.flatten()[batch["predicting"] + 1]
+
+
+def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:
+    """(labelled, real) tokens of batches that are still on the CPU."""
+    labelled = sum(len(batch["predicting"]) for batch in batches)
+    return labelled, sum(int((batch["task_ids"] != NO_TASK).sum()) for batch in batches)
 
 
 def empty_batch() -> Batch:
@@ -86,10 +127,10 @@ def empty_batch() -> Batch:
     return collate([{"input_ids": [0, 0], "labels": [IGNORED] * 2, "position_ids": [0, 1], "task_ids": [NO_TASK] * 2}])
 
 
-def _padded(values: Sequence[Sequence[int]], length: int, fill: int | None) -> torch.Tensor:
+def _padded(values: Sequence[Sequence[int]], length: int, fill: int | None) -> np.ndarray:
     """Stacks lists of unequal length; fill None continues with 0, 1, 2, ... as positions of padding."""
     padded = np.empty((len(values), length), dtype=np.int64)
     for row, value in zip(padded, values, strict=True):
         row[: len(value)] = value
         row[len(value) :] = np.arange(length - len(value)) if fill is None else fill
-    return torch.from_numpy(padded)
+    return padded

@@ -8,9 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data_prep.encode import IGNORED
 from trainer.adapters.router_stats import RouterStats
-from trainer.objective.batches import NO_TASK, Batch
+from trainer.objective.batches import Batch, of_labelled
 from trainer.objective.labelled_logits import labelled_logits
 
 
@@ -60,28 +59,15 @@ class LabelledLoss(nn.Module):
     def forward(self, batch: Batch, labelled_tokens: int, scale: float) -> tuple[torch.Tensor, TaskLosses]:
         """The loss to go backward from, and the sums by task for the report.
 
-        batch: int64 tensors [batch, seq]. labelled_tokens: those of the whole global batch, by which the sum over
+        batch: on the model's device. labelled_tokens: those of the whole global batch, by which the sum over
         this micro-batch is divided, so that accumulation and rank count change nothing. scale: undoes the averaging
         over ranks and micro-batches that DeepSpeed applies.
         """
-        targets = batch["labels"][:, 1:]
-        labelled = targets != IGNORED
-        logits = labelled_logits(self.model, batch, labelled)
-        losses = F.cross_entropy(logits.float(), targets[labelled], reduction="none")
-        by_task = self._sum_by_task(losses.detach(), batch["task_ids"][:, 1:][labelled])
+        logits = labelled_logits(self.model, batch)
+        losses = F.cross_entropy(logits.float(), of_labelled(batch["labels"], batch), reduction="none")
+        by_task = self._sum_by_task(losses.detach(), of_labelled(batch["task_ids"], batch))
         return self.router_stats.capture_loss_grad(losses.sum() / labelled_tokens) * scale, by_task
 
     def _sum_by_task(self, losses: torch.Tensor, tasks: torch.Tensor) -> TaskLosses:
         zeros = losses.new_zeros(self.num_tasks)
         return TaskLosses(zeros.index_add(0, tasks, losses), zeros.index_add(0, tasks, torch.ones_like(losses)))
-
-
-def count_tokens(batches: list[Batch]) -> tuple[int, int]:
-    """(labelled, real) tokens; what stands in a row's first place has nothing before it and is not scored."""
-    labelled = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-    return labelled, sum(int(real_tokens(batch).sum()) for batch in batches)
-
-
-def real_tokens(batch: Batch) -> torch.Tensor:
-    """bool [batch, seq]: False for padding."""
-    return batch["task_ids"] != NO_TASK

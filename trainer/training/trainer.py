@@ -15,8 +15,18 @@ from trainer.distributed.engine import NonFiniteGradient, apply_gradients
 from trainer.distributed.parallelize import ParallelModel
 from trainer.distributed.process_group import translate_peer_errors
 from trainer.errors import Stopped, TrainingFault
-from trainer.objective.batches import Batch, BatchPlan, collate, empty_batch, micro_batches_of, rows_of_step
-from trainer.objective.loss import TaskLosses, count_tokens
+from trainer.objective.batches import (
+    GPU_MULTIPLE,
+    Batch,
+    BatchPlan,
+    collate,
+    count_tokens,
+    empty_batch,
+    micro_batches_of,
+    move,
+    rows_of_step,
+)
+from trainer.objective.loss import TaskLosses
 from trainer.recipe import Recipe
 from trainer.run.stop_signal import StopSignal
 from trainer.telemetry.run_log import RunLog
@@ -64,6 +74,20 @@ class TrainState:
         return False
 
 
+@dataclass(frozen=True)
+class StepInput:
+    """This rank's micro-batches of one optimizer step, on the CPU, and what the ranks know of all of theirs.
+
+    started: when their making began, as time.perf_counter counts. stop_asked: whether any rank was asked to stop.
+    """
+
+    started: float
+    batches: list[Batch]
+    labelled_tokens: int
+    tokens: int
+    stop_asked: bool
+
+
 class Trainer:
     """One run on one rank. Every rank makes the same calls: `fit`, `train_step` and `held_out_loss` are collectives.
 
@@ -82,6 +106,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.prepared, self.plan, self.device = recipe, prepared, plan, device
         self.model, self.router_stats, self.engine = parallel.model, parallel.router_stats, parallel.engine
+        self.row_multiple = GPU_MULTIPLE if device.type == "cuda" else 1
         self.total_steps = total_steps
         self.state = state or TrainState()
         self.router_every = recipe.report.router_every
@@ -103,9 +128,12 @@ class Trainer:
         first = self.state.step + 1
         try:
             while self.state.step < self.total_steps and not self._out_of_patience():
-                self._stop_if_asked(checkpoints, log, stop, identity)
                 with translate_peer_errors(f"step {self.state.step + 1}"):
-                    report = self.train_step()
+                    given = self.next_input(stop.name is not None)
+                if given.stop_asked:
+                    self._stop(checkpoints, log, identity)
+                with translate_peer_errors(f"step {self.state.step + 1}"):
+                    report = self.train_step(given)
                 if report.step == first:
                     after_first_step()
                 held_out = self._held_out_loss_if_due()
@@ -121,15 +149,24 @@ class Trainer:
             checkpoints.saver.abandon(LAST_SAVE)
             raise
 
-    def train_step(self) -> StepReport:
-        """The next optimizer step, on its rows. Raises TrainingFault where a loss or gradient is not finite."""
+    def next_input(self, stop_asked: bool = False) -> StepInput:
+        """What the next optimizer step trains on. A signal at any rank is known to all of them afterwards."""
         started = time.perf_counter()
+        batches = list(self._batches_of(self.state.step + 1))
+        labelled_tokens, tokens, asked = self._sum_over_ranks(*count_tokens(batches), int(stop_asked))
+        return StepInput(started, batches, labelled_tokens, tokens, asked > 0)
+
+    def train_step(self, given: StepInput) -> StepReport:
+        """The next optimizer step. Raises TrainingFault where a loss or gradient is not finite.
+
+        The host waits for a GPU where the loss's sums and the gradient's norm decide how to go on, and nowhere else.
+        """
         step, engine = self.state.step + 1, self.engine
         seed_step(self.recipe.run.seed, step)
-        batches = [_to(batch, self.device) for batch in self._batches_of(step)]
-        labelled_tokens, tokens = self._sum_over_ranks(count_tokens(batches))
+        batches = [move(batch, self.device) for batch in given.batches]
+        labelled_tokens = given.labelled_tokens
         learning_rate = engine.get_lr()[0]
-        self.router_stats.begin_step(tokens, measure=step % self.router_every == 0)
+        self.router_stats.begin_step(given.tokens, measure=step % self.router_every == 0)
         scale = float(self.plan.world_size * self.plan.gradient_accumulation_steps)  # what DeepSpeed divides by
         losses = TaskLosses.zeros(len(self.prepared.tasks), self.device)
         grad_norm = math.nan
@@ -146,8 +183,8 @@ class Trainer:
                 engine.step()  # counts the micro-batch
         router = self.router_stats.end_step()
         self.state.step = step
-        seconds = time.perf_counter() - started
-        return StepReport(step, losses, learning_rate, grad_norm, labelled_tokens, tokens, seconds, router)
+        seconds = time.perf_counter() - given.started
+        return StepReport(step, losses, learning_rate, grad_norm, labelled_tokens, given.tokens, seconds, router)
 
     @torch.no_grad()
     def held_out_loss(self) -> TaskLosses:
@@ -162,8 +199,8 @@ class Trainer:
         for start in range(0, self.held_out_rows, unit):
             mine = start + dist.get_rank() * plan.micro_batch_size
             indices = range(mine, min(mine + plan.micro_batch_size, self.held_out_rows))
-            batch = collate([rows[i] for i in indices]) if indices else empty_batch()
-            _, by_task = self.engine(_to(batch, self.device), 1, 1.0)
+            batch = collate([rows[i] for i in indices], self.row_multiple) if indices else empty_batch()
+            _, by_task = self.engine(move(batch, self.device), 1, 1.0)
             sums += by_task
         self.engine.train()
         return sums.over_ranks()
@@ -189,10 +226,10 @@ class Trainer:
         rows = self.prepared.train
         indices = rows_of_step(self.recipe.run.seed, step - 1, len(rows), self.plan.global_batch_size)
         for micro_batch in micro_batches_of(indices, self.plan, dist.get_rank()):
-            yield collate([rows[i] for i in micro_batch])
+            yield collate([rows[i] for i in micro_batch], self.row_multiple)
 
-    def _sum_over_ranks(self, counts: tuple[int, ...]) -> list[int]:
-        total = torch.tensor(counts, device=self.device)
+    def _sum_over_ranks(self, *counts: int) -> list[int]:
+        total = torch.tensor(counts).to(self.device)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -259,16 +296,9 @@ class Trainer:
             checkpoints.save(step, facts, self.state.best_step)
         self.state.saved_step = step
 
-    def _stop_if_asked(
-        self, checkpoints: CheckpointManager, log: RunLog, stop: StopSignal, identity: dict[str, Any]
-    ) -> None:
-        """One small all-reduce: a signal at any rank ends all of them, after the same step."""
+    def _stop(self, checkpoints: CheckpointManager, log: RunLog, identity: dict[str, Any]) -> None:
+        """Saves the state and raises Stopped, on every rank after the same step."""
         step = self.state.step
-        asked = torch.tensor(stop.name is not None, dtype=torch.int32, device=self.device)
-        with translate_peer_errors(f"after step {step}"):
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if not asked.item():
-            return
         if step > self.state.saved_step:
             self._save(checkpoints, log, identity)
         with translate_peer_errors("the checkpoint that was asked for"):
@@ -279,7 +309,3 @@ class Trainer:
         raise Stopped(
             f"stopped after step {step} of {self.total_steps} as a signal asked; {where}; start again to go on"
         )
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
