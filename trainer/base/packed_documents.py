@@ -38,9 +38,9 @@ def packed_is_known(packed: bool) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = original
 
 
-def _document_numbers(position_ids: Tensor) -> Tensor:
+def _document_numbers(position_ids: Tensor) -> Tensor | None:
     return (position_ids == 0).cumsum(-1)
 
 
-def _no_documents(_position_ids: Tensor) -> None:
+def _no_documents(_position_ids: Tensor) -> Tensor | None:
     return None

@@ -60,6 +60,7 @@ def varlen_attention(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
+    assert isinstance(out, Tensor)  # a tuple only if asked for more
     return out.unflatten(0, (query.shape[0], -1)), None
 
 

@@ -16,4 +16,4 @@ def restart_in_utf8_mode() -> None:
         return
     os.environ["PYTHONUTF8"] = "1"
     if sys.executable:  # unknown where another program embeds Python; then only children are in this mode
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # nosec B606 # this command
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
