@@ -1,6 +1,6 @@
 """Where the documents of packed rows lie, told to transformers 5.23 so that it does not read it back from the GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,17 +30,13 @@ def packed_is_known(packed: bool) -> Iterator[None]:
 
     packed: whether any row does. All documents begin at position 0.
     """
-    find: Callable[[Tensor], Tensor | None] = _document_numbers if packed else _no_documents
-    original, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, find
+    original = masking_utils.find_packed_sequence_indices
+
+    def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
+        return (position_ids == 0).cumsum(-1) if packed else None
+
+    masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = original
-
-
-def _document_numbers(position_ids: Tensor) -> Tensor:
-    return (position_ids == 0).cumsum(-1)
-
-
-def _no_documents(_position_ids: Tensor) -> None:
-    return None
