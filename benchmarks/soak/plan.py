@@ -42,7 +42,7 @@ def plan_run(seed: int, own_disk: bool, import_seconds: float) -> Plan:
     count = chance.randint(*STARTS)
     starts = [_start(chance, placed, own_disk, import_seconds, last=index == count) for index in range(count + 1)]
     starts[0].before.clear()  # there are no files yet
-    return Plan(seed, placed, starts)
+    return Plan(seed, placed, [*starts, Start([], [])])  # a disk that fills may have ended the last one too
 
 
 def _start(chance: random.Random, placed: bool, own_disk: bool, import_seconds: float, last: bool) -> Start:

@@ -35,10 +35,11 @@ def test_without_a_disk_of_its_own_none_is_filled():
     assert not any("/dev/shm full" in start.before for start in starts)
 
 
-def test_the_last_start_has_no_fault_that_ends_it():
+def test_the_last_start_has_no_fault_and_the_one_before_none_that_must_end_it():
     for seed in range(50):
-        *others, last = plan_run(seed, True, 10.0).starts
-        assert not any(KINDS[fault.kind].ends for fault in last.faults)
+        *others, before, last = plan_run(seed, True, 10.0).starts
+        assert last.faults == last.before == []
+        assert not any(KINDS[fault.kind].ends for fault in before.faults)
         assert all(sum(KINDS[fault.kind].ends for fault in start.faults) == 1 for start in others)
 
 
