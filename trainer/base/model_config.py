@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from data_prep.user_error import UserError
-from trainer.base import varlen_attention
 from trainer.base.model_folder import one_line, resolve_folder
 from trainer.base.safetensors_reader import safetensors_files
 
@@ -129,7 +128,9 @@ def _refuse_non_causal(config: PretrainedConfig, trust_remote_code: bool) -> Non
 
 
 def _check_attention(attention: str, config: PretrainedConfig) -> None:
-    if attention == varlen_attention.NAME:
+    if attention == "varlen":
+        from trainer.base import varlen_attention  # it imports all of transformers' modeling code
+
         _check_varlen(config)
         varlen_attention.register()
     if attention != "flash_attention_2":
