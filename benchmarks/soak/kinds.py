@@ -199,7 +199,7 @@ KINDS = {
         signal_victims(signal.SIGSTOP), TRAINING, RANKS, FAILS,
         "suspended|did not end in time|does not answer|killed from outside", weight=0.3,
     ),
-    "bus error": Kind(bus_error, ("base read", "rows read"), (), FAILS, "SIGBUS|killed from outside"),
+    "bus error": Kind(bus_error, ("base read", "rows read"), (), FAILS, "Bus error|SIGBUS"),
     "EIO": Kind(
         fail_to_read, ("checks",), ("base", "prepared"), frozenset({FAULT, MISTAKE}), "Input/output error"
     ),
@@ -291,4 +291,3 @@ AT_REST: dict[str, Callable[[Path], None]] = {
     "/dev/shm full": fill_shared_memory,
 }
 OWN_DISK_AT_REST = {"/dev/shm full"}
-# Two launches at once, kept apart by the lease in the run folder, would be a kind that starts a second launch.

@@ -1,6 +1,7 @@
 """Ranks that a signal from C code ends, as NCCL's watchdog does at a time-out: what they leave for their launcher."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from trainer.cluster.launch_outcome import KILLED
 from trainer.cluster.local_ranks import LocalRanks
-from trainer.run.crash import TIMED_OUT, crash_ending, crash_stacks
+from trainer.run.crash import CAUSES, crash_ending, crash_stacks
 from trainer.run.launch_protocol import ENDINGS, FAULT, Ending
 
 # A rank that a thread of C ends while Python waits in a collective, as NCCL's watchdog does.
@@ -46,7 +47,7 @@ Extension modules: numpy, torch
 
 
 def test_nccls_watchdog_is_told_by_the_place_of_the_main_thread_and_may_follow_from_another_rank():
-    line = f"crashed (Aborted) in all_reduce, distributed_c10d.py line 3004; {TIMED_OUT}"
+    line = f"crashed (Aborted) in all_reduce, distributed_c10d.py line 3004; {CAUSES[signal.SIGABRT]}"
     assert crash_ending(WATCHDOG) == Ending(FAULT, line, followed=True)
 
 

@@ -4,14 +4,10 @@ import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from trainer.run.crash import CAUSES
 from trainer.run.launch_protocol import FAULT, MISTAKE, STOPPED, Ending
 
 KILLED = "killed from outside (SIGKILL, or out of memory)"
-CRASHES: dict[int, str] = {
-    signal.SIGBUS: "ended by SIGBUS: a file of the base or the prepared set could not be read, or was cut meanwhile",
-    signal.SIGSEGV: "ended by SIGSEGV: a library crashed",
-    signal.SIGABRT: "ended by SIGABRT: a library gave up, see its own message above",
-}
 
 
 @dataclass(frozen=True)
@@ -64,5 +60,9 @@ def outcome(endings: Iterable[tuple[str, RankEnding]], launchers: Iterable[int],
 
 
 def _crash(launchers: Sequence[int]) -> str | None:
-    """What ended a rank that a signal of its own ended: DeepSpeed's launcher exits with minus its number, in a byte."""
-    return next((CRASHES[256 - status] for status in launchers if 256 - status in CRASHES), None)
+    """What ended a rank that a signal ended before it could leave its stacks.
+
+    DeepSpeed's launcher exits with minus the signal's number, in a byte.
+    """
+    number = next((256 - status for status in launchers if 256 - status in CAUSES), None)
+    return f"ended by {signal.Signals(number).name}: {CAUSES[number]}" if number else None

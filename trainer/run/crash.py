@@ -8,14 +8,18 @@ would look as if the system had killed it for its memory.
 import faulthandler
 import os
 import re
+import signal
 from pathlib import Path
 
 from trainer.run.launch_protocol import ENDINGS, FAULT, Ending
 
 SUFFIX = ".crash"
-TIMED_OUT = (
-    "with NCCL a rank aborts when a collective waits longer than run.collective_timeout, or another rank is gone"
-)
+CAUSES: dict[int, str] = {
+    signal.SIGBUS: "a file of the base or the prepared set could not be read, or was cut meanwhile",
+    signal.SIGSEGV: "a library crashed",
+    signal.SIGABRT: "a library gave up; with NCCL a rank aborts when a collective waits longer than "
+    "run.collective_timeout, or another rank is gone",
+}
 
 
 def record_crashes() -> None:
@@ -38,10 +42,11 @@ def crash_ending(stacks: str) -> Ending:
 
     An abort mostly follows from another rank, so it counts as the cause only where no other rank gives one.
     """
-    signal = stacks.partition("\n")[0].removeprefix("Fatal Python error: ")
+    name = stacks.partition("\n")[0].removeprefix("Fatal Python error: ")
     threads = [part for part in stacks.split("\n\n") if "File " in part]
     current = next((part for part in threads if part.startswith("Current thread")), threads[-1] if threads else "")
     found = re.search(r'File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<name>\S+)', current)
     place = f" in {found['name']}, {Path(found['file']).name} line {found['line']}" if found else ""
-    aborted = signal == "Aborted"
-    return Ending(FAULT, f"crashed ({signal}){place}{f'; {TIMED_OUT}' if aborted else ''}", followed=aborted)
+    number = next((number for number in CAUSES if signal.strsignal(number) == name), None)
+    cause = f"; {CAUSES[number]}" if number else ""
+    return Ending(FAULT, f"crashed ({name}){place}{cause}", followed=number == signal.SIGABRT)
