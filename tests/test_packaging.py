@@ -159,7 +159,7 @@ def install(clone: Path, **variables: str) -> list[str]:
 
 def test_another_build_of_torch_is_taken_from_its_index_in_the_place_of_the_one_that_is_there(clone):
     plain = "install -c constraints.txt -e .[test] --quiet --quiet --disable-pip-version-check"
-    index = "URL"
+    index = "https://index.example/cu126"
     assert install(clone) == [plain]
     assert install(clone) == []
     removal, installation = install(clone, TORCH_INDEX=index)
