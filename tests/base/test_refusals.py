@@ -129,7 +129,7 @@ def test_model_with_parts_for_images(tmp_path, base_of):
 def test_flash_attention_without_its_package_or_gpu(tmp_path, base_of):
     refused(
         base_of(tiny_llama(tmp_path), attention="flash_attention_2", dtype="bf16"),
-        r"base\.attention: flash_attention_2 needs .*set base\.attention: sdpa",
+        r"base\.attention=flash_attention_2: needs .*use sdpa",
     )
 
 

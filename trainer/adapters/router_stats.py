@@ -152,12 +152,14 @@ class RouterStats:
             "weights": self.means,
             "entropy": sums.by_task[:, -1].sum(1) / max(self.tokens, 1),
             "task_tokens": count,
-            "weights_by_task": (sums.by_task[:, :-1] / count).transpose(1, 2),
+            "weights_by_task": sums.by_task[:, :-1] / count,
             "entropy_by_task": sums.by_task[:, -1] / count,
         }
         if self._interaction is not None:
             found["interaction"] = self._interaction
-        return RouterReport(tuple(self.names), **_on_host(found), renormalized=self.renormalized)
+        found = _on_host(found)
+        found["weights_by_task"] = found["weights_by_task"].transpose(1, 2)
+        return RouterReport(tuple(self.names), **found, renormalized=self.renormalized)
 
     def observe(self, layer: int, phi: Tensor, interaction: Tensor | None) -> "_BalanceGradient | None":
         """Takes the weights phi [k, tokens] and the interaction matrix of one layer's forward."""
@@ -179,7 +181,7 @@ class RouterStats:
         return _BalanceGradient(self, slope, self.mask)
 
 
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors on the CPU, by one copy: on a GPU each copy waits for the work before it."""
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors.values()])

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -17,6 +16,7 @@ from transformers import (
 from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line, resolve_folder
 from trainer.base.safetensors_reader import safetensors_files
+from trainer.run.gpu import require_gpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,26 +128,23 @@ def _refuse_non_causal(config: PretrainedConfig, trust_remote_code: bool) -> Non
 
 
 def _check_attention(attention: str, config: PretrainedConfig) -> None:
-    if attention == "varlen":
+    if attention == "flash_attention_2":
+        require_gpu("base.attention", attention, "sdpa")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise UserError(
+                "base.attention=flash_attention_2: needs the package flash-attn, and it is not installed; install it, "
+                "or use sdpa"
+            )
+    elif attention == "varlen":
         from trainer.base import varlen_attention  # it imports all of transformers' modeling code
 
+        require_gpu("base.attention", attention, "sdpa")  # torch has no such kernels for CPUs
         _check_varlen(config)
         varlen_attention.register()
-    if attention != "flash_attention_2":
-        return
-    if importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available():
-        raise UserError(
-            "base.attention: flash_attention_2 needs a CUDA GPU and the package flash-attn; "
-            "install it, or set base.attention: sdpa"
-        )
 
 
 def _check_varlen(config: PretrainedConfig) -> None:
-    """Raises UserError where torch's kernels cannot run, or cannot compute what the model trains with."""
-    if not torch.cuda.is_available():
-        raise UserError(
-            "base.attention: varlen needs a CUDA GPU (torch has no kernels for CPUs); set base.attention: sdpa"
-        )
+    """Raises UserError where torch's kernels cannot compute what the model trains with."""
     if dropout := getattr(config, "attention_dropout", 0):
         raise UserError(
             f"base.attention: varlen has no dropout, and {config.model_type} trains with attention_dropout={dropout}; "

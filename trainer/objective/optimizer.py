@@ -11,12 +11,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from data_prep.user_error import UserError
 from trainer.recipe import TrainConfig
+from trainer.run.gpu import require_gpu
 
 
 def check_optimizer(train: TrainConfig) -> None:
     """Raises UserError where the optimizer cannot run on this machine."""
-    if train.optimizer != "adamw" and not torch.cuda.is_available():
-        raise UserError(f"train.optimizer={train.optimizer}: needs a GPU, and this machine has none; use adamw")
+    if train.optimizer != "adamw":
+        require_gpu("train.optimizer", train.optimizer, "adamw")
 
 
 def check_warm_up(train: TrainConfig, steps: int) -> None:

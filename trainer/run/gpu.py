@@ -75,6 +75,12 @@ def gpus_are_usable() -> bool:
     return False
 
 
+def require_gpu(key: str, value: str, other: str) -> None:
+    """Raises UserError for a value that needs a GPU where there is none. other: a value that does not."""
+    if not gpus_are_usable():
+        raise UserError(f"{key}={value}: needs a GPU, and this machine has none; use {other}")
+
+
 def take_gpu(local_rank: int) -> "torch.device":
     """Makes GPU `local_rank` of this machine the current one. Raises RankWithoutGpu where there are fewer."""
     import torch
