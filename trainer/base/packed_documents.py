@@ -30,12 +30,13 @@ def packed_is_known(packed: bool) -> Iterator[None]:
 
     packed: whether any row does. All documents begin at position 0.
     """
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = _document_numbers if packed else _no_documents
+    patched: Any = masking_utils
+    original = patched.find_packed_sequence_indices
+    patched.find_packed_sequence_indices = _document_numbers if packed else _no_documents
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = original
+        patched.find_packed_sequence_indices = original
 
 
 def _document_numbers(position_ids: Tensor) -> Tensor:
