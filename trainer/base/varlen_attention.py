@@ -3,7 +3,7 @@
 Registered with transformers 5.23 as an attention of its own. torch 2.13 has these kernels for CUDA only.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,13 @@ def varlen_attention(
     if starts is None or longest is None:
         starts, longest = _find_documents(query, position_ids)
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    out = varlen.varlen_attn(
+    attended = varlen.varlen_attn(
         q, k, v, starts, starts, longest, longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    assert isinstance(out, Tensor)  # a tuple only if asked for more
+    out = cast(Tensor, attended)  # a pair only where it is asked for
     return out.unflatten(0, (query.shape[0], -1)), None
 
 
