@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is missing, then runs the tests: `bash tests/run.sh` runs all of them, `bash tests/run.sh fast` those
 # without process groups, whole commands or real models, `bash tests/run.sh fuzz` those of damaged input with 20,000
-# examples, `bash tests/run.sh gpu` those that need a GPU (tests/gpu/run.sh). Further arguments go to pytest. The tests in tests/cluster/emulated_hosts need root and some Debian
-# packages; where these are missing, they are skipped.
+# examples, `bash tests/run.sh gpu` those that need a GPU (tests/gpu/run.sh). Further arguments go to pytest. The tests
+# in tests/cluster/emulated_hosts need root and some Debian packages; where these are missing, they are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = gpu ]; then shift; exec bash tests/gpu/run.sh "$@"; fi
