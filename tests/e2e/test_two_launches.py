@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -17,11 +18,27 @@ CHANGES = ["train.steps=100000", "train.eval_every=0", "checkpoint.save_every=20
 NUMBERS = ("step", "loss", "grad_norm", "learning_rate")
 
 
-def launch(workplace, run: str, *command: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*command, "recipe.yaml", f"run.name={run}", *CHANGES], cwd=workplace.folder, env=workplace.environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def launch(workplace):
+    """Begins a launch of a run by a command; none outlives the test."""
+    begun: list[subprocess.Popen] = []
+
+    def begin(run: str, *command: str, overrides: Sequence[str] = CHANGES) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [*command, "recipe.yaml", f"run.name={run}", *overrides],
+            cwd=workplace.folder,
+            env=workplace.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun.append(process)
+        return process
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.communicate()
 
 
 def numbers(workplace, run: str) -> list[list[float]]:
@@ -36,9 +53,9 @@ def stop_after(workplace, process: subprocess.Popen, run: str, steps: int) -> st
     return out
 
 
-def test_two_launches_at_once_train_the_run_once_and_a_kill_delays_no_start(workplace):
+def test_two_launches_at_once_train_the_run_once_and_a_kill_delays_no_start(workplace, launch):
     run = workplace.folder / "runs" / "contended"
-    both = [launch(workplace, "contended", "teamlora", "train") for _ in range(2)]
+    both = [launch("contended", "teamlora", "train") for _ in range(2)]
     while all(process.poll() is None for process in both):
         time.sleep(0.1)
     (refused,) = (process for process in both if process.poll() is not None)
@@ -52,7 +69,7 @@ def test_two_launches_at_once_train_the_run_once_and_a_kill_delays_no_start(work
         said,
     )
 
-    launched = launch(workplace, "contended", "bash", SCRIPT, "num_gpus=2", "retries=2", ZERO3)
+    launched = launch("contended", "bash", SCRIPT, "num_gpus=2", "retries=2", overrides=[ZERO3, *CHANGES])
     _, said = launched.communicate(timeout=LIMIT)
     assert launched.returncode == 2, said
     assert said.count(f"error: runs/contended: another launch trains there: process {first.pid} on ") == 1
@@ -63,12 +80,12 @@ def test_two_launches_at_once_train_the_run_once_and_a_kill_delays_no_start(work
     first.wait(LIMIT)
     assert len(list((run / ".lease").iterdir())) == 1
     steps = len((run / "metrics.jsonl").read_text().splitlines()) + 5
-    said = stop_after(workplace, launch(workplace, "contended", "teamlora", "train"), "contended", steps)
+    said = stop_after(workplace, launch("contended", "teamlora", "train"), "contended", steps)
     assert "lease  " not in said, "it waited"
     assert not (run / ".lease").exists()
     assert not ranks_of("contended")
 
-    stop_after(workplace, launch(workplace, "alone", "teamlora", "train"), "alone", steps)
+    stop_after(workplace, launch("alone", "teamlora", "train"), "alone", steps)
     expected = numbers(workplace, "alone")[:steps]
     assert [step for step, *_ in expected] == list(range(1, steps + 1))
     assert numbers(workplace, "contended")[:steps] == expected
