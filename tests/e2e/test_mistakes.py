@@ -33,7 +33,7 @@ TRAIN = {
     "beta of 1": (["train.betas=[0.9, 1.0]"], "train.betas"),
     "attention that is missing": (
         ["base.attention=flash_attention_2", "base.dtype=bf16"],
-        "set base.attention: sdpa",
+        "base.attention=flash_attention_2: needs a GPU, and this machine has none; use sdpa",
     ),
     "more nodes than there are": (["run.nodes=2"], "run.nodes=2, and the ranks are on 1: "),
     "argument without a value": (["train.steps"], "expected key.path=value"),
