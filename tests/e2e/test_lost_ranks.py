@@ -23,10 +23,10 @@ import os, sys
 from trainer.cli import main
 from trainer.training.trainer import Trainer
 real = Trainer.train_step
-def train_step(self):
+def train_step(self, given):
     if os.environ["RANK"] == "1" and self.state.step == 2:
         raise ValueError("the disk is on fire")
-    return real(self)
+    return real(self, given)
 Trainer.train_step = train_step
 sys.exit(main(sys.argv[1:]))
 """
