@@ -10,6 +10,9 @@ from data_prep.user_path import UserPath, UserPathOrName
 
 NUM_EXPERTS, EXPERT_RANK = 4, 16
 
+TAKE_LENGTHS = ("flash_attention_2", "varlen")
+"""Kinds of attention that take documents by their lengths, on GPUs; the others take a mask, which position_ids give."""
+
 Seconds = Annotated[PositiveFloat, at_most(10**8)]  # libraries count nanoseconds in 64 bits
 Steps = Annotated[PositiveInt, at_most(10**9)]
 Batch = Annotated[PositiveInt, at_most(10**7)]
@@ -62,7 +65,7 @@ class BaseModelConfig(Section):
 
     @model_validator(mode="after")
     def _flash_attention_has_no_fp32(self) -> "BaseModelConfig":
-        if self.attention in ("flash_attention_2", "varlen") and self.dtype == "fp32":
+        if self.attention in TAKE_LENGTHS and self.dtype == "fp32":
             raise ValueError(f"attention={self.attention} has no kernels for dtype=fp32; set dtype=bf16, or sdpa")
         return self
 

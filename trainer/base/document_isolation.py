@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line
-from trainer.base.packed_documents import TAKE_LENGTHS, document_arguments
+from trainer.base.packed_documents import document_arguments
+from trainer.recipe import TAKE_LENGTHS
 
 # Small enough for milliseconds; head_dim 16 divides into rotary halves and quarters.
 TINY = {

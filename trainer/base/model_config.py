@@ -16,6 +16,7 @@ from transformers import (
 from data_prep.user_error import UserError
 from trainer.base.model_folder import one_line, resolve_folder
 from trainer.base.safetensors_reader import safetensors_files
+from trainer.recipe import TAKE_LENGTHS
 from trainer.run.gpu import require_gpu
 
 if TYPE_CHECKING:
@@ -128,17 +129,16 @@ def _refuse_non_causal(config: PretrainedConfig, trust_remote_code: bool) -> Non
 
 
 def _check_attention(attention: str, config: PretrainedConfig) -> None:
-    if attention == "flash_attention_2":
+    if attention in TAKE_LENGTHS:  # CPUs have no such kernels
         require_gpu("base.attention", attention, "sdpa")
-        if importlib.util.find_spec("flash_attn") is None:
-            raise UserError(
-                "base.attention=flash_attention_2: needs the package flash-attn, and it is not installed; install it, "
-                "or use sdpa"
-            )
-    elif attention == "varlen":
+    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "base.attention=flash_attention_2: needs the package flash-attn, and it is not installed; install it, "
+            "or use sdpa"
+        )
+    if attention == "varlen":
         from trainer.base import varlen_attention  # it imports all of transformers' modeling code
 
-        require_gpu("base.attention", attention, "sdpa")  # torch has no such kernels for CPUs
         _check_varlen(config)
         varlen_attention.register()
 

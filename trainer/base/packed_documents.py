@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import masking_utils
 
-TAKE_LENGTHS = ("flash_attention_2", "varlen")
-"""Kinds of attention that take documents by their lengths; the others take a mask, which position_ids give."""
+from trainer.recipe import TAKE_LENGTHS
 
 
 def document_arguments(attention: str, document_starts: Tensor, longest_document: int) -> dict[str, Any]:

@@ -46,9 +46,8 @@ def varlen_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    if missing := [name for name in ("softcap", "s_aux") if options.get(name) is not None] + ["dropout"] * bool(
-        dropout
-    ):
+    asked = {"softcap": options.get("softcap"), "s_aux": options.get("s_aux"), "dropout": dropout or None}
+    if missing := [name for name, value in asked.items() if value is not None]:
         raise ValueError(f"varlen attention has no {missing[0]}")
     starts, longest = cu_seq_lens_q, max_length_q
     if starts is None or longest is None:

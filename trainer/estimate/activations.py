@@ -19,10 +19,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear, SecondLevel
-from trainer.base.packed_documents import TAKE_LENGTHS
 from trainer.base.weight_map import DTYPES
 from trainer.estimate.rank_model import base_of, build_rank_model, decoder_layers
-from trainer.recipe import ExpertsConfig, Recipe
+from trainer.recipe import TAKE_LENGTHS, ExpertsConfig, Recipe
 
 FLASH = "fa2_on_fake_tensors"  # stands in for flash_attention_2 and varlen, which only run on a GPU
 

@@ -11,11 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.adapters.attach import attach_on_meta, check_adapter
 from trainer.base.loader import pack_linears, tie
-from trainer.base.packed_documents import TAKE_LENGTHS
 from trainer.base.weight_map import DTYPES, skeleton
 from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.distributed.expert_shard import ExpertGroups
-from trainer.recipe import BaseModelConfig, ExpertsConfig, Recipe
+from trainer.recipe import TAKE_LENGTHS, BaseModelConfig, ExpertsConfig, Recipe
 
 
 @dataclass(frozen=True)
