@@ -21,6 +21,7 @@ from tests.support.tiny_models import tiny_llama
 from trainer.adapters.adapter_config import TeamLoraConfig
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.layer import Experts
+from trainer.objective.batches import collate
 
 TASKS = {"sums": 5, "dates": 8}
 MADE = {"commit": "c1", "recipe": "r1"}
@@ -210,8 +211,8 @@ def test_hydraloras_matched_rank_is_that_nearest_to_teamloras_parameters():
 
 def test_the_methods_are_timed_on_models_that_learn(tmp_path):
     tiny_llama(tmp_path)
-    ids, positions = torch.randint(0, 64, (2, 32)), torch.arange(32).expand(2, 32)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": positions, "task_ids": torch.zeros_like(ids)}
+    rows = np.random.default_rng(0).integers(0, 64, (2, 32))
+    batch = collate([{"input_ids": r, "labels": r, "position_ids": range(32), "task_ids": [0] * 32} for r in rows])
     recipes = {method: recipe_of(Cell(method, 0, 1e-3), str(tmp_path)) for method in ("lora", "teamlora", "moelora")}
     sides = {name: Side(name, recipe, batch, 1) for name, recipe in {**recipes, LOOP: recipes["moelora"]}.items()}
     before = {name: [p.detach().clone() for p in side.model.parameters()] for name, side in sides.items()}

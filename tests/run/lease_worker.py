@@ -1,5 +1,6 @@
 """A process that takes the lease of a run folder when asked to; one word per line on stdin, one line back on stdout."""
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -30,13 +31,14 @@ def hold(folder: Path, renew_every: float, stale_after: float, offset: float) ->
 
 
 def write_on(folder: Path, renew_every: float, stale_after: float) -> None:
-    """Holds the lease and writes lines as fast as it can, each after a check."""
+    """Holds the lease and writes lines as fast as it can, each after a check. Says so after the first."""
     lease = RunLease(folder, renew_every=renew_every, stale_after=stale_after)
     with lease.held():
-        print("holds", flush=True)
-        while True:
+        for line in itertools.count():
             lease.check()
-            _append(folder / "lines", "x")
+            _append(folder / "lines", str(line))
+            if line == 0:
+                print("writes", flush=True)
 
 
 def _append(path: Path, line: str) -> None:
