@@ -203,7 +203,7 @@ def _estimate(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from trainer.estimate.estimate_report import report
 
-    report(recipe, options.world_size, options.gpu_memory, options.host_memory, options.json)
+    report(recipe, options.world_size, options.nodes, options.gpu_memory, options.host_memory, options.json)
 
 
 def _check(options: argparse.Namespace) -> None:

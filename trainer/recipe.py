@@ -17,6 +17,7 @@ Seconds = Annotated[PositiveFloat, at_most(10**8)]  # libraries count nanosecond
 Steps = Annotated[PositiveInt, at_most(10**9)]
 Batch = Annotated[PositiveInt, at_most(10**7)]
 Rank = Annotated[PositiveInt, Field(strict=True), at_most(2**20)]
+ShardGroup = Annotated[PositiveInt, Field(strict=True)]
 Alpha = Annotated[PositiveFloat, at_most(10**9)]
 Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -60,6 +61,11 @@ class BaseModelConfig(Section):
         "sdpa",
         description="attention kernels; varlen (torch's own) and flash_attention_2 (package flash-attn) compute no "
         "more than each document needs, on CUDA GPUs and with dtype bf16",
+    )
+    shard_group: Literal["world", "node"] | ShardGroup = Field(
+        "world",
+        description="ranks among which ZeRO-3 divides one copy of the base: all (world), those of one machine (node), "
+        "or so many neighbours; 1: whole on each rank",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 

@@ -46,7 +46,7 @@ def usual(folder: str, _device: torch.device) -> nn.Module:
 
 def ours(folder: str, device: torch.device) -> nn.Module:
     opened = open_base(BaseModelConfig(model=folder))
-    model = load_opened(opened, Zero3Sharding(CONFIG, device))
+    model = load_opened(opened, Zero3Sharding(CONFIG, device, dist.get_world_size()))
     model.bytes_read = opened.weights.bytes_read
     return model
 

@@ -56,6 +56,16 @@ PARITY = [
     ParityCase("zero2", 1, 3, {"deepspeed__config": "ds_configs/zero2.json"}),
     ParityCase("moelora", 1, 2, {"adapter__method": "moelora"}),
     ParityCase("hydralora", 1, 2, {"adapter__method": "hydralora"}),
+    # the base in groups of ranks: whole on each, and on 4 ranks two copies; fewer cases where each takes long
+    *(
+        ParityCase(f"base_in_groups_of_{group}", 1, 3, {"base__shard_group": group, **CHECKPOINTING}, worlds)
+        for group, worlds in ((1, (2, 4)), (2, (4,)))
+    ),
+    ParityCase("base_whole_offloaded", 1, 3, {"base__shard_group": 1, "deepspeed__config": OFFLOAD}, (2,)),
+    ParityCase("base_in_groups_offloaded", 1, 3, {"base__shard_group": 2, "deepspeed__config": OFFLOAD}, (4,)),
+    ParityCase("base_whole_weights", 1, 3, placed(2, "weights", base__shard_group=1, **CHECKPOINTING), (2,)),
+    ParityCase("base_in_groups_weights", 1, 3, placed(2, "weights", base__shard_group=2), (4,)),
+    ParityCase("base_in_groups_tokens", 1, 3, placed(4, "tokens", base__shard_group=2), (4,)),
     *(
         placed_case(2, dispatch, accumulation, checkpointed)
         for dispatch in ("weights", "tokens")

@@ -28,7 +28,7 @@ def half_way(done):
 with process_group() as device:
     recipe = scene.recipe(Path(sys.argv[1]))
     opened = open_base(recipe.base)
-    shards = Zero3Sharding(read_deepspeed_config(recipe, plan_batches(4, 1, 2)), device)
+    shards = Zero3Sharding(read_deepspeed_config(recipe, plan_batches(4, 1, 2)), device, 2)
     load_opened(opened, shards, half_way)
 """
 

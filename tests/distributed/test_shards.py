@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -17,9 +18,9 @@ from trainer.base.loader import load_base
 pytestmark = [pytest.mark.slow, pytest.mark.ranks_run("shards")]
 
 
-def whole(folder: Path, world: int) -> dict[str, torch.Tensor]:
-    """Every parameter put together from the shards of all ranks."""
-    shards = [load_file(folder / f"{rank}.safetensors") for rank in range(world)]
+def whole(folder: Path, ranks: Iterable[int]) -> dict[str, torch.Tensor]:
+    """Every parameter put together from the shards of these ranks."""
+    shards = [load_file(folder / f"{rank}.safetensors") for rank in ranks]
     shapes = json.loads((folder / "shapes.json").read_text())
     flat = {name: torch.cat([s[name] for s in shards])[: math.prod(shape)] for name, shape in shapes.items()}
     return {name: tensor.view(shapes[name]) for name, tensor in flat.items()}
@@ -28,7 +29,7 @@ def whole(folder: Path, world: int) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def gathered(seen):
     world, folder = seen
-    return whole(folder / "shards" / "base", world)
+    return whole(folder / "shards" / "base", range(world))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_shards_of_every_family_are_parts_of_what_one_process_loads(seen, base, 
     world, folder = seen
     recipe = scene.recipe(scene.families(base) / family, base__attention="eager")
     expected = dict(load_base(recipe.base, "cpu").named_parameters())
-    found = whole(folder / "shards" / family, world)
+    found = whole(folder / "shards" / family, range(world))
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
         assert torch.equal(found[name], parameter), name
@@ -72,3 +73,13 @@ def test_each_rank_keeps_its_part_of_every_parameter_and_no_more(seen):
     for rank in range(world):
         for name, shard in load_file(folder / "shards" / "base" / f"{rank}.safetensors").items():
             assert shard.numel() == -(-math.prod(shapes[name]) // world), (rank, name)
+
+
+def test_every_group_of_ranks_has_a_copy_of_its_own(seen, gathered):
+    world, folder = seen
+    for size in (1, 2) if world == 4 else (1,):
+        for first in range(0, world, size):
+            found = whole(folder / "shards" / f"groups_of_{size}", range(first, first + size))
+            assert found.keys() == gathered.keys()
+            for name, tensor in gathered.items():
+                assert torch.equal(found[name], tensor), (size, first, name)

@@ -62,6 +62,8 @@ HELD: dict[str, dict[str, Any]] = {
     },
     "replicated": {"experts__parallel_size": 2, "experts__replicate": True},
     "eight_bits": {"train__optimizer": "adamw_8bit"},
+    "base_whole": {"base__shard_group": 1},
+    "base_in_groups": {"base__shard_group": 2, "deepspeed__config": "ds_configs/zero3_offload.json"},
 }
 # (ZeRO stage, compute dtype, what is spoilt)
 FAULTS = [
@@ -117,15 +119,22 @@ def watch_gradients(model: Any, engine: Any, found: dict[str, Tensor]) -> None:
 def shards(base: Path, folder: Path, device: torch.device) -> None:
     """What each rank keeps of the base and of every family of models, straight from the loader."""
     for model_folder in (base, *(scene.families(base) / family for family in FAMILIES)):
-        recipe = scene.recipe(model_folder, base__attention="eager")
-        plan = plan_batches(recipe.train.global_batch_size, 1, dist.get_world_size())
-        opened = open_base(recipe.base)
-        model = load_opened(opened, Zero3Sharding(read_deepspeed_config(recipe, plan), device))
-        mine = {name: p.ds_tensor.clone() for name, p in model.named_parameters()}
-        target = folder / "shards" / model_folder.name
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(mine, target / f"{dist.get_rank()}.safetensors")
-        keep(target / "shapes.json", {name: list(p.ds_shape) for name, p in model.named_parameters()})
+        keep_shards(model_folder, folder / "shards" / model_folder.name, device, dist.get_world_size())
+    for size in range(1, dist.get_world_size()):
+        if dist.get_world_size() % size == 0:
+            keep_shards(base, folder / "shards" / f"groups_of_{size}", device, size)
+
+
+def keep_shards(model_folder: Path, target: Path, device: torch.device, size: int) -> None:
+    """What each rank keeps where groups of `size` ranks have a copy each."""
+    recipe = scene.recipe(model_folder, base__attention="eager")
+    plan = plan_batches(recipe.train.global_batch_size, 1, dist.get_world_size())
+    opened = open_base(recipe.base)
+    model = load_opened(opened, Zero3Sharding(read_deepspeed_config(recipe, plan), device, size))
+    mine = {name: p.ds_tensor.clone() for name, p in model.named_parameters()}
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(mine, target / f"{dist.get_rank()}.safetensors")
+    keep(target / "shapes.json", {name: list(p.ds_shape) for name, p in model.named_parameters()})
 
 
 def held(base: Path, folder: Path, device: torch.device) -> None:

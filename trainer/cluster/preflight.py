@@ -93,7 +93,7 @@ def check_launch(
     environment, problems = _rank_environment() if nodes is not None else ({}, [])
     request = Request(str(launch_folder()), str(recipe_path), tuple(overrides), master_port or 0, environment)
     hosts = tuple(nodes) if nodes is not None else (Node(socket.gethostname(), _count_gpus() or 1),)
-    with _started_estimate(recipe_path, overrides, sum(node.slots for node in hosts)) as estimate:
+    with _started_estimate(recipe_path, overrides, hosts) as estimate:
         cluster = ClusterFacts(recipe, hosts, *_probe(hosts, request, over_ssh=nodes is not None))
         findings = [*problems, *run_checks(cluster)]
         if not any(finding.level == "error" for finding in findings):  # else report without waiting for the estimate
@@ -122,9 +122,11 @@ def _probe(nodes: Sequence[Node], request: Request, over_ssh: bool) -> tuple[lis
 
 
 @contextmanager
-def _started_estimate(recipe: Path, overrides: Sequence[str], ranks: int) -> Iterator[subprocess.Popen]:
+def _started_estimate(recipe: Path, overrides: Sequence[str], nodes: Sequence[Node]) -> Iterator[subprocess.Popen]:
     """`teamlora estimate` as a separate process: it imports torch while nodes are probed, and can be given up."""
-    command = [sys.executable, str(PROGRAM), "estimate", str(recipe), *overrides, f"--world-size={ranks}", "--json"]
+    ranks = f"--world-size={sum(node.slots for node in nodes)}"
+    equal = [f"--nodes={len(nodes)}"] if len({node.slots for node in nodes}) == 1 else []
+    command = [sys.executable, str(PROGRAM), "estimate", str(recipe), *overrides, ranks, *equal, "--json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(

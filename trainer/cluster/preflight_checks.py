@@ -13,6 +13,7 @@ from trainer.base.model_folder import may_be_of_the_hub
 from trainer.cluster.preflight_facts import ALL, GIB, ClusterFacts, Finding, Level, counted, gib
 from trainer.cluster.probe import SAMPLED
 from trainer.cluster.probe_client import Failure
+from trainer.distributed.rank_groups import crosses_nodes, local_ranks_of
 from trainer.run.resources import PACKAGE_ROOT
 
 LEAST_DISK = 2**27  # bytes for what a run writes besides checkpoints
@@ -111,6 +112,16 @@ def _find_bad_slots(cluster: ClusterFacts) -> Iterator[_Problem]:
         elif not gpus and slots > facts.cores:
             text = f"slots={slots}, but it has {counted(facts.cores, 'core')} and no GPU"
             yield _Problem("warning", host, text, f"write slots={facts.cores} in the hostfile")
+
+
+def _find_bad_shard_group(cluster: ClusterFacts) -> Iterator[_Problem]:
+    group, slots = cluster.recipe.base.shard_group, list(cluster.slots.values())
+    if group == "node" and len(set(slots)) > 1:
+        text = f"base.shard_group=node, but the nodes have {', '.join(map(str, slots))} slots"
+        yield _Problem("error", ALL, text, f"give every node as many, or set a number that divides {cluster.ranks}")
+    elif isinstance(group, int) and cluster.ranks % group == 0 and crosses_nodes(group, local_ranks_of(slots)):
+        text = f"base.shard_group={group}: a group would span two nodes, so every layer of the base crosses the network"
+        yield _Problem("warning", ALL, text, "choose a divisor of the slots per node, or node")
 
 
 def _describe_slots(cluster: ClusterFacts) -> str:
@@ -307,6 +318,7 @@ _CHECKS = (
     _Check("nodes", _find_wrong_node_count),
     _Check("machine", _find_same_machine, lambda cluster: "all different" if len(cluster.facts) > 1 else ""),
     _Check("slots", _find_bad_slots, _describe_slots),
+    _Check("shard group", _find_bad_shard_group),
     _Check("folder", _problems_named("folder", "create it there, with all that the recipe names")),
     _Check("packages", _find_other_packages, _describe_packages),
     _Check("code", _find_other_code, lambda cluster: f"the same at {PACKAGE_ROOT}"),

@@ -104,11 +104,12 @@ class Launch:
                 "lower min_nodes"
             )
         if reached.absent:
-            batch, experts = self.recipe.train.global_batch_size, self.recipe.experts.parallel_size
             count = dividing_nodes([remote.node for remote in reached.nodes], least, self.recipe)
             reached.keep_first(
                 count,
-                f"train.global_batch_size={batch} or experts.parallel_size={experts} cannot be divided with its ranks",
+                f"train.global_batch_size={self.recipe.train.global_batch_size}, experts.parallel_size="
+                f"{self.recipe.experts.parallel_size} or base.shard_group={self.recipe.base.shard_group} cannot be "
+                "divided with its ranks",
             )
         for name, reason in reached.absent.items():
             print(f"launch          without {name}: {reason}", flush=True)
@@ -171,14 +172,15 @@ def run_again(launch: Launch, stop: StopRequest) -> Outcome:
 
 
 def dividing_nodes(nodes: Sequence[Node], least: int, recipe: Recipe) -> int:
-    """The largest number of leading nodes, at least `least`, whose ranks divide the batch and the placed experts.
+    """The largest number of leading nodes, at least `least`, whose ranks divide the batch and can be grouped.
 
     All of them if there is none: the ranks then refuse and say what would fit.
     """
     batch, rows = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    group = recipe.base.shard_group if isinstance(recipe.base.shard_group, int) else 1
     for count in range(len(nodes), least - 1, -1):
         ranks = sum(node.slots for node in nodes[:count])
-        if batch % (rows * ranks) == 0 and ranks % recipe.experts.parallel_size == 0:
+        if batch % (rows * ranks) == 0 and ranks % recipe.experts.parallel_size == 0 and ranks % group == 0:
             return count
     return len(nodes)
 

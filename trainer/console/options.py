@@ -39,6 +39,7 @@ def launch(command: argparse.ArgumentParser) -> None:
 def estimate(command: argparse.ArgumentParser) -> None:
     recipe(command)
     command.add_argument("--world-size", type=positive_int, default=1, metavar="N", help="ranks of the run; default: 1")
+    command.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="machines they are on; default: 1")
     command.add_argument("--gpu-memory", type=memory_size, metavar="SIZE", help="per GPU, such as 24GiB or 80GB")
     command.add_argument("--host-memory", type=memory_size, metavar="SIZE", help="of the host, each rank's share of it")
     command.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")

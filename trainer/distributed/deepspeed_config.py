@@ -4,7 +4,6 @@ Imports no DeepSpeed, so that the estimate and the checks before a launch are qu
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from data_prep.user_error import UserError
 from trainer.distributed.deepspeed_file import read_deepspeed_file
 from trainer.objective.batches import BatchPlan
-from trainer.recipe import ExpertsConfig, Recipe
+from trainer.recipe import Recipe
 
 # What the engine would do to a base that is loaded in shards, without a word, and the value that prevents it.
 REFUSED = {
@@ -70,30 +69,6 @@ def check_sharded_base(config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: zero_optimization.{key}={zero[key]} corrupts a packed base; set it to {safe}")
     if zero.get("offload_param", {}).get("device") == "nvme":
         raise UserError(f"{path}: zero_optimization.offload_param.device=nvme cannot take a packed base; use cpu")
-
-
-def check_expert_parallel(
-    experts: ExpertsConfig, local_ranks: Sequence[int], config: dict[str, Any], path: Path
-) -> None:
-    """Raises UserError where these ranks cannot hold the placement of experts.
-
-    local_ranks: LOCAL_RANK of every rank, in order; a node begins at each 0. path: of the DeepSpeed configuration.
-    """
-    size, world = experts.parallel_size, len(local_ranks)
-    stage = config["zero_optimization"].get("stage")
-    if size > 1 and stage != 3:
-        raise UserError(
-            f"experts.parallel_size={size}: {path} has ZeRO stage {stage}, which keeps every parameter whole on every "
-            "rank and has no expert groups; use ds_configs/zero3.json or set it to 1"
-        )
-    if world % size:
-        raise UserError(f"experts.parallel_size={size} does not divide the {world} ranks of this run; change one")
-    blocks = [list(local_ranks[start : start + size]) for start in range(0, world, size)]
-    if not experts.across_nodes and any(block != list(range(block[0], block[0] + size)) for block in blocks):
-        raise UserError(
-            f"experts.parallel_size={size}: a group would span two nodes; choose a divisor of the ranks per node or "
-            "set experts.across_nodes=true"
-        )
 
 
 def _fill(config: dict[str, Any], keys: tuple[str, ...], value: Any, origin: str, path: Path) -> None:

@@ -50,12 +50,14 @@ class ShardedParameterFactory:
     """Makes ZeRO-3 parameters from shards, so that the whole never exists.
 
     DeepSpeed partitions tensors that it is given; here it is given only what it would have kept. config: as
-    `deepspeed.initialize` will get it, since offload and pinning follow from it. Every rank must make the same
-    parameters in the same order: DeepSpeed numbers them.
+    `deepspeed.initialize` will get it, since offload and pinning follow from it. group: the ranks that have the shards
+    of one copy. Every rank must make the same parameters in the same order: DeepSpeed numbers them.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], group: dist.ProcessGroup) -> None:
         import deepspeed
+
+        self._group = group
 
         # Not entered as a context: nothing is patched, only its methods for single parameters are used.
         self._init = deepspeed.zero.Init(config_dict_or_path=config)
@@ -76,6 +78,7 @@ class ShardedParameterFactory:
         # The full shape with one element behind it: DeepSpeed reads the shape and then frees the data.
         whole = torch.empty(1, dtype=shard.dtype, device=self._init.local_device).expand(*shape)
         parameter: Any = nn.Parameter(whole, requires_grad=False)
+        parameter.ds_zero_partition_process_group = self._group  # DeepSpeed cuts and gathers it over these ranks
         self._init._convert_to_deepspeed_param(parameter)
         stored: Any = shard
         stored.ds_numel = shard.numel()
@@ -83,7 +86,7 @@ class ShardedParameterFactory:
         stored.final_location = None
         parameter.ds_tensor = stored
         parameter.ds_numel_aligned = self._init._aligned_size(parameter)
-        assert parameter.ds_numel_aligned == shard.numel() * dist.get_world_size(), (shape, shard.numel())
+        assert parameter.ds_numel_aligned == shard.numel() * self._group.size(), (shape, shard.numel())
         free_param(parameter)
         return parameter
 

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.router_stats import RouterStats
 from trainer.base.loader import load_opened
+from trainer.base.sharding import ShardingStrategy
 from trainer.base.weight_map import OpenedBase
 from trainer.distributed.autotune import autotune
 from trainer.distributed.engine import initialize
 from trainer.distributed.expert_parallel import ExpertParallel, place_experts
-from trainer.distributed.zero3_sharding import Zero3Sharding, sharding_for
+from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.objective.loss import LabelledLoss
 from trainer.recipe import Recipe
 
@@ -37,7 +38,7 @@ def parallelize(
     recipe: Recipe,
     opened: OpenedBase,
     config: dict[str, Any],
-    device: torch.device,
+    shards: ShardingStrategy,
     num_tasks: int,
     steps: int,
     progress: Callable[[int], None] = lambda _: None,
@@ -45,11 +46,11 @@ def parallelize(
 ) -> ParallelModel:
     """Loads and distributes what the recipe trains, in training mode. Collective: every rank must call it.
 
-    config: DeepSpeed's, filled. steps: of the whole run, for the learning rate. progress: receives the bytes read of
-    the base so far. base_loaded: is called once the base is there.
+    config: DeepSpeed's, filled. shards: of the base. steps: of the whole run, for the learning rate. progress: receives
+    the bytes read of the base so far. base_loaded: is called once the base is there.
     """
     # The base first, already in shards: it must not be whole on any rank, not even while it is loaded.
-    base = load_opened(opened, sharding_for(config, device), progress)
+    base = load_opened(opened, shards, progress)
     base_loaded()
     # Initial values come from torch's generator, which must stand at the same place on every rank.
     torch.manual_seed(recipe.run.seed)
@@ -70,14 +71,14 @@ def parallelize(
     return ParallelModel(model, router_stats, engine, expert_parallel)
 
 
-def shard_for_inference(opened: OpenedBase, config: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    """The bare base in shards of ZeRO-3 over all ranks, in eval mode. Collective: every rank must call it.
+def shard_for_inference(opened: OpenedBase, config: dict[str, Any], shards: Zero3Sharding) -> PreTrainedModel:
+    """The bare base in shards of ZeRO-3, in eval mode. Collective: every rank must call it.
 
     Each forward gathers one layer's parameters at a time: every rank must make as many forwards as the others, or they
     wait forever. An adapter that is attached afterwards is whole on every rank.
     """
     import deepspeed
 
-    base = load_opened(opened, Zero3Sharding(config, device))
+    base = load_opened(opened, shards)
     engine, *_ = deepspeed.initialize(model=base, config=config)
     return engine.module.eval()

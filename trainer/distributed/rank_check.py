@@ -66,6 +66,13 @@ def gather_rank_facts(recipe: Recipe, device: torch.device) -> list[RankFacts]:
     return cast(list[RankFacts], found)
 
 
+def gather_local_ranks() -> list[int]:
+    """LOCAL_RANK of every rank, in order. Collective: every rank must call it."""
+    found = [0] * dist.get_world_size()
+    dist.all_gather_object(found, int(os.environ.get("LOCAL_RANK", "0")))
+    return found
+
+
 def check_ranks_agree(ranks: Sequence[RankFacts], nodes: int | None) -> None:
     """Raises UserError where a rank differs from the first, or the ranks are not on as many nodes as run.nodes says."""
     first = ranks[0]

@@ -7,7 +7,8 @@ import torch
 from transformers import PretrainedConfig
 
 from trainer.base.model_config import parse_config_alone
-from trainer.distributed.deepspeed_config import check_expert_parallel, check_sharded_base, read_deepspeed_config
+from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
+from trainer.distributed.rank_groups import check_expert_parallel, shard_group_size
 from trainer.estimate.activations import Activations, estimate_activations
 from trainer.estimate.rank_model import RankModel, build_rank_model
 from trainer.estimate.resident import DeviceKind, MemoryUse, estimate_resident
@@ -57,11 +58,13 @@ class Estimate:
 class Estimator:
     """Estimates recipes of one base; recipes share the work that they have in common.
 
-    kind: of device that training will run on; None: a GPU if this machine has one, else the CPU.
+    kind: of device that training will run on; None: a GPU if this machine has one, else the CPU. ranks_per_node: None:
+    all ranks are on one node.
     """
 
-    def __init__(self, recipe: Recipe, kind: DeviceKind | None = None) -> None:
+    def __init__(self, recipe: Recipe, kind: DeviceKind | None = None, ranks_per_node: int | None = None) -> None:
         self.kind: DeviceKind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.ranks_per_node = ranks_per_node
         self._config: PretrainedConfig = parse_config_alone(recipe.base)
         self._models: dict[tuple, RankModel] = {}
         self._activations: dict[tuple, Activations] = {}
@@ -74,9 +77,11 @@ class Estimator:
         plan = plan_batches(recipe.train.global_batch_size, recipe.train.micro_batch_size, world_size)
         config = read_deepspeed_config(recipe, plan)
         check_sharded_base(config, recipe.deepspeed.config)
+        per_node = self.ranks_per_node or world_size
+        local_ranks = [rank % per_node for rank in range(world_size)]
         if recipe.experts.parallel_size > 1:
-            check_expert_parallel(recipe.experts, range(world_size), config, recipe.deepspeed.config)
-        zero = zero_settings(config)
+            check_expert_parallel(recipe.experts, local_ranks, config, recipe.deepspeed.config)
+        zero = zero_settings(config, shard_group_size(recipe.base, local_ranks, config, recipe.deepspeed.config))
         model = self._model(recipe, world_size)
         resident = tuple(estimate_resident(model, zero, recipe.train.optimizer, world_size, kind or self.kind))
         return Estimate(

@@ -12,13 +12,15 @@ from trainer.recipe import Recipe
 GIB = 2**30
 
 
-def report(recipe: Recipe, world_size: int, device: int | None, host: int | None, as_json: bool) -> None:
-    """Prints the estimate. device, host: memory per rank in bytes; None is no limit.
+def report(recipe: Recipe, world_size: int, nodes: int, device: int | None, host: int | None, as_json: bool) -> None:
+    """Prints the estimate. nodes: with as many ranks each. device, host: memory per rank in bytes; None is no limit.
 
     The estimate is for a GPU if `device` is given or this machine has a GPU, else for a CPU. Raises UserError for what
     a run would refuse and, after printing, if the run does not fit.
     """
-    estimator = Estimator(recipe, "cuda" if device is not None else None)
+    if world_size % nodes:
+        raise UserError(f"--nodes {nodes} does not divide --world-size {world_size}; every node has as many ranks")
+    estimator = Estimator(recipe, "cuda" if device is not None else None, world_size // nodes)
     estimate = estimator.estimate(recipe, world_size)
     fits = estimate.fits(device, host)
     suggestions = [] if fits else suggest(estimator, estimate, device, host)

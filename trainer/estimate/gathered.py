@@ -10,6 +10,8 @@ free: without checkpointing an unquantised base is whole when forward ends, howe
 the parameter itself, which ZeRO-3 empties.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from trainer.base.nf4 import NF4Linear
@@ -20,13 +22,13 @@ from trainer.estimate.zero_settings import ZeroSettings
 def gathered_bytes(rank_model: RankModel, zero: ZeroSettings, checkpointing: bool) -> int:
     """Bytes of whole parameters where forward turns into backward: an upper bound."""
     fetched = _fetched(rank_model, checkpointing)
-    elements, size = sum(p.numel() for p in fetched), sum(map(_bytes, fetched))
+    elements, size = sum(p.numel() for p in fetched), _copied_bytes(fetched, zero)
     if zero.prefetch_bucket and elements <= zero.max_live:
         return size
     ahead = size * zero.max_live // elements if zero.prefetch_bucket else 0
-    largest = max(map(module_bytes, rank_model.decoder_layers))
-    kept = 0 if checkpointing else _kept_by_autograd(rank_model)
-    return max(largest, ahead) + module_bytes(rank_model.head) + kept
+    largest = max(_copied_bytes(layer.parameters(), zero) for layer in rank_model.decoder_layers)
+    kept = 0 if checkpointing else _kept_by_autograd(rank_model, zero)
+    return max(largest, ahead) + _copied_bytes(rank_model.head.parameters(), zero) + kept
 
 
 def arriving_bytes(rank_model: RankModel, zero: ZeroSettings) -> int:
@@ -54,9 +56,15 @@ def _fetched(rank_model: RankModel, checkpointing: bool) -> list[nn.Parameter]:
     return [p for p in rank_model.model.parameters() if p is not without and not (placed and p.requires_grad)]
 
 
-def _kept_by_autograd(rank_model: RankModel) -> int:
+def _kept_by_autograd(rank_model: RankModel, zero: ZeroSettings) -> int:
     modules = (m for layer in rank_model.decoder_layers for m in layer.modules() if not isinstance(m, NF4Linear))
-    return sum(_bytes(m.weight) for m in modules if isinstance(m, nn.Linear))
+    return _copied_bytes((m.weight for m in modules if isinstance(m, nn.Linear)), zero)
+
+
+def _copied_bytes(parameters: Iterable[nn.Parameter], zero: ZeroSettings) -> int:
+    """Bytes of what ZeRO-3 puts together: a base that is whole on each rank is used where it lies."""
+    in_place = zero.shard_group == 1 and not zero.offload_param
+    return sum(_bytes(p) for p in parameters if p.requires_grad or not in_place)
 
 
 def _bucket(layer: nn.Module, elements: int) -> int:

@@ -53,11 +53,12 @@ class MemoryUse:
     host: int = 0
 
 
-def partition(parameter: nn.Parameter, rank_model: RankModel, world_size: int) -> int:
+def partition(parameter: nn.Parameter, rank_model: RankModel, zero: ZeroSettings, world_size: int) -> int:
     """Elements of a parameter that ZeRO-3 leaves on each rank."""
     placement = rank_model.placement
-    by_expert = placement is not None and parameter in rank_model.by_expert
-    ranks = placement.groups.partitions if placement is not None and by_expert else world_size
+    ranks = world_size if parameter.requires_grad else zero.shard_group
+    if placement is not None and parameter in rank_model.by_expert:
+        ranks = placement.groups.partitions
     return -(-parameter.numel() // ranks)
 
 
@@ -74,7 +75,7 @@ def estimate_resident(
     trained = rank_model.trained
 
     def elements(parameter: nn.Parameter) -> int:
-        return partition(parameter, rank_model, world_size) if sharded else parameter.numel()
+        return partition(parameter, rank_model, zero, world_size) if sharded else parameter.numel()
 
     def parameters(name: str, which: Iterable[nn.Parameter]) -> MemoryUse:
         size = sum(elements(p) * p.element_size() for p in which)

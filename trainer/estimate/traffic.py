@@ -1,9 +1,10 @@
 """Bytes that each rank sends in one optimizer step, by purpose: a model of what is moved, independent of the transport.
 
-With N ranks, gathering a parameter of b bytes sends (N - 1) / N of b per rank on average: each rank's shard goes to
-every other rank. So does the reduce-scatter of a gradient. ZeRO-3 gathers each parameter in forward and in backward of
-every micro-batch (the frozen embedding in forward only). Activation checkpointing repeats a layer's forward within its
-backward, on parameters that are already there. Gradients of every micro-batch are reduced in the compute dtype.
+Gathering a parameter of b bytes from N ranks sends (N - 1) / N of b per rank on average: each rank's shard goes to
+every other rank. So does the reduce-scatter of a gradient. N is base.shard_group for the base, else all ranks. ZeRO-3
+gathers each parameter in forward and in backward of every micro-batch (the frozen embedding in forward only).
+Activation checkpointing repeats a layer's forward within its backward, on parameters that are already there. Gradients
+of every micro-batch are reduced in the compute dtype.
 
 Gradients are exact. Gathers are an upper bound, by a layer or two: what precedes the first adapter has no backward, and
 what forward uses last is still there when backward begins. A model of fewer elements than stage3_max_live_parameters is
@@ -31,7 +32,7 @@ def sent_bytes(rank_model: RankModel, zero: ZeroSettings, world_size: int, accum
     shared = [p for p in trained if p not in rank_model.by_expert]
     sent = {
         "gathers of the base": _share(
-            passes * _bytes(p for p in frozen if p.numel() > zero.persistence) + embedding, world_size
+            passes * _bytes(p for p in frozen if p.numel() > zero.persistence) + embedding, zero.shard_group
         ),
         "gathers of the adapter": passes * _share(_bytes(shared), world_size),
         "gradients": accumulation * _share(_bytes(shared), world_size),

@@ -17,7 +17,9 @@ from trainer.base.model_config import load_tokenizer
 from trainer.base.weight_map import open_base
 from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
 from trainer.distributed.process_group import process_group, set_collective_timeout, translate_peer_errors
-from trainer.distributed.rank_check import raise_on_all_ranks
+from trainer.distributed.rank_check import gather_local_ranks, raise_on_all_ranks
+from trainer.distributed.rank_groups import shard_group_size
+from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.evaluation.asked_items import acquaintances
 from trainer.evaluation.evaluation_report import Evaluation, write_json, write_tensorboard
 from trainer.evaluation.loaded_models import (
@@ -88,6 +90,7 @@ def _write(evaluation: Evaluation, directory: Path, tensorboard: bool) -> None:
 def _evaluate(
     request: EvaluateRequest, recipe: Recipe, models: dict[str, Path | None], device: torch.device
 ) -> Evaluation:
+    local_ranks = gather_local_ranks()
     with raise_on_all_ranks():
         config = None if request.deepspeed is None else _zero3_config(recipe, request.deepspeed)
         opened = open_base(recipe.base)
@@ -100,7 +103,10 @@ def _evaluate(
             raise UserError(f"{recipe.data.prepared_dir}: no held-out items; set data.held_out and prepare again")
         questions = build_questions(items, tokenizer, recipe.data)
         known = acquaintances(models, prepared.manifest["key"], items)
-    base = load_unsharded(opened, device) if config is None else load_sharded(opened, config, device)
+    if config is None:
+        base = load_unsharded(opened, device)
+    else:
+        base = load_sharded(opened, config, Zero3Sharding(config, device, _shard_group(recipe, config, local_ranks)))
     options = RunnerOptions(tokenizer, request.batch_size, sharded=config is not None)
     results = {}
     for name, adapter in models.items():
@@ -128,6 +134,14 @@ def _baselines(against: Sequence[str], recipe: Recipe) -> dict[str, Path | None]
         name = run.parent.name if run.name == run_dir.ADAPTER else run.name
         baselines[word if name in baselines or name in (BASE, SUBJECT) else name] = adapter
     return baselines
+
+
+def _shard_group(recipe: Recipe, config: dict[str, Any], local_ranks: Sequence[int]) -> int:
+    """As training groups ranks, where these can be grouped so; they may be fewer, and are then one group."""
+    try:
+        return shard_group_size(recipe.base, local_ranks, config, recipe.deepspeed.config)
+    except UserError:
+        return len(local_ranks)
 
 
 def _zero3_config(recipe: Recipe, path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trainer.base.model_config import load_tokenizer
 from trainer.base.sharding import Unsharded
 from trainer.base.weight_map import OpenedBase, open_base
 from trainer.distributed.parallelize import shard_for_inference
+from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
 from trainer.run import run_dir
@@ -92,9 +93,9 @@ def load_unsharded(opened: OpenedBase, device: torch.device | str) -> PreTrained
     return _with_contiguous_head_input(load_opened(opened, Unsharded(device)))
 
 
-def load_sharded(opened: OpenedBase, config: dict[str, Any], device: torch.device) -> PreTrainedModel:
+def load_sharded(opened: OpenedBase, config: dict[str, Any], shards: Zero3Sharding) -> PreTrainedModel:
     """`shard_for_inference`, ready to generate. Collective: every rank must call it."""
-    return _with_contiguous_head_input(shard_for_inference(opened, config, device))
+    return _with_contiguous_head_input(shard_for_inference(opened, config, shards))
 
 
 @contextlib.contextmanager

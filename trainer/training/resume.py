@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "run.start_timeout",
     "run.collective_timeout",
     "base.attention",
+    "base.shard_group",
     "experts",
     "data.prepared_dir",
     "train.micro_batch_size",

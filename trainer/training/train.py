@@ -29,6 +29,7 @@ from trainer.distributed.rank_check import (
     gather_rank_facts,
     raise_on_all_ranks,
 )
+from trainer.distributed.zero3_sharding import sharding_for
 from trainer.errors import TrainingFault
 from trainer.recipe import Recipe
 from trainer.run import run_dir
@@ -171,8 +172,8 @@ def _begin_run_dir(recipe: Recipe, plan: RunPlan, device: torch.device, resume_p
 
 def _load(recipe: Recipe, plan: RunPlan, device: torch.device, timer: StartupTimer) -> ParallelModel:
     first = dist.get_rank() == 0
-    sharded = plan.config["zero_optimization"].get("stage") == 3
-    progress = LoadProgress(bytes_to_read(plan.opened, dist.get_world_size() if sharded else 1), enabled=first)
+    shards = sharding_for(plan.config, device, plan.shard_group)
+    progress = LoadProgress(bytes_to_read(plan.opened, shards.world), enabled=first)
 
     def base_loaded() -> None:
         progress.close()
@@ -180,7 +181,7 @@ def _load(recipe: Recipe, plan: RunPlan, device: torch.device, timer: StartupTim
 
     try:
         parallel = parallelize(
-            recipe, plan.opened, plan.config, device, len(plan.prepared.tasks), plan.total_steps, progress, base_loaded
+            recipe, plan.opened, plan.config, shards, len(plan.prepared.tasks), plan.total_steps, progress, base_loaded
         )
     finally:
         progress.close()
