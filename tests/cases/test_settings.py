@@ -63,7 +63,7 @@ def test_deepspeeds_timer_which_waits_for_the_gpu_is_off_unless_the_file_asks_fo
 def test_a_zero_stage_in_quotes_is_that_stage_for_every_part(tmp_path):
     config = read_deepspeed_config(recipe(tmp_path, f"deepspeed.config={HF / 'stage.json'}"), plan_batches(8, 1, 2))
     assert config["zero_optimization"]["stage"] == 3
-    assert zero_settings(config).stage == 3
+    assert zero_settings(config, 2).stage == 3
 
 
 @pytest.mark.parametrize(

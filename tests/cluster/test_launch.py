@@ -200,6 +200,17 @@ def test_of_the_nodes_that_answer_as_many_are_taken_as_batch_and_experts_can_be_
     assert dividing_nodes(nodes, least, recipe) == expected
 
 
+def test_of_the_nodes_that_answer_as_many_are_taken_as_groups_that_share_a_base_can_be_made_of():
+    recipe = Recipe.model_validate(yaml.safe_load(MINIMAL) | {"train": {"steps": 1, "global_batch_size": 96}})
+    sizes = {}
+    for group in ("world", "node", 8, 16):
+        base = recipe.base.model_copy(update={"shard_group": group})
+        sizes[group] = dividing_nodes(
+            [Node(f"node-{n}", 8) for n in range(3)], 1, recipe.model_copy(update={"base": base})
+        )
+    assert sizes == {"world": 3, "node": 3, 8: 3, 16: 2}
+
+
 def test_a_link_on_the_way_to_the_checkout_stays_in_what_nodes_are_told(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(REPOSITORY)

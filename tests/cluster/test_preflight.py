@@ -162,6 +162,26 @@ def test_failed_connections_wrong_clocks_and_taken_ports_are_reported():
     assert only_problem(cluster(first=taken)) == ("error", "a", "port", "port 1 is taken by x, process 3")
 
 
+def grouped(shard_group: str | int, **more) -> ClusterFacts:
+    base = RECIPE.base.model_copy(update={"shard_group": shard_group})
+    return cluster(recipe=RECIPE.model_copy(update={"base": base}), **more)
+
+
+@pytest.mark.parametrize("shard_group", ["world", "node", 1, 2])
+def test_groups_that_stand_on_one_node_pass(shard_group):
+    assert problems(grouped(shard_group)) == []
+
+
+def test_a_group_that_spans_two_nodes_is_a_warning_and_unequal_nodes_an_error():
+    level, host, what, text = only_problem(grouped(4))
+    assert (level, host, what) == ("warning", ALL, "shard group")
+    assert text == "base.shard_group=4: a group would span two nodes, so every layer of the base crosses the network"
+    unequal = (Node("a", 2), Node("b", 1))
+    assert only_problem(grouped("node", nodes=unequal))[::3] == (
+        "error", "base.shard_group=node, but the nodes have 2, 1 slots",
+    )  # fmt: skip
+
+
 def test_a_bad_run_directory_is_an_error_on_the_first_node_and_a_warning_elsewhere():
     full = {"disk": GIB // 2}
     assert only_problem(cluster(first=replace(FIRST, **full)))[:3] == ("error", "a", "run directory")

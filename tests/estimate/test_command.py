@@ -111,6 +111,8 @@ def test_offload_moves_bytes_to_the_host(path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--world-size", "4", "--nodes", "3"], "--nodes 3 does not divide --world-size 4"),
+        (["--world-size", "4", "base.shard_group=3"], "base.shard_group=3 does not divide the 4 ranks"),
         (["--world-size", "3"], "train.global_batch_size=64 is not divisible by"),
         (["base.model=nowhere/at/all"], "nowhere/at/all does not exist"),
         (["adapter.target_modules=[nothing]"], "'nothing' matches no linear layer"),

@@ -118,6 +118,25 @@ def test_zero3_gathers_each_weight_twice_and_the_embedding_once(recipe_of):
     assert estimate.sent["gradients"] == 2 * adapter
 
 
+def test_a_group_of_ranks_keeps_and_gathers_a_base_of_its_own(recipe_of):
+    """Two nodes of half the ranks each."""
+    per_node = WORLD // 2
+    plain = recipe_of("llama-3-8b", train__global_batch_size=WORLD)
+    found = {}
+    for group in ("world", "node", per_node, 1):
+        base = plain.base.model_copy(update={"shard_group": group})
+        estimate = Estimator(plain, ranks_per_node=per_node).estimate(plain.model_copy(update={"base": base}), WORLD)
+        packed = next(use.device for use in estimate.resident if use.name == "packed weights")
+        found[group] = (packed, estimate.sent["gathers of the base"], estimate.sent["gradients"])
+    (packed, gathers, gradients), (whole, nothing, same) = found["world"], found[1]
+    assert (
+        found["node"]
+        == found[per_node]
+        == (2 * packed, gathers * (per_node - 1) * WORLD // ((WORLD - 1) * per_node), gradients)
+    )
+    assert (whole, nothing, same) == (WORLD * packed, 0, gradients)
+
+
 def test_405b_on_64_ranks_is_estimated_in_seconds(recipe_of):
     recipe = recipe_of("llama-3.1-405b", train__global_batch_size=64, data__seq_len=4096)
     began = time.process_time()
