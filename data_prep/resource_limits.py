@@ -28,6 +28,18 @@ def available_memory(machine: Path = _MACHINE) -> int:
     return min(rooms)
 
 
+def oom_kills(machine: Path = _MACHINE) -> int:
+    """Processes of this process's group that the system has killed for their memory; 0 where it does not count them.
+
+    It counts them where they were, whether the machine ran out of memory, or a group around them. Groups inside this
+    one count in version 2 only. machine: as above.
+    """
+    for group in _groups(machine, "memory"):
+        if lines := _text(group / "memory.events") or _text(group / "memory.oom_control"):
+            return int(dict(line.split() for line in lines.splitlines()).get("oom_kill", 0))
+    return 0
+
+
 def usable_cpus(machine: Path = _MACHINE) -> int:
     """CPUs that can be busy at once, at least 1; a part of one counts as one. machine: as above."""
     counts = [len(os.sched_getaffinity(0))]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from data_prep.resource_limits import available_memory, usable_cpus
+from data_prep.resource_limits import available_memory, oom_kills, usable_cpus
 
 GIB = 2**30
 NONE = "9223372036854771712"  # version 1 writes this for no limit
@@ -58,6 +58,25 @@ GROUP = "sys/fs/cgroup"
 )  # fmt: skip
 def test_free_memory_is_the_least_room_of_the_host_and_of_each_group(tmp_path, files, free):
     assert available_memory(write(tmp_path, files)) == free * GIB
+
+
+@pytest.mark.parametrize(
+    ("files", "kills"),
+    [
+        ({}, 0),
+        ({f"{GROUP}/memory.events": "low 0\nhigh 7\nmax 9\noom 3\noom_kill 2\noom_group_kill 0"}, 2),
+        (
+            V2
+            | {f"{GROUP}/slurm/memory.events": "oom_kill 5", f"{GROUP}/slurm/job_7/task/memory.events": "oom_kill 1"},
+            1,
+        ),
+        (V1 | {f"{GROUP}/memory/docker/ab12/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4"}, 4),
+        (V1 | {f"{GROUP}/memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 6"}, 6),
+        (V1 | {f"{GROUP}/memory/docker/ab12/memory.oom_control": "oom_kill_disable 0\nunder_oom 0"}, 0),  # before 4.13
+    ],
+)
+def test_kills_for_memory_are_those_that_the_own_group_counts(tmp_path, files, kills):
+    assert oom_kills(write(tmp_path, files)) == kills
 
 
 @pytest.mark.parametrize(

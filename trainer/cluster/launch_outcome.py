@@ -8,6 +8,10 @@ from trainer.run.crash import CAUSES
 from trainer.run.launch_protocol import FAULT, MISTAKE, STOPPED, Ending
 
 KILLED = "killed from outside (SIGKILL, or out of memory)"
+OUT_OF_MEMORY = (
+    "killed by the system: the memory of the machine, or that of a limit (container, Slurm, systemd), was used up: "
+    "take fewer ranks per host or no offload, or raise the limit"
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class RankEnding:
     @property
     def own_fault(self) -> bool:
         """Whether it failed and gave the cause itself: not killed, and not ended because of another rank."""
-        return self.ending.failed and not (self.stuck or self.ending.followed or self.ending.line == KILLED)
+        killed = self.ending.line in (KILLED, OUT_OF_MEMORY)
+        return self.ending.failed and not (self.stuck or self.ending.followed or killed)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 import psutil
 
+from data_prep.resource_limits import oom_kills
 from data_prep.user_error import UserError
-from trainer.cluster.launch_outcome import KILLED, Outcome, RankEnding, outcome
+from trainer.cluster.launch_outcome import KILLED, OUT_OF_MEMORY, Outcome, RankEnding, outcome
 from trainer.run.crash import crash_ending, crash_stacks
 from trainer.run.gpu import gpus_are_usable, visible_gpus
 from trainer.run.launch_protocol import ENDINGS, FAULT, Ending, read_endings
@@ -74,6 +75,8 @@ class LocalRanks:
         env = {**environment, ENDINGS: self._folder.name}
         self.launcher: subprocess.Popen[str] = subprocess.Popen(command, start_new_session=True, env=env, **options)
         self._ranks: dict[int, psutil.Process] = {}
+        self._oom_kills = oom_kills()
+        self._suspended: set[int] = set()  # ranks that were so when last looked at
         self._endings: dict[int, RankEnding] = {}  # in the order in which ranks ended
         self._stop_signal: signal.Signals | None = None  # for every rank
         self._stop_requested = False  # from outside
@@ -90,8 +93,10 @@ class LocalRanks:
 
     def poll(self) -> bool:
         """Returns whether any process is left. Also does the supervision, so it must be called often."""
-        processes = list(self._processes())
+        states = dict(self._processes())
+        processes = list(states)
         self._record_endings(processes)
+        self._suspended = {rank for rank, each in self._ranks.items() if states.get(each) == psutil.STATUS_STOPPED}
         status = self.launcher.poll()
         if status is not None and status < 0 and not self._kill_due:  # it was killed alone, and its ranks do not know
             self._stop_signal = self._stop_signal or signal.SIGTERM
@@ -125,17 +130,21 @@ class LocalRanks:
         running = {process.pid for process in processes}
         gone = [rank for rank, each in self._ranks.items() if each.pid not in running and rank not in self._endings]
         written = read_endings(Path(self._folder.name))  # after listing processes: ranks write before they exit
-        unwritten = {rank: self._ending_of(rank) for rank in gone if rank not in written}
-        for rank, ending in (written | unwritten).items():
+        for rank, ending in written.items():
             self._endings.setdefault(rank, RankEnding(rank, ending))
+        for rank in gone:
+            if rank not in self._endings:
+                self._endings[rank] = self._ending_of(rank)
 
-    def _ending_of(self, rank: int) -> Ending:
+    def _ending_of(self, rank: int) -> RankEnding:
         """The ending of a rank that is gone and has written none. Prints the stacks that it left, if it crashed."""
         stacks = crash_stacks(Path(self._folder.name), rank)
-        if not stacks:
-            return Ending(FAULT, KILLED)
-        print(f"rank {rank} crashed:\n{stacks}", file=sys.stderr, flush=True)
-        return crash_ending(stacks)
+        if stacks:
+            print(f"rank {rank} crashed:\n{stacks}", file=sys.stderr, flush=True)
+            return RankEnding(rank, crash_ending(stacks))
+        if rank in self._suspended:  # DeepSpeed's launcher has killed it half a minute after another rank's end
+            return RankEnding(rank, Ending(FAULT, SUSPENDED), stuck=True)
+        return RankEnding(rank, Ending(FAULT, OUT_OF_MEMORY if oom_kills() > self._oom_kills else KILLED))
 
     def _send_to_ranks(self, number: signal.Signals) -> None:
         for process in self._ranks.values():
@@ -146,17 +155,17 @@ class LocalRanks:
     def _kill(self, processes: Sequence[psutil.Process]) -> None:
         for rank, process in self._ranks.items():
             if process in processes and rank not in self._endings:
-                suspended = _if_alive(process, psutil.Process.status) == psutil.STATUS_STOPPED
-                self._endings[rank] = RankEnding(rank, Ending(FAULT, SUSPENDED if suspended else HUNG), stuck=True)
+                line = SUSPENDED if rank in self._suspended else HUNG
+                self._endings[rank] = RankEnding(rank, Ending(FAULT, line), stuck=True)
         for process in processes:
             _if_alive(process, psutil.Process.kill)
 
-    def _processes(self) -> Iterator[psutil.Process]:
+    def _processes(self) -> Iterator[tuple[psutil.Process, str]]:
+        """Each process of the session that has not ended, and its state."""
         for process in psutil.process_iter():
             try:
-                own = os.getsid(process.pid) == self.launcher.pid
-                if own and process.status() != psutil.STATUS_ZOMBIE:
-                    yield process
+                if os.getsid(process.pid) == self.launcher.pid and (state := process.status()) != psutil.STATUS_ZOMBIE:
+                    yield process, state
             except (OSError, psutil.Error):
                 continue
 
