@@ -1,10 +1,13 @@
 """How a rank leaves the others, and whom it blames. NCCL is played by its name and its texts: it needs GPUs."""
 
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from data_prep.user_error import UserError
 from trainer.distributed import expert_parallel
@@ -88,6 +91,19 @@ def test_deepspeeds_ops_are_looked_up_only_on_a_cpu(monkeypatch, kind, asked):
         assert device.type == kind
     assert len(looked_up) == asked
     assert started == [{"cuda": "nccl", "cpu": "gloo"}[kind]]
+
+
+def test_a_step_goes_on_where_no_file_descriptor_is_left_to_read_the_memory_with():
+    with process_group():
+        ask = get_accelerator().memory_stats  # as DeepSpeed's stage3.py does after each step
+        known, limits = ask(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                Path("/proc/self/stat").read_text()
+            assert ask()["allocated_bytes.all.current"] == known["allocated_bytes.all.peak"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,25 @@ def disable_cpu_op_build() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def tolerate_unread_memory() -> None:
+    """Lets steps go on where a CPU's process cannot read what memory it has, as without a free file descriptor.
+
+    After each step of ZeRO-3 DeepSpeed asks for it (stage3.py), for a count that only GPUs have.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    read = type(accelerator).get_rss
+
+    def get_rss() -> int:
+        try:
+            return read(accelerator)
+        except OSError:
+            return accelerator.max_mem
+
+    accelerator.get_rss = get_rss
+
+
 # Parameters under ZeRO-3: the parameter itself is empty, and `ds_tensor` is this rank's shard of it.
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.user_error import UserError
-from trainer.distributed.deepspeed_internals import disable_cpu_op_build
+from trainer.distributed.deepspeed_internals import disable_cpu_op_build, tolerate_unread_memory
 from trainer.distributed.network import interface_to
 from trainer.errors import LostRank, OwnFault, Stopped, TrainingFault
 from trainer.run.gpu import compute_device, take_gpu
@@ -99,6 +99,7 @@ def _start_process_group(timeout: timedelta | None = None) -> torch.device:
 
     if device.type == "cpu":  # on a GPU there is no such op, and to ask for it warns of each op that lacks nvcc
         disable_cpu_op_build()
+        tolerate_unread_memory()
     if (interface := interface_to(os.environ["MASTER_ADDR"])) not in (None, "lo"):
         # by default gloo takes the address of the host's own name, which is 127.0.1.1 on Debian
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
