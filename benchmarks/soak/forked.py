@@ -97,6 +97,9 @@ class Running:
         except Empty:
             raise subprocess.TimeoutExpired("teamlora", timeout) from None
 
+    def has_ended(self) -> bool:
+        return not self._statuses.empty()
+
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)

@@ -21,6 +21,7 @@ from benchmarks.soak.phases import IMPORTS, PROCESSES, RANKS, Fault, Rank
 from trainer.run.launch_protocol import FAULT, MISTAKE, STOPPED
 
 RUNS, BALLAST = "runs", "ballast"  # the folder on a small disk of its own, and the file that fills it
+ANSWERED = "answered"  # file in the folder of faults, once a second launch has ended
 SHARED_MEMORY = Path("/dev/shm")
 KILLED = -signal.SIGKILL
 BOTH = "both ranks"
@@ -36,7 +37,8 @@ class Kind:
 
     statuses: beside 0, of a launch in which it has struck. says: what the launch then prints, a regular expression.
     refused: what the next start says, with status 2, until `undo` has restored the place from the spare one.
-    own_disk: needs a small disk, which needs a mount.
+    own_disk: needs a small disk, which needs a mount. alone: no other fault strikes in its start. second_launch: the
+    driver launches the run once more when it strikes, which must be refused.
     """
 
     act: Callable[[Fault, Rank], None]
@@ -49,6 +51,8 @@ class Kind:
     own_disk: bool = False
     placed_only: bool = False
     ends: bool = True
+    alone: bool = False
+    second_launch: bool = False
     refused: str = ""
     undo: Callable[[Path, Path], None] = field(default=lambda place, spare: None)
 
@@ -81,6 +85,13 @@ def slow_down(fault: Fault, rank: Rank) -> None:
 
     rank.each_step.append(wait)
     rank.end_after(fault.lasting, lambda: rank.each_step.remove(wait))
+
+
+def wait_for_second_launch(fault: Fault, rank: Rank) -> None:
+    """Then this launch is asked to save and end: it must still be able to."""
+    while not (rank.folder / ANSWERED).exists():
+        time.sleep(0.1)
+    os.kill(rank.process("supervisor"), signal.SIGTERM)
 
 
 def set_clock_back(fault: Fault, rank: Rank) -> None:
@@ -194,6 +205,9 @@ KINDS = {
     ),
     "SIGINT": Kind(
         signal_victims(signal.SIGINT), (IMPORTS, *WHOLE_RUN), ("supervisor",), frozenset({STOPPED}), weight=1.0
+    ),
+    "second launch": Kind(
+        wait_for_second_launch, ("step", "evaluation"), (), frozenset({STOPPED}), alone=True, second_launch=True
     ),
     "SIGSTOP for good": Kind(
         signal_victims(signal.SIGSTOP), TRAINING, RANKS, FAILS,

@@ -55,6 +55,7 @@ def _start(chance: random.Random, placed: bool, own_disk: bool, import_seconds: 
     others = {name: kind for name, kind in kinds.items() if not kind.ends}
     names = [_weighted(chance, others) for _ in range(chance.randint(0, 3))]
     names += [] if last else [_weighted(chance, enders)]
+    names = [name for name in names if KINDS[name].alone] or names
     if "no more files" in names:  # then this process cannot replace any either
         names = [name for name in names if not KINDS[name].refused]
     faults = [_fault(chance, name, KINDS[name], import_seconds) for name in dict.fromkeys(names)]

@@ -18,8 +18,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks.soak.forked import Running, Server
-from benchmarks.soak.kinds import AT_REST, KINDS, RUNS, free_shared_memory
-from benchmarks.soak.phases import FOLDER, IMPORTS, Fault, fired, write_faults
+from benchmarks.soak.kinds import ANSWERED, AT_REST, KINDS, RUNS, free_shared_memory
+from benchmarks.soak.phases import FOLDER, IMPORTS, RANKS, Fault, fired, write_faults
 from benchmarks.soak.plan import Plan, Start
 from tests.support.workplace import REPOSITORY, SCRIPT, ZERO3, ranks_of
 from trainer.checkpoint import storage
@@ -174,6 +174,8 @@ class SoakedRun:
         began = time.monotonic()
         launched = self._begin(faults, folder, log)
         try:
+            if any(KINDS[fault.kind].second_launch for fault in faults):
+                self._launch_again_once_struck(launched, faults, folder)
             status = launched.wait(self.setting.pace.limit)
         except subprocess.TimeoutExpired:
             launched.kill()
@@ -188,6 +190,23 @@ class SoakedRun:
             self._end_all()
         self.found.log += f"--- status {status} after {time.monotonic() - began:.1f} s\n"
         return status, said, struck
+
+    def _launch_again_once_struck(
+        self, launched: subprocess.Popen | Running, faults: list[Fault], folder: Path
+    ) -> None:
+        """Launches the run once more while it trains, and checks that it is refused. Nothing if no fault strikes."""
+        until = time.monotonic() + self.setting.pace.limit
+        while not fired(folder, faults):
+            if launched.has_ended() or time.monotonic() > until:
+                return
+            time.sleep(0.1)
+        second, log = folder / "second", folder / "second.log"
+        write_faults(second, [])
+        try:
+            status = self._begin([], second, log).wait(self.setting.pace.limit)
+        finally:
+            (folder / ANSWERED).touch()
+        check_refused_for(int((folder / RANKS[0]).read_text()), status, log.read_text(errors="replace"))
 
     def _begin(self, faults: list[Fault], folder: Path, log: Path) -> subprocess.Popen | Running:
         """By the real command where a fault strikes while it imports; else as forks, which have imported everything."""
@@ -240,6 +259,12 @@ def check_ending(status: int, said: str, struck: list[Fault]) -> None:
         raise Problem(f"said nothing like {' or '.join(repr(kind.says) for kind in kinds if kind.statuses)}")
     if TRACEBACK.search(said):
         raise Problem("ended in a traceback")
+
+
+def check_refused_for(pid: int, status: int, said: str) -> None:
+    """Raises Problem unless a second launch was refused in a line that names the process that holds the lease."""
+    if status != MISTAKE or f"another launch trains there: process {pid} on " not in said:
+        raise Problem(f"a second launch did not name process {pid}, and ended with status {status}:\n{said}")
 
 
 def difference(run: Path, expected: Path) -> str:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from benchmarks.soak.kinds import AT_REST, KINDS
 from benchmarks.soak.phases import IMPORTS, PHASES, Fault
 from benchmarks.soak.plan import plan_run
-from benchmarks.soak.run import Problem, check_ending, difference
+from benchmarks.soak.run import Problem, check_ending, check_refused_for, difference
 
 KILL = Fault("SIGKILL", "save", victim="rank 1")
 FULL = Fault("disk full", "step")
@@ -41,6 +41,23 @@ def test_the_last_start_has_no_fault_and_the_one_before_none_that_must_end_it():
         assert last.faults == last.before == []
         assert not any(KINDS[fault.kind].ends for fault in before.faults)
         assert all(sum(KINDS[fault.kind].ends for fault in start.faults) == 1 for start in others)
+
+
+def test_while_a_second_launch_is_refused_nothing_else_strikes_the_first():
+    faults = [start.faults for seed in range(150) for start in plan_run(seed, True, 10.0).starts]
+    assert {len(each) for each in faults if any(KINDS[fault.kind].alone for fault in each)} == {1}
+
+
+REFUSED = "error: runs/soak-0: another launch trains there: process 41 on here, since 2026; wait until it ends, ..."
+
+
+@pytest.mark.parametrize(
+    ("pid", "status", "said"), [(41, 0, REFUSED), (4, 2, REFUSED), (41, 2, "error: runs/soak-0 is finished")]
+)
+def test_a_second_launch_must_be_refused_and_name_the_first(pid, status, said):
+    check_refused_for(41, 2, REFUSED)
+    with pytest.raises(Problem, match=f"did not name process {pid}, and ended with status {status}"):
+        check_refused_for(pid, status, said)
 
 
 def test_every_phase_is_a_function_of_the_trainer():
