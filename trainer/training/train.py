@@ -100,7 +100,7 @@ def _train(
         if resume_point.finished:
             return _report_finished(directory)
         timer.lap("checks")
-        _load_and_fit(recipe, plan, resume_point, lease.check, stop, device, timer)
+        _load_and_fit(recipe, plan, resume_point, lease.check, stop, device, timer, [rank.host for rank in ranks])
 
 
 def _report_finished(directory: Path) -> None:
@@ -116,13 +116,14 @@ def _load_and_fit(
     stop: StopSignal,
     device: torch.device,
     timer: StartupTimer,
+    hosts: Sequence[str],
 ) -> None:
     """From the base to the published adapter. before_write: is called on rank 0 before each write into the folder."""
     first = dist.get_rank() == 0
     directory = recipe.run.directory
     parallel = _load(recipe, plan, device, timer)
     state = TrainState.from_facts(resume_point.facts, recipe.train.eval_rows)
-    trainer = Trainer(recipe, parallel, plan.prepared, plan.batches, device, plan.total_steps, state)
+    trainer = Trainer(recipe, parallel, plan.prepared, plan.batches, device, plan.total_steps, state, hosts)
     if first:
         mean_row = plan.prepared.manifest["splits"]["train"]["tokens"] / len(plan.prepared.train)
         print(describe_run(parallel, plan.batches, plan.total_steps, directory, mean_row), flush=True)

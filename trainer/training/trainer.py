@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from trainer.objective.loss import TaskLosses
 from trainer.recipe import Recipe
 from trainer.run.stop_signal import StopSignal
 from trainer.telemetry.run_log import RunLog
+from trainer.telemetry.slow_ranks import SlowRanks
 from trainer.telemetry.step_report import StepReport
 from trainer.training.nonfinite import find_nonfinite_layers
 from trainer.training.randomness import seed_step
@@ -91,7 +92,8 @@ class StepInput:
 class Trainer:
     """One run on one rank. Every rank makes the same calls: `fit`, `train_step` and `held_out_loss` are collectives.
 
-    total_steps: at which the run ends. state: where it stands; None: at its beginning.
+    total_steps: at which the run ends. state: where it stands; None: at its beginning. hosts: of each rank, by which
+    slow ones are named; without them none is.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Trainer:
         device: torch.device,
         total_steps: int,
         state: TrainState | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.recipe, self.prepared, self.plan, self.device = recipe, prepared, plan, device
         self.model, self.router_stats, self.engine = parallel.model, parallel.router_stats, parallel.engine
@@ -111,6 +114,7 @@ class Trainer:
         self.state = state or TrainState()
         self.router_every = recipe.report.router_every
         self.held_out_rows = min(recipe.train.eval_rows or len(prepared.held_out), len(prepared.held_out))
+        self.slow_ranks = SlowRanks(parallel.model, device, hosts)
 
     def fit(
         self,
@@ -153,7 +157,9 @@ class Trainer:
         """What the next optimizer step trains on. A signal at any rank is known to all of them afterwards."""
         started = time.perf_counter()
         batches = list(self._batches_of(self.state.step + 1))
-        labelled_tokens, tokens, asked = self._sum_over_ranks(*count_tokens(batches), int(stop_asked))
+        counts = *count_tokens(batches), int(stop_asked)
+        labelled_tokens, tokens, asked, *times = self._sum_over_ranks(*counts, *self.slow_ranks.own_time())
+        self.slow_ranks.add(times)
         return StepInput(started, batches, labelled_tokens, tokens, asked > 0)
 
     def train_step(self, given: StepInput) -> StepReport:
