@@ -61,7 +61,7 @@ def _kept_by_autograd(rank_model: RankModel, zero: ZeroSettings) -> int:
     return _copied_bytes((m.weight for m in modules if isinstance(m, nn.Linear)), zero)
 
 
-def _copied_bytes(parameters: Iterable[nn.Parameter], zero: ZeroSettings) -> int:
+def _copied_bytes(parameters: Iterable[Tensor], zero: ZeroSettings) -> int:
     """Bytes of what ZeRO-3 puts together: a base that is whole on each rank is used where it lies."""
     in_place = zero.shard_group == 1 and not zero.offload_param
     return sum(_bytes(p) for p in parameters if p.requires_grad or not in_place)
