@@ -25,6 +25,15 @@ def test_logits_are_held_three_times_in_fp32_and_twice_in_bf16(transient):
     assert transient().logits == TOKENS * VOCABULARY * 16
 
 
+def test_rows_are_padded_to_64_tokens_on_gpus_only(recipe_of):
+    recipe, full = (recipe_of("llama-3-8b", data__seq_len=length, train__micro_batch_size=2) for length in (450, 512))
+    on_gpu, on_cpu = (Estimator(recipe).estimate(recipe, 1, kind) for kind in ("cuda", "cpu"))
+    whole = Estimator(full).estimate(full, 1, "cuda")
+    assert (on_gpu.transient.logits, on_cpu.transient.logits) == (TOKENS * VOCABULARY * 16, 900 * VOCABULARY * 16)
+    assert on_gpu.transient == whole.transient and on_cpu.transient.activations < whole.transient.activations
+    assert on_gpu.recipe.data.seq_len == 450
+
+
 LINEARS = HIDDEN * (2 * HIDDEN + 2 * NARROW + 3 * INTERMEDIATE)  # elements of a layer's
 ADAPTER = 3 * (16 * (HIDDEN + INTERMEDIATE) + 16) + 4 * (2 * HIDDEN + INTERMEDIATE)
 PACKED = LINEARS // 2 + LINEARS // 64

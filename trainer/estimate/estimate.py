@@ -15,7 +15,7 @@ from trainer.estimate.resident import DeviceKind, MemoryUse, estimate_resident
 from trainer.estimate.traffic import sent_bytes
 from trainer.estimate.transient import Transient, estimate_loading, estimate_transient
 from trainer.estimate.zero_settings import ZeroSettings, zero_settings
-from trainer.objective.batches import plan_batches
+from trainer.objective.batches import GPU_MULTIPLE, padded_length, plan_batches
 from trainer.recipe import Recipe
 
 
@@ -83,14 +83,16 @@ class Estimator:
             check_expert_parallel(recipe.experts, local_ranks, config, recipe.deepspeed.config)
         zero = zero_settings(config, shard_group_size(recipe.base, local_ranks, config, recipe.deepspeed.config))
         model = self._model(recipe, world_size)
-        resident = tuple(estimate_resident(model, zero, recipe.train.optimizer, world_size, kind or self.kind))
+        kind = kind or self.kind
+        resident = tuple(estimate_resident(model, zero, recipe.train.optimizer, world_size, kind))
+        padded = _with_padded_rows(recipe, kind)
         return Estimate(
             recipe=recipe,
             world_size=world_size,
             trained=_trained(model, recipe.experts.parallel_size),
             zero=zero,
             resident=resident,
-            transient=estimate_transient(model, self._activations_of(recipe), zero, recipe, world_size),
+            transient=estimate_transient(model, self._activations_of(padded), zero, padded, world_size),
             loading=estimate_loading(resident, model, recipe.experts),
             sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
         )
@@ -107,6 +109,12 @@ class Estimator:
         if key not in self._activations:
             self._activations[key] = estimate_activations(self._config, recipe)
         return self._activations[key]
+
+
+def _with_padded_rows(recipe: Recipe, kind: DeviceKind) -> Recipe:
+    """The recipe with rows of the length that training pads them to."""
+    length = padded_length(recipe.data.seq_len, GPU_MULTIPLE if kind == "cuda" else 1)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": length})})
 
 
 def _trained(model: RankModel, parallel_size: int) -> int:

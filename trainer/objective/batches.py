@@ -88,7 +88,7 @@ def collate(rows: Sequence[dict[str, Any]], multiple: int = 1) -> Batch:
     document and no attention mask is needed. The first token of a document is never a target: the token before
     it belongs to another document.
     """
-    length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
+    length = padded_length(max(len(row["input_ids"]) for row in rows), multiple)
     labels = _padded([row["labels"] for row in rows], length, IGNORED)
     positions = _padded([row["position_ids"] for row in rows], length, None)
     labels[positions == 0] = IGNORED
@@ -103,6 +103,11 @@ def collate(rows: Sequence[dict[str, Any]], multiple: int = 1) -> Batch:
         "document_starts": torch.from_numpy(starts.astype(np.int32)),
         "longest_document": int(np.diff(starts).max()),
     }
+
+
+def padded_length(tokens: int, multiple: int) -> int:
+    """The length of rows whose longest has so many tokens."""
+    return -(-tokens // multiple) * multiple
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
