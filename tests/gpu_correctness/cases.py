@@ -34,6 +34,7 @@ from trainer.distributed import expert_shard
 from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.distributed.expert_shard import ExpertGroups
 from trainer.distributed.parallelize import ParallelModel
+from trainer.distributed.token_dispatcher import TokenDispatcher
 from trainer.objective.batches import Batch, BatchPlan, collate, move
 from trainer.objective.loss import LabelledLoss
 from trainer.recipe import AdapterConfig
@@ -164,20 +165,40 @@ def _pretended_group(common: Any, backend: Any) -> Any:
     return FakeProcessGroup._create_internal(common.group_rank, common.group_size, backend)
 
 
-def place(dispatch: Any, method: str) -> None:
-    """A micro-batch where this rank owns half of the experts, which two other ranks have as well."""
+@contextmanager
+def placed_model(dispatch: Any, method: str) -> Iterator[tuple[PeftModel, RouterStats, ExpertParallel]]:
+    """That model, where this rank owns half of the experts, which two other ranks have as well."""
     flat = mock.patch.object(expert_shard, "local_shard", lambda own: own.detach().flatten())  # as ZeRO-3 stores it
     with ranks(4), flat, model_on_gpu(method) as model:
         parallel, _ = dist.new_subgroups(2)
         replicas, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
         stats = RouterStats(model, len(scene.TASKS))
-        placed = ExpertParallel(model, ExpertGroups(parallel, replicas, replicate=False), dispatch)
+        groups = ExpertGroups(parallel, replicas, replicate=False, hosts=parallel)
+        yield model, stats, ExpertParallel(model, groups, dispatch)
+
+
+def place(dispatch: Any, method: str) -> None:
+    """A micro-batch; where tokens travel, all ranks have as many."""
+    with placed_model(dispatch, method) as (model, stats, placed):
+        if dispatch == "tokens":
+            placed._choose = lambda tokens: TokenDispatcher(placed.groups.parallel, (tokens, tokens))
         train_micro_batch(model, stats)
         check_on_gpu(*(shard.own.grad for layer in placed.layers for shard in layer.shards))
 
 
 CASES["place-weights"] = lambda: place("weights", "teamlora")
 CASES["place-weights-moelora"] = lambda: place("weights", "moelora")
+CASES["place-tokens"] = lambda: place("tokens", "teamlora")
+
+
+@case("choose-dispatch")
+def choose_dispatch() -> None:
+    """Ranks tell one another how many tokens they have without waiting for their GPUs."""
+    with placed_model("auto", "teamlora") as (_, _, placed):
+        placed.tokens_up_to = {True: 100, False: 100}
+        syncs = fake_gpu.HostSyncs()
+        with syncs.counted(), syncs.none_may_be_added():
+            assert placed._choose(40) is not None
 
 
 class Engine:

@@ -19,6 +19,8 @@ WHOLE = [
     "nf4-linear",
     "place-weights",
     "place-weights-moelora",
+    "place-tokens",
+    "choose-dispatch",
     "optimizer-step",
 ]
 FAULTS = {

@@ -56,8 +56,11 @@ def make_expert_groups(experts: ExpertsConfig) -> ExpertGroups:
     replicas, _ = dist.new_subgroups_by_enumeration([list(range(first, world, size)) for first in range(size)])
     # On GPUs each group is one of NCCL's communicators, with buffers of its own: none is made that nothing uses.
     partition = dist.new_subgroups(1)[0] if experts.replicate and replicas.size() > 1 else replicas
+    # NCCL would take counts of tokens from the GPU, and the host would wait for what the GPU still has to do.
+    apart = dist.get_backend(parallel) == "nccl" and experts.dispatch != "weights"
+    hosts = dist.new_subgroups(size, backend="gloo")[0] if apart else parallel
     register_expert_groups(size, parallel, partition)
-    return ExpertGroups(parallel, replicas, experts.replicate)
+    return ExpertGroups(parallel, replicas, experts.replicate, hosts)
 
 
 class ExpertParallelLayer:
@@ -178,7 +181,7 @@ class ExpertParallel:
     """All placed parameters of a model, and the gathers that are under way.
 
     Made before the model is handed to ZeRO-3, whose shards it reads. Where token counts matter (dispatch tokens or
-    auto), each forward of the decoder begins with a small collective of the group.
+    auto), each forward of the decoder begins with a small collective of the group's hosts.
     """
 
     def __init__(self, model: PeftModel, groups: ExpertGroups, dispatch: Dispatch) -> None:
@@ -275,9 +278,8 @@ class ExpertParallel:
         up_to = self.tokens_up_to[torch.is_grad_enabled()]
         if self.dispatch == "weights" or (self.dispatch == "auto" and up_to == 0):
             return None
-        device = self.layers[0].shards[0].own.device
-        counts = torch.empty(self.groups.size, dtype=torch.long, device=device)
-        dist.all_gather_into_tensor(counts, torch.tensor([tokens], device=device), group=self.groups.parallel)
+        counts = torch.empty(self.groups.size, dtype=torch.long)
+        dist.all_gather_into_tensor(counts, torch.tensor([tokens]), group=self.groups.hosts)
         if self.dispatch == "auto" and int(counts.max()) > up_to:
             return None
         return TokenDispatcher(self.groups.parallel, tuple(counts.tolist()))

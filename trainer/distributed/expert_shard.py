@@ -15,12 +15,14 @@ class ExpertGroups:
     """The process groups of expert parallelism.
 
     parallel: the n ranks that divide a layer's experts among them. replicas: the ranks that own the same experts as
-    this one. replicate: each replica keeps its experts whole; else they are partitioned over the replicas.
+    this one. replicate: each replica keeps its experts whole; else they are partitioned over the replicas. hosts: the
+    ranks of `parallel`, for tensors on the CPU.
     """
 
     parallel: dist.ProcessGroup
     replicas: dist.ProcessGroup
     replicate: bool
+    hosts: dist.ProcessGroup
 
     @property
     def size(self) -> int:

@@ -92,7 +92,7 @@ def groups_without_ranks(experts: ExpertsConfig, world_size: int) -> ExpertGroup
     """Groups of the sizes that a placement needs, without process groups behind them."""
     size = experts.parallel_size
     parallel, replicas = (cast(dist.ProcessGroup, _GroupOfSize(n)) for n in (size, world_size // size))
-    return ExpertGroups(parallel, replicas, experts.replicate)
+    return ExpertGroups(parallel, replicas, experts.replicate, parallel)
 
 
 def base_of(model: PeftModel) -> PreTrainedModel:
