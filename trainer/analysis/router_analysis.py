@@ -23,6 +23,7 @@ from trainer.analysis.router_view import RouterView, as_json, only_expert_name, 
 from trainer.analysis.tokens_page import Example, tokens_page
 from trainer.evaluation.loaded_models import LoadedRun, load_run
 from trainer.objective.batches import collate, move
+from trainer.objective.labelled_logits import labelled_logits
 from trainer.run import run_dir
 
 FOLDER = "router"
@@ -140,7 +141,7 @@ def _omega(run: LoadedRun, document: Document, linears: int) -> Tensor:
 
     batch = move(collate([document]), run.model.device)
     with observe_routers(run.model, keep):
-        run.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        labelled_logits(run.model, batch)
     return torch.stack(by_linear)
 
 
