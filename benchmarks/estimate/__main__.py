@@ -26,7 +26,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from benchmarks.shared.random_llama import build_model
+from tests.support.random_llama import SIZES, build_model
 from tests.support.ranks import run_ranks
 from trainer.estimate.estimate import Estimator
 from trainer.estimate.resident import FITTED_ON
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     errors: list[float] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        size = build_model(folder / "base", LAYERS)
+        size = build_model(folder / "base", {**SIZES, "num_hidden_layers": LAYERS})
         print(f"base of {size / 1e9:.2f} GB in bf16; MB of the worst rank: estimated, measured, error in %")
         print("ranks  base  checkpointing  experts" + "".join(f"{name:>22}" for name in MEASURES))
         for case in cases(options.full):

@@ -15,40 +15,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 
-from benchmarks.layer.variants import K, Lora, MoeLoraLoop
-from trainer.adapters import TeamLoraConfig
-from trainer.adapters.layer import Experts
+from tests.support.adapted_layer import DTYPES, Cell, K
 
 TOKENS = 1024
 SHAPES = ((1024, 2816), (576, 1536))  # d_in, d_out: the gate projections of a 0.6B and a 135M model
 TOTAL_RANKS = (32, 128)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FEWEST_REPETITIONS = 15
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One shape, total rank and dtype."""
-
-    d_in: int
-    d_out: int
-    total_rank: int
-    dtype: str
-
-    def variants(self) -> dict[str, nn.Module]:
-        config = TeamLoraConfig(num_experts=K, expert_rank=self.total_rank // K, alpha=16, init_weights=False)
-        variants = {
-            "lora": Lora(self.d_in, self.d_out, self.total_rank),
-            "teamlora": Experts(self.d_in, self.d_out, config),
-            "loop": MoeLoraLoop(self.d_in, self.d_out, self.total_rank // K),
-        }
-        return {name: module.to(DTYPES[self.dtype]) for name, module in variants.items()}
 
 
 @dataclass(frozen=True)
@@ -63,32 +41,21 @@ class Result:
 
 def measure(cell: Cell, seconds: float) -> Result:
     """Run one cell for about so many seconds."""
-    torch.manual_seed(0)
-    dtype = DTYPES[cell.dtype]
-    weight = (torch.randn(cell.d_out, cell.d_in) * cell.d_in**-0.5).to(dtype)
-    x = torch.randn(TOKENS, cell.d_in).to(dtype).requires_grad_()
-    upstream = torch.randn(TOKENS, cell.d_out).to(dtype)
-
-    def step(module: nn.Module) -> None:
-        module.zero_grad(set_to_none=True)
-        x.grad = None
-        module(x, F.linear(x, weight)).backward(upstream)
-
-    variants = cell.variants()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    order, shuffled = list(variants), random.Random(0)
-    for module in variants.values():
-        step(module)
+    layer = cell.build(TOKENS)
+    times: dict[str, list[float]] = {name: [] for name in layer.variants}
+    order, shuffled = list(layer.variants), random.Random(0)
+    for name in order:
+        layer.step(name)
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(times["lora"]) < FEWEST_REPETITIONS:
         shuffled.shuffle(order)
         for name in order:
             started = time.process_time()
-            step(variants[name])
+            layer.step(name)
             times[name].append(time.process_time() - started)
     saved = {
-        name: saved_bytes(lambda module=module: module(x, F.linear(x, weight)), [weight, *module.parameters()])
-        for name, module in variants.items()
+        name: saved_bytes(partial(layer.forward, name), [layer.weight, *module.parameters()])
+        for name, module in layer.variants.items()
     }
     over_lora, over_loop = (
         [ours / theirs for ours, theirs in zip(times["teamlora"], times[other], strict=True)]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shared.random_llama import FILES, build_model
+from tests.support.random_llama import FILES, build_model
 from tests.support.ranks import run_ranks
 
 

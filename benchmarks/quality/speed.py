@@ -4,7 +4,7 @@
 
 One model a method, on the CPU, in one process of one thread. Repetitions run every method once, in random order; a
 ratio a repetition, of CPU time. A step is what the trainer computes (loss over labelled tokens, backward, AdamW) on two
-rows of the suite, without DeepSpeed around it. MoELoRA's loop is the published form (benchmarks/layer/variants.py).
+rows of the suite, without DeepSpeed around it. MoELoRA's loop is the published form (tests/support/adapted_layer.py).
 """
 
 import argparse
@@ -19,12 +19,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layer.variants import MoeLoraLoop
 from benchmarks.quality import results
 from benchmarks.quality.prepared import prepare_for
 from benchmarks.quality.settings import EXPERTS, TOTAL_RANK, TRAINED, Cell, recipe_of
 from data_prep.reader import open_prepared
 from data_prep.user_error import UserError
+from tests.support.adapted_layer import MoeLoraLoop
 from trainer.adapters.attach import attach_adapter
 from trainer.adapters.layer import freeze_experts
 from trainer.adapters.router_observer import find_experts

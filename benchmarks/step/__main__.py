@@ -13,25 +13,15 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from benchmarks.step.setting import DEFAULT_BASE, WARM_UP, Setting, write_rows
-from tests.support.ranks import run_ranks
+from benchmarks.shared.processor import device_name
+from benchmarks.step.setting import DEFAULT_BASE, WARM_UP, Setting, run_side, write_rows
 
 WORLD = 2
 # name of a case: share of labelled tokens
 CASES = {"all": 1.0, "quarter": 0.25}
-
-
-def run_side(side: str, base: str, rows: Path, setting: Setting, output: Path) -> list[float]:
-    """Tokens a second a rank of each counted step."""
-    run_ranks(WORLD, ["-m", f"benchmarks.step.{side}", base, str(rows), json.dumps(asdict(setting)), str(output)])
-    seconds = json.loads(output.read_text())["seconds"][WARM_UP:]
-    return [setting.micro_batch_size * setting.seq_len / s for s in seconds]
 
 
 def compare(base: str, rows: Path, setting: Setting, repetitions: int) -> dict[str, list[float]]:
@@ -39,8 +29,8 @@ def compare(base: str, rows: Path, setting: Setting, repetitions: int) -> dict[s
     speeds: dict[str, list[float]] = {"ours": [], "trl": []}
     for repetition in range(repetitions):
         for side in ("ours", "trl") if repetition % 2 == 0 else ("trl", "ours"):
-            found = run_side(side, base, rows, setting, rows.with_suffix(".json"))
-            speeds[side].append(statistics.median(found))
+            found = run_side(side, base, rows, setting, WORLD)
+            speeds[side].append(statistics.median(setting.tokens_per_second(found)))
     return speeds
 
 
@@ -69,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[f"step_over_trl_{name}"] = round(
                 statistics.median(speeds["ours"]) / statistics.median(speeds["trl"]), 3
             )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(json.dumps({**found, "device": device, "trl": version("trl"), "ranks": WORLD, "threads": 1}))
+    print(json.dumps({**found, "device": device_name(), "trl": version("trl"), "ranks": WORLD, "threads": 1}))
 
 
 if __name__ == "__main__":

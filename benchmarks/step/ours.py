@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ from datasets import Dataset, load_from_disk
 
 from benchmarks.step.setting import TARGETS, Setting
 from data_prep.reader import PreparedSet
-from tests.support.training import build_training
+from tests.support.training import Training, build_training
 from trainer.console.library_logs import silence_libraries
 from trainer.distributed.process_group import process_group
 from trainer.objective.batches import rows_of_step
 from trainer.recipe import Recipe
-from trainer.telemetry.step_report import StepReport
+from trainer.telemetry.metrics import peak_memory
 
 EXPERTS = 4
 
@@ -43,8 +44,9 @@ def recipe_of(base: str, setting: Setting, world: int) -> Recipe:
                 "micro_batch_size": setting.micro_batch_size,
                 "learning_rate": 2e-4,
                 "lr_scheduler": "constant",
+                "activation_checkpointing": setting.checkpointing,
             },
-            "deepspeed": {"config": "ds_configs/zero3.json"},
+            "deepspeed": {"config": "zero3" if setting.sharded else "single"},
         }
     )
 
@@ -57,19 +59,21 @@ def in_order_of_steps(rows: Dataset, seed: int) -> Dataset:
 def main(base: str, rows: str, setting: Setting, output: Path) -> None:
     silence_libraries()
     with process_group() as device:
-        reports = train(base, rows, setting, device)
+        started = time.perf_counter()
+        training = build(base, rows, setting, device)
+        load_seconds = time.perf_counter() - started
+        reports = [training.step(step) for step in range(1, setting.steps + 1)]
         if dist.get_rank() == 0:
             found = {"seconds": [r.seconds for r in reports], "losses": [r.losses.mean() for r in reports]}
-            output.write_text(json.dumps(found))
+            output.write_text(json.dumps({**found, "load_seconds": load_seconds, **peak_memory()}))
         dist.barrier()
 
 
-def train(base: str, rows: str, setting: Setting, device: torch.device) -> list[StepReport]:
+def build(base: str, rows: str, setting: Setting, device: torch.device) -> Training:
     recipe = recipe_of(base, setting, dist.get_world_size())
     train = in_order_of_steps(load_from_disk(rows), recipe.run.seed).with_format("numpy")
     prepared = PreparedSet(Path(rows), {"tasks": ["text"]}, train, [], [])
-    training = build_training(recipe, device, prepared, setting.persistence_threshold)
-    return [training.step(step) for step in range(1, setting.steps + 1)]
+    return build_training(recipe, device, prepared, setting.persistence_threshold if setting.sharded else None)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""What both sides of the step benchmark train on: the setting and the rows."""
+"""What both sides of the step benchmark train on, the setting and the rows, and how one of them runs."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from tests.support.ranks import run_ranks
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 WARM_UP = 2  # steps not counted
@@ -13,13 +17,33 @@ DEFAULT_BASE = "bases/smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Setting:
-    """What one run of either side is given. persistence_threshold: elements below which ZeRO-3 keeps a tensor whole."""
+    """What one run of either side is given.
+
+    sharded: by ZeRO-3. persistence_threshold: elements below which it keeps a tensor whole.
+    """
 
     total_rank: int = 32
     seq_len: int = 256
     micro_batch_size: int = 2
     steps: int = WARM_UP + 8
+    sharded: bool = True
     persistence_threshold: int = 0
+    checkpointing: bool = False
+
+    def tokens_per_second(self, found: dict[str, Any]) -> list[float]:
+        """Of one rank, in each counted step."""
+        return [self.micro_batch_size * self.seq_len / seconds for seconds in found["seconds"][WARM_UP:]]
+
+
+def run_side(side: str, base: str, rows: Path, setting: Setting, world: int) -> dict[str, Any]:
+    """Runs `ours` or `trl` in processes of its own.
+
+    seconds: of each step. losses: of each step. load_seconds: until the first step. Peaks of memory as in
+    metrics.jsonl. All of rank 0.
+    """
+    output = rows.with_suffix(".json")
+    run_ranks(world, ["-m", f"benchmarks.step.{side}", base, str(rows), json.dumps(asdict(setting)), str(output)])
+    return json.loads(output.read_text())
 
 
 def write_rows(base: str, labelled: float, seq_len: int, folder: Path) -> None:

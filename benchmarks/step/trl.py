@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.shared.usual_quantization import usual_quantization
 from benchmarks.step.setting import TARGETS, Setting
+from trainer.telemetry.metrics import peak_memory
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -43,30 +44,36 @@ class StepClock(TrainerCallback):
         return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
 
 
+def zero3(setting: Setting) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": setting.persistence_threshold,
+            "reduce_bucket_size": 5e7,
+            "stage3_prefetch_bucket_size": 5e7,
+        },
+    }
+
+
 def main(base: str, rows: str, setting: Setting, output: Path) -> None:
     config = SFTConfig(
         output_dir=str(output.with_suffix("")),
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="nccl" if torch.cuda.is_available() else "gloo",
         bf16=True,
-        deepspeed={
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "bf16": {"enabled": "auto"},
-            "zero_optimization": {
-                "stage": 3,
-                "stage3_param_persistence_threshold": setting.persistence_threshold,
-                "reduce_bucket_size": 5e7,
-                "stage3_prefetch_bucket_size": 5e7,
-            },
-        },
+        deepspeed=zero3(setting) if setting.sharded else None,
         per_device_train_batch_size=setting.micro_batch_size,
         max_steps=setting.steps,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
         optim="adamw_torch",
-        gradient_checkpointing=False,
+        gradient_checkpointing=setting.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -77,7 +84,7 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
         disable_tqdm=True,
         model_init_kwargs={"dtype": "bfloat16"},
     )
-    clock = StepClock()
+    clock, started = StepClock(), time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(base)  # nosec B615 # a local folder
     trainer = SFTTrainer(
         model=base,
@@ -95,9 +102,11 @@ def main(base: str, rows: str, setting: Setting, output: Path) -> None:
             task_type="CAUSAL_LM",
         ),
     )
-    trainer.training.train()
+    load_seconds = time.perf_counter() - started
+    trainer.train()
     if config.process_index == 0:
-        output.write_text(json.dumps({"seconds": clock.seconds(), "losses": clock.losses}))
+        found = {"seconds": clock.seconds(), "losses": clock.losses}
+        output.write_text(json.dumps({**found, "load_seconds": load_seconds, **peak_memory()}))
     dist.barrier()
     dist.destroy_process_group()  # with its threads alive a process may abort at its end
 

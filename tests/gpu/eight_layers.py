@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.random_llama import LLAMA_8B, build_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from tests.support.workplace import Workplace
 
-# Llama 3's 8B, but for the layers, and for the vocabulary, which the tiny tokenizer hardly fills.
-SIZES = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "num_hidden_layers": 8, "vocab_size": 32_000, "max_position_embeddings": 8192,
-}  # fmt: skip
+# The vocabulary, too, is cut: the tiny tokenizer hardly fills it.
+SIZES = {**LLAMA_8B, "num_hidden_layers": 8, "vocab_size": 32_000}
 STEPS, SEQ_LEN = 20, 2048
 
 
@@ -39,13 +35,7 @@ class EightLayers:
 
 
 def make_eight_layers(folder: Path) -> EightLayers:
-    """Made on the GPU, where two billion random numbers take no time."""
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False, dtype=torch.bfloat16)).bfloat16()
-    model.save_pretrained(folder / "base")
-    del model
-    torch.cuda.empty_cache()
+    build_model(folder / "base", SIZES)
     tiny_tokenizer().save_pretrained(folder / "base")
     words = random.Random(0)
     lines = [
