@@ -2,7 +2,8 @@
 
     python -m benchmarks.loss [--pairs N] [--dtype bf16|fp32] [--chunk N]
 
-Peaks are RssAnon above what model and hidden states take, each in a process of its own, in both dtypes. Times are CPU
+Peaks are RssAnon above what model and hidden states take, each in a process of its own, in both dtypes and with narrow
+hidden states, which leaves the logits as large. Times are CPU
 time of this process on one thread, of whole and chunked by turns; each pair gives a ratio, told are their median and
 quartiles. The last line is one JSON object.
 """
@@ -17,7 +18,7 @@ import time
 
 import torch
 
-from benchmarks.loss.head import DTYPES, HIDDEN, TOKENS, VOCABULARY, Head
+from benchmarks.loss.head import DTYPES, HIDDEN, NARROW, TOKENS, VOCABULARY, Head
 from benchmarks.shared.processor import processor
 from trainer.objective.chunked_logits import default_chunk
 from trainer.training.run_plan import cpu_has_fast_bf16
@@ -46,7 +47,7 @@ def times(head: Head, chunk: int, pairs: int) -> dict[int, list[float]]:
 
 def disagreement(chunk: int) -> tuple[float, float]:
     """Of losses and gradients in fp32, relative."""
-    head = Head("fp32")
+    head = Head("fp32", NARROW)
     (loss, gradient), (expected, exact) = (head.step(each) for each in (chunk, WHOLE))
     return abs(loss / expected - 1), float((gradient - exact).norm() / exact.norm())
 

@@ -18,24 +18,25 @@ from trainer.objective.chunked_logits import ChunkedLogits
 
 TOKENS = 2048  # all of them labelled
 VOCABULARY, HIDDEN = 151_936, 896  # those of Qwen2.5-0.5B
+NARROW = 64  # hidden size where only memory is measured: the logits are as large, and sooner there
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Head:
     """A model without decoder layers, whose hidden states require a gradient as an adapted decoder's do."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, hidden: int = HIDDEN) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
+            hidden_size=hidden,
             num_hidden_layers=0,
-            num_attention_heads=14,
+            num_attention_heads=2,
             tie_word_embeddings=True,
         )
         torch.set_default_dtype(DTYPES[dtype])
         self.model = LlamaForCausalLM(config).requires_grad_(False)
-        self.hidden = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
+        self.hidden = torch.randn(1, TOKENS, hidden, requires_grad=True)
         torch.set_default_dtype(torch.float32)
         self.positions, self.targets = torch.arange(TOKENS), torch.randint(VOCABULARY, (TOKENS,))
 
@@ -49,7 +50,7 @@ class Head:
 
 
 def main(dtype: str, chunk: int) -> None:
-    head = Head(dtype)
+    head = Head(dtype, NARROW)
     before = settled_bytes()
     watch = PeakWatch()
     head.step(chunk)

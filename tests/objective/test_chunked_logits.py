@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from trainer.objective.chunked_logits import CHUNK_BYTES, ChunkedLogits, default
 from trainer.objective.logits_tail import find_logits_tail
 from trainer.objective.loss import LabelledLoss, loss_chunk
 from trainer.objective.packed_forward import packed_forward
+from trainer.training.run_plan import warnings_about
 
 LABELLED, SCALE = 50, 6.0
 # what each does to logits that others do not, beside soft-capping and scaling among FAMILIES
@@ -206,6 +208,7 @@ def test_a_class_that_needs_more_than_its_decoders_output_takes_whole_logits(tmp
     """OPT asks its decoder's child."""
     options = {"word_embed_proj_dim": 64, "ffn_dim": 96, "do_layer_norm_before": True}
     model = model_of(tiny_model(tmp_path, "opt", **options)).eval()
+    opt = model.get_base_model()
     assert find_logits_tail(model) is None
     batch = collate(scene.rows(2, seed=4))
     logits = ChunkedLogits(model, 4)
@@ -217,6 +220,12 @@ def test_a_class_that_needs_more_than_its_decoders_output_takes_whole_logits(tmp
     torch.testing.assert_close(found, token_losses(whole, targets))
     parts = list(logits.split(forward, batch["predicting"], 5))
     torch.testing.assert_close(torch.cat(parts), whole)
+    warned = warnings_about(scene.recipe("unused", train__loss_chunk=4), SimpleNamespace(model=opt, unplaced=[]))
+    assert warned == [
+        "warning: train.loss_chunk: OPTForCausalLM computes logits in a way that allows no chunks; the loss holds "
+        "those of all labeled tokens of a micro-batch"
+    ]
+    assert warnings_about(scene.recipe("unused"), SimpleNamespace(model=opt, unplaced=[])) == []
 
 
 @pytest.mark.parametrize(("vocabulary", "tokens"), [(152_064, 110), (128_256, 130), (32_000, 524), (10**9, 1)])
