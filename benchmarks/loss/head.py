@@ -18,7 +18,7 @@ from trainer.objective.chunked_logits import ChunkedLogits
 
 TOKENS = 2048  # all of them labelled
 VOCABULARY, HIDDEN = 151_936, 896  # those of Qwen2.5-0.5B
-NARROW = 64  # hidden size where only memory is measured: the logits are as large, and sooner there
+NARROW = 16  # hidden size where only memory is measured: the logits are as large, and sooner there
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -58,7 +58,7 @@ class _Tail:
 
     def run(self, logits: Tensor) -> tuple[Tensor, list[str]]:
         """What becomes of logits [tokens, vocabulary]; and the stand-ins that were called, in this order."""
-        called = []
+        called: list[str] = []
         ids = torch.zeros(1, len(logits), dtype=torch.int64, device=logits.device)
 
         def decoder(*_args: Any, **_named: Any) -> _DecoderOutput:
