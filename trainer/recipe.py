@@ -188,6 +188,11 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="recompute decoder layers in backward: less memory, a third more time"
     )
+    loss_chunk: int | None = Field(
+        None,
+        ge=0,
+        description="labeled tokens whose logits exist at once; 0: all; null: as many as take 64 MiB in fp32",
+    )
     eval_every: int = Field(0, ge=0, description="steps between losses on the held-out rows; 0: at the end only")
     eval_rows: PositiveInt | None = Field(None, description="held-out rows used for that loss; null: all")
     early_stopping_patience: PositiveInt | None = Field(

@@ -13,17 +13,21 @@ OFFLOAD = "ds_configs/zero3_offload.json"
 
 @dataclass(frozen=True)
 class ParityCase:
-    """A few steps of training. changes: of the recipe, dotted keys with __ for the dot. worlds: numbers of ranks."""
+    """A few steps of training. changes: of the recipe, dotted keys with __ for the dot. worlds: numbers of ranks.
+
+    family: of the base; None: the tied Llama that all share.
+    """
 
     name: str
     micro_batch_size: int
     accumulation: int
     changes: dict[str, Any] = field(default_factory=dict)
     worlds: tuple[int, ...] = scene.WORLDS
+    family: str | None = None
 
     def recipe(self, base: Path, world: int) -> Recipe:
         return scene.recipe(
-            base,
+            base if self.family is None else scene.families(base) / self.family,
             train__global_batch_size=world * self.micro_batch_size * self.accumulation,
             train__micro_batch_size=self.micro_batch_size,
             **self.changes,
@@ -54,6 +58,11 @@ PARITY = [
     ParityCase("accumulated_checkpointed", 1, 3, CHECKPOINTING),
     ParityCase("offloaded", 1, 3, {"deepspeed__config": OFFLOAD}),
     ParityCase("zero2", 1, 3, {"deepspeed__config": "ds_configs/zero2.json"}),
+    # chunks of labelled tokens, whose number differs between ranks
+    ParityCase("loss_chunks", 3, 1, {"train__loss_chunk": 4}),
+    ParityCase("loss_chunks_accumulated", 1, 3, {"train__loss_chunk": 4, **CHECKPOINTING}, worlds=(2,)),
+    ParityCase("loss_chunks_untied", 1, 3, {"train__loss_chunk": 4}, worlds=(2,), family="qwen3"),
+    ParityCase("loss_chunks_offloaded", 1, 2, {"train__loss_chunk": 4, "deepspeed__config": OFFLOAD}, worlds=(2,)),
     ParityCase("moelora", 1, 2, {"adapter__method": "moelora"}),
     ParityCase("hydralora", 1, 2, {"adapter__method": "hydralora"}),
     # the base in groups of ranks: whole on each, and on 4 ranks two copies; fewer cases where each takes long

@@ -118,10 +118,12 @@ def test_any_other_error_of_one_rank_is_told_by_all_and_stays_its_own_there(seen
 
 
 @pytest.mark.ranks_run("faults")
-@pytest.mark.parametrize(("stage", "dtype", "kind"), FAULTS)
-def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank_before_the_weights_move(seen, stage, dtype, kind):
+@pytest.mark.parametrize(("stage", "dtype", "chunk", "kind"), FAULTS)
+def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank_before_the_weights_move(
+    seen, stage, dtype, chunk, kind
+):
     world, folder = seen
-    text, unmoved = json.loads((folder / "faults.json").read_text())[f"{stage}-{dtype}-{kind}"]
+    text, unmoved = json.loads((folder / "faults.json").read_text())[f"{stage}-{dtype}-{chunk}-{kind}"]
     assert text.startswith(f"step 2: the {kind} is not finite")
     assert kind == "gradient" or f"rank {world - 1}: task" in text
     layer = {"loss": "first layer: ", "gradient": "first at the output of: "}[kind]

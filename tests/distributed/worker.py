@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from data_prep.user_error import UserError
 from tests.distributed.parity_cases import by_name
@@ -45,6 +46,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "unplaced": {},
     "by_weights": {"experts__parallel_size": 2, "experts__dispatch": "weights"},
     "by_tokens": {"experts__parallel_size": 2, "experts__dispatch": "tokens"},
+    "loss_chunks": {"train__loss_chunk": 4},
 }
 # changes of the recipe under which what a rank holds is compared with what was estimated
 HELD: dict[str, dict[str, Any]] = {
@@ -65,10 +67,17 @@ HELD: dict[str, dict[str, Any]] = {
     "base_whole": {"base__shard_group": 1},
     "base_in_groups": {"base__shard_group": 2, "deepspeed__config": "ds_configs/zero3_offload.json"},
 }
-# (ZeRO stage, compute dtype, what is spoilt)
+# (ZeRO stage, compute dtype, train.loss_chunk, what is spoilt)
 FAULTS = [
-    (s, d, k)
-    for s, d in ((0, "fp32"), (0, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
+    (s, d, c, k)
+    for s, d, c in (
+        (0, "fp32", None),
+        (0, "bf16", None),
+        (2, "fp32", None),
+        (3, "fp32", None),
+        (3, "bf16", None),
+        (3, "fp32", 4),
+    )
     for k in ("loss", "gradient")
 ]
 
@@ -233,8 +242,8 @@ def everyones_answer(check: Callable[[], None]) -> list[str]:
 def faults(base: Path, folder: Path, device: torch.device) -> None:
     """Non-finite losses and gradients, with and without ZeRO: what is said, and whether weights moved."""
     told = {}
-    for stage, dtype, kind in FAULTS:
-        recipe = scene.recipe(base, stage=stage, base__dtype=dtype)
+    for stage, dtype, chunk, kind in FAULTS:
+        recipe = scene.recipe(base, stage=stage, base__dtype=dtype, train__loss_chunk=chunk)
         training = build(recipe, device, scene.training_rows(recipe))
         model = training.model
         training.step(1)
@@ -246,7 +255,7 @@ def faults(base: Path, folder: Path, device: torch.device) -> None:
         except TrainingFault as fault:
             text = str(fault)
         after = gather_trainable(model)
-        told[f"{stage}-{dtype}-{kind}"] = [text, all(torch.equal(before[n], after[n]) for n in before)]
+        told[f"{stage}-{dtype}-{chunk}-{kind}"] = [text, all(torch.equal(before[n], after[n]) for n in before)]
     keep(folder / "faults.json", told)
 
 
@@ -254,11 +263,16 @@ def spoil(model: Any, kind: str) -> None:
     """A loss, or only a gradient, that is not finite; on the last rank alone."""
     if dist.get_rank() < dist.get_world_size() - 1:
         return
-    head = model.get_output_embeddings()
+    head, norm = model.get_output_embeddings(), model.get_base_model().model.norm
     if kind == "loss":
-        head.register_forward_hook(lambda _module, _args, out: out * float("nan"))
+        head.forward = lambda hidden: F.linear(hidden, head.weight) * float("nan")
     else:
-        head.register_full_backward_hook(lambda _module, grads, _out: (grads[0] * float("inf"),))
+        norm.register_forward_hook(lambda _module, _args, out: spoil_gradient(out))
+
+
+def spoil_gradient(out: Tensor) -> None:
+    if out.requires_grad:
+        out.register_hook(lambda gradient: gradient * float("inf"))
 
 
 def keep(path: Path, found: Any) -> None:

@@ -22,7 +22,14 @@ def transient(recipe_of):
 
 
 def test_logits_are_held_three_times_in_fp32_and_twice_in_bf16(transient):
-    assert transient().logits == TOKENS * VOCABULARY * 16
+    assert transient(train__loss_chunk=0).logits == TOKENS * VOCABULARY * 16
+
+
+def test_of_logits_a_chunk_is_held_beside_the_gradients_of_all_hidden_states(transient):
+    gradients = TOKENS * HIDDEN * 2
+    assert transient(train__loss_chunk=100).logits == 100 * VOCABULARY * 16 + gradients
+    assert transient().logits == 2**26 // (4 * VOCABULARY) * VOCABULARY * 16 + gradients
+    assert transient(train__loss_chunk=TOKENS).logits == TOKENS * VOCABULARY * 16
 
 
 def test_rows_are_padded_to_64_tokens_on_gpus_only(recipe_of):

@@ -87,9 +87,9 @@ def batch_on_gpu() -> Batch:
     return move(collate(scene.rows(2, seed=1)), GPU)
 
 
-def train_micro_batch(model: PeftModel, stats: RouterStats) -> None:
+def train_micro_batch(model: PeftModel, stats: RouterStats, chunk: int = 0) -> None:
     """Forward, loss and backward as `Trainer.train_step` makes them; what it leaves must be on the GPU."""
-    loss_module, batch = LabelledLoss(model, stats, len(scene.TASKS)).train(), batch_on_gpu()
+    loss_module, batch = LabelledLoss(model, stats, len(scene.TASKS), chunk).train(), batch_on_gpu()
     syncs = fake_gpu.HostSyncs()
     stats.begin_step(tokens=24, measure=True)
     with syncs.counted(), syncs.none_may_be_added():
@@ -109,11 +109,11 @@ def check_on_gpu(*tensors: Tensor | None) -> None:
     assert tensors and all(tensor is not None and tensor.device == GPU for tensor in tensors), tensors
 
 
-def train(method: str, checkpointing: bool = False, attention: str = "sdpa") -> None:
+def train(method: str, checkpointing: bool = False, attention: str = "sdpa", chunk: int = 0) -> None:
     with model_on_gpu(method, attention) as model:
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        train_micro_batch(model, RouterStats(model, len(scene.TASKS)))
+        train_micro_batch(model, RouterStats(model, len(scene.TASKS)), chunk)
 
 
 @torch.no_grad()
@@ -136,6 +136,7 @@ for method in METHODS:
     CASES[f"train-{method}"] = lambda method=method: train(method)
     CASES[f"decode-{method}"] = lambda method=method: decode(method)
 CASES["train-checkpointed"] = lambda: train("teamlora", checkpointing=True)
+CASES["train-loss-chunks"] = lambda: train("teamlora", chunk=4)
 CASES["train-varlen"] = lambda: train("teamlora", attention="varlen")
 
 

@@ -14,6 +14,7 @@ METHODS = ["teamlora", "renormalized", "moelora", "hydralora", "lora"]
 WHOLE = [
     *(f"{what}-{method}" for method in METHODS for what in ("train", "decode")),
     "train-checkpointed",
+    "train-loss-chunks",
     "train-varlen",
     "decode-packed",
     "nf4-linear",

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from data_prep.encode import IGNORED
 from trainer.evaluation.loaded_models import CausalLM
 from trainer.objective.batches import Batch, collate, move, of_labelled
-from trainer.objective.labelled_logits import labelled_logits
+from trainer.objective.chunked_logits import ChunkedLogits, token_losses
+from trainer.objective.packed_forward import packed_forward
 
 Document = dict[str, np.ndarray]  # a row of one document, see data_prep.reader.PreparedSet
 
@@ -67,24 +67,28 @@ def _documents(row: dict[str, Any]) -> Iterator[Document]:
 def score(model: CausalLM, documents: Sequence[Document], on_batch: Callable[[Batch], None] | None = None) -> Scores:
     """Runs the model on the documents. on_batch: called with each batch before its forward."""
     loss, labelled, exact = (np.zeros(len(documents)) for _ in range(3))
+    logits = ChunkedLogits(model)
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]["input_ids"]))
     for start in range(0, len(by_length), BATCH):
         indices = by_length[start : start + BATCH]
         batch = move(collate([documents[i] for i in indices]), model.device)
         if on_batch is not None:
             on_batch(batch)
-        loss[indices], labelled[indices], exact[indices] = _score_batch(model, batch)
+        loss[indices], labelled[indices], exact[indices] = _score_batch(logits, packed_forward(model, batch), batch)
     return Scores(loss, labelled, exact.astype(bool))
 
 
-def _score_batch(model: CausalLM, batch: Batch) -> np.ndarray:
+def _score_batch(logits: ChunkedLogits, forward: Callable[[], Any], batch: Batch) -> np.ndarray:
     """[3, rows]: loss, number of labelled tokens, whether all of them are the likeliest."""
     rows, length = batch["labels"].shape
     targets = of_labelled(batch["labels"], batch)
-    logits = labelled_logits(model, batch).float()
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    missed = (logits.argmax(-1) != targets).float()
+
+    def columns(found: torch.Tensor, where: slice) -> torch.Tensor:
+        losses, missed = token_losses(found, targets[where]), found.argmax(-1) != targets[where]
+        return torch.stack((losses, torch.ones_like(losses), missed.float()), 1)
+
+    by_token = logits.map(forward, batch["predicting"], columns)
     sums = torch.zeros(3, rows, device=targets.device)
-    sums.index_add_(1, batch["predicting"] // length, torch.stack((losses, torch.ones_like(losses), missed)))
+    sums.index_add_(1, batch["predicting"] // length, by_token.T)
     sums[2] = sums[2] == 0
     return sums.double().cpu().numpy()

@@ -17,7 +17,7 @@ from trainer.distributed.autotune import autotune
 from trainer.distributed.engine import initialize
 from trainer.distributed.expert_parallel import ExpertParallel, place_experts
 from trainer.distributed.zero3_sharding import Zero3Sharding
-from trainer.objective.loss import LabelledLoss
+from trainer.objective.loss import LabelledLoss, loss_chunk
 from trainer.recipe import Recipe
 
 
@@ -64,7 +64,8 @@ def parallelize(
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # The loss is part of the module, so that its choice of positions lies within the forward that ZeRO-3 traces.
-    engine = initialize(LabelledLoss(model, router_stats, num_tasks).train(), recipe.train, config, steps)
+    chunk = loss_chunk(recipe, base.config.get_text_config().vocab_size)
+    engine = initialize(LabelledLoss(model, router_stats, num_tasks, chunk).train(), recipe.train, config, steps)
     # Last: it measures with the shards that ZeRO-3 has made.
     if expert_parallel is not None and recipe.experts.dispatch == "auto":
         autotune(expert_parallel)

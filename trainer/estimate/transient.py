@@ -1,6 +1,7 @@
 """Bytes that are held for part of a run only: within a step, and while loading. Each formula is an upper bound.
 
-Three moments of a step can be the peak. In the head, all activations are held together with logits and their gradients.
+Three moments of a step can be the peak. In the head, all activations are held together with a chunk's logits and their
+gradients.
 In a decoder layer's backward, one weight is dequantised, and with checkpointing the layer's recomputed activations are
 held again. In both, the parameters that ZeRO-3 gathered are whole (trainer.estimate.gathered). In the optimizer step
 none of these are held, but gradients in fp32 and AdamW's temporaries are.
@@ -19,6 +20,8 @@ from trainer.estimate.gathered import arriving_bytes, gathered_bytes, placed_byt
 from trainer.estimate.rank_model import RankModel
 from trainer.estimate.resident import FP32, MemoryUse, partition, sub_groups
 from trainer.estimate.zero_settings import ZeroSettings
+from trainer.objective.logits_tail import find_logits_tail
+from trainer.objective.loss import loss_chunk
 from trainer.recipe import ExpertsConfig, Recipe
 
 # Copies of the logits: in fp32 themselves, their log-softmax and its gradient; in the compute dtype the logits and
@@ -79,7 +82,6 @@ def estimate_transient(
     rank_model: RankModel, activations: Activations, zero: ZeroSettings, recipe: Recipe, world_size: int
 ) -> Transient:
     """Estimates a micro-batch whose rows are filled to data.seq_len tokens, all of them labelled."""
-    width = rank_model.dtype.itemsize
     checkpointing = recipe.train.activation_checkpointing
     tokens = recipe.train.micro_batch_size * recipe.data.seq_len
     sharded = zero.stage == 3 and (world_size > 1 or zero.offload_param)
@@ -88,7 +90,7 @@ def estimate_transient(
         gathered=gathered_bytes(rank_model, zero, checkpointing) if sharded else 0,
         arriving=arriving_bytes(rank_model, zero) if sharded else 0,
         placed=placed_bytes(rank_model),
-        logits=tokens * rank_model.head.out_features * (FP32_LOGITS * FP32 + LOGITS * width),
+        logits=logits_bytes(rank_model, recipe, tokens),
         recomputed=activations.layer if checkpointing else 0,
         working=dequantised_bytes(rank_model.model, rank_model.dtype) + backward_bytes(rank_model, tokens),
         gradient_buckets=_buckets(rank_model, zero),
@@ -117,6 +119,14 @@ def autotune_bytes(rank_model: RankModel, experts: ExpertsConfig) -> int:
         return 0
     widest = max(shard.shape[-1] for layer in rank_model.placement.layers for shard in layer.experts)
     return (1 + 3 * experts.parallel_size) * MANY * widest * rank_model.dtype.itemsize
+
+
+def logits_bytes(rank_model: RankModel, recipe: Recipe, tokens: int) -> int:
+    """A chunk's logits; with chunks also the gradients of all labelled tokens' hidden states, kept in their place."""
+    width, vocabulary = rank_model.dtype.itemsize, rank_model.head.out_features
+    chunk = loss_chunk(recipe, vocabulary) if find_logits_tail(rank_model.model) is not None else 0
+    kept = tokens * rank_model.head.in_features * width if chunk else 0
+    return (chunk or tokens) * vocabulary * (FP32_LOGITS * FP32 + LOGITS * width) + kept
 
 
 def dequantised_bytes(model: nn.Module, dtype: torch.dtype) -> int:

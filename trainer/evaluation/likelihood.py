@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.chat import ChatTemplate
@@ -17,7 +17,7 @@ from data_prep.items import answer_of
 from data_prep.template_renderer import TEMPLATE_SETTINGS
 from data_prep.user_error import UserError
 from trainer.evaluation.loaded_models import CausalLM
-from trainer.objective.labelled_logits import head_sees
+from trainer.objective.chunked_logits import ChunkedLogits
 
 NEVER_CUT = 1 << 30  # tokens
 
@@ -79,13 +79,12 @@ def log_likelihoods(model: CausalLM, texts: Sequence[Continuation], pad: int) ->
     """The sum of log-probabilities, in nats, of each text's scored tokens.
 
     Pads on the right, where causal attention hides the padding from all scored tokens. The head computes only the
-    logits that predict them, [scored tokens, vocabulary].
+    logits that predict them, a chunk at a time.
     """
     length = max(len(text.ids) for text in texts)
     ids = torch.tensor([text.ids + [pad] * (length - len(text.ids)) for text in texts], device=model.device)
     places = [row * length + i for row, text in enumerate(texts) for i in range(text.start - 1, len(text.ids) - 1)]
     predicting = torch.tensor(places, dtype=torch.int64, device=model.device)
-    with head_sees(model.get_output_embeddings(), predicting):
-        logits = model(input_ids=ids, use_cache=False).logits
-    losses = F.cross_entropy(logits.float(), ids.flatten()[predicting + 1], reduction="none").double()
-    return [-part.sum().item() for part in losses.split([text.scored for text in texts])]
+    forward = partial(model, input_ids=ids, use_cache=False)
+    losses = ChunkedLogits(model).cross_entropy(forward, predicting, ids.flatten()[predicting + 1])
+    return [-part.sum().item() for part in losses.double().split([text.scored for text in texts])]

@@ -3,7 +3,7 @@
 Both models run on the same rows. A token's KL divergence is KL(run || exported), in nats over the whole vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from trainer.evaluation.loaded_models import CausalLM, LoadedRun
 from trainer.evaluation.runner import RunnerOptions, build_questions, run_items
 from trainer.evaluation.scoring import metrics_of
 from trainer.objective.batches import Batch, move, of_labelled
-from trainer.objective.labelled_logits import labelled_logits
+from trainer.objective.chunked_logits import ChunkedLogits
+from trainer.objective.packed_forward import packed_forward
 
-CHUNK = 128  # tokens whose distributions over the vocabulary are held in fp64 at a time
+CHUNK = 128  # tokens whose logits, and distributions in fp64, are held at a time
 BATCH = 16  # items per batch
 ALL = "all"
 
@@ -68,15 +69,20 @@ def _sums(before: CausalLM, after: CausalLM, batch: Batch, num_tasks: int) -> Te
     In fp64: the rounding noise of fp32, about 1e-8 nats per token, can exceed the KL of a faithful export.
     """
     targets = of_labelled(batch["labels"], batch)
-    logits = [labelled_logits(model, move(batch, next(model.parameters()).device)) for model in (before, after)]
+    logits = [_logits(model, move(batch, next(model.parameters()).device)) for model in (before, after)]
     columns = []
-    for one, other, labels in zip(*(whole.split(CHUNK) for whole in (*logits, targets)), strict=True):
+    for one, other, labels in zip(*logits, targets.split(CHUNK), strict=True):
         p, q = (F.log_softmax(part.cpu().double(), -1) for part in (one, other))
         kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
         losses = (F.nll_loss(part, labels, reduction="none") for part in (p, q))
         columns.append(torch.stack([torch.ones_like(kl), kl, *losses], 1))
     by_token = torch.cat(columns)
     return torch.zeros(num_tasks, 4, dtype=torch.float64).index_add(0, of_labelled(batch["task_ids"], batch), by_token)
+
+
+def _logits(model: CausalLM, batch: Batch) -> Iterator[Tensor]:
+    """[tokens, vocabulary] at CHUNK labelled tokens after the other."""
+    return ChunkedLogits(model).split(packed_forward(model, batch), batch["predicting"], CHUNK)
 
 
 def item_scorer(run: LoadedRun, items: Sequence[dict[str, Any]]) -> Score | None:

@@ -1,16 +1,28 @@
-"""The loss over labelled tokens, with logits computed nowhere else."""
+"""The loss over labelled tokens, with logits computed nowhere else and a chunk at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from trainer.adapters.router_stats import RouterStats
 from trainer.objective.batches import Batch, of_labelled
-from trainer.objective.labelled_logits import labelled_logits
+from trainer.objective.chunked_logits import ChunkedLogits, default_chunk
+from trainer.objective.packed_forward import packed_forward
+from trainer.recipe import Recipe
+
+
+def loss_chunk(recipe: Recipe, vocabulary: int) -> int:
+    """Labelled tokens whose logits are held at once, as the recipe says; 0: all of a micro-batch.
+
+    All, too, where no micro-batch can have more. That follows from the recipe, not from a batch: only whole logits let
+    ZeRO-3 gather the output embedding in backward, where all ranks must take part.
+    """
+    train = recipe.train
+    chunk = default_chunk(vocabulary) if train.loss_chunk is None else train.loss_chunk
+    return chunk if chunk < train.micro_batch_size * recipe.data.seq_len else 0
 
 
 @dataclass(frozen=True)
@@ -46,15 +58,18 @@ class TaskLosses:
 class LabelledLoss(nn.Module):
     """A causal LM whose head sees labelled positions only. This is the module that DeepSpeed is given.
 
-    The selection (`labelled_logits`) lives for one forward: generation and any other use of the model see every row.
+    The selection (`ChunkedLogits`) lives for one forward: generation and any other use of the model see every row.
     It happens inside this module, because ZeRO-3 traces the forward of the module that it was given.
+
+    chunk: labelled tokens whose logits are held at once, see `loss_chunk`; 0: all.
     """
 
-    def __init__(self, model: nn.Module, router_stats: RouterStats, num_tasks: int) -> None:
+    def __init__(self, model: nn.Module, router_stats: RouterStats, num_tasks: int, chunk: int = 0) -> None:
         super().__init__()
         self.model = model
         self.router_stats = router_stats
         self.num_tasks = num_tasks
+        self.logits = ChunkedLogits(model, chunk)
 
     def forward(self, batch: Batch, labelled_tokens: int, scale: float) -> tuple[torch.Tensor, TaskLosses]:
         """The loss to go backward from, and the sums by task for the report.
@@ -63,8 +78,8 @@ class LabelledLoss(nn.Module):
         this micro-batch is divided, so that accumulation and rank count change nothing. scale: undoes the averaging
         over ranks and micro-batches that DeepSpeed applies.
         """
-        logits = labelled_logits(self.model, batch)
-        losses = F.cross_entropy(logits.float(), of_labelled(batch["labels"], batch), reduction="none")
+        targets = of_labelled(batch["labels"], batch)
+        losses = self.logits.cross_entropy(packed_forward(self.model, batch), batch["predicting"], targets)
         by_task = self._sum_by_task(losses.detach(), of_labelled(batch["task_ids"], batch))
         return self.router_stats.capture_loss_grad(losses.sum() / labelled_tokens) * scale, by_task
 

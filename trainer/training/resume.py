@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "data.prepared_dir",
     "train.micro_batch_size",
     "train.activation_checkpointing",
+    "train.loss_chunk",
     "train.eval_every",
     "train.eval_rows",
     "train.early_stopping_patience",

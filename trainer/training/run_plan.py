@@ -17,6 +17,8 @@ from trainer.base.weight_map import OpenedBase, describe_unplaced, open_base
 from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
 from trainer.distributed.rank_groups import check_expert_parallel, shard_group_size
 from trainer.objective.batches import BatchPlan, plan_batches, steps_in
+from trainer.objective.logits_tail import find_logits_tail
+from trainer.objective.loss import loss_chunk
 from trainer.objective.optimizer import check_optimizer, check_warm_up
 from trainer.recipe import Recipe
 
@@ -80,6 +82,11 @@ def warnings_about(recipe: Recipe, opened: OpenedBase) -> list[str]:
         lines.append(
             f"warning: data.seq_len={recipe.data.seq_len}, but base.model was made for {longest} positions "
             "(max_position_embeddings); later ones may make no sense to it"
+        )
+    if loss_chunk(recipe, opened.model.config.get_text_config().vocab_size) and find_logits_tail(opened.model) is None:
+        lines.append(
+            f"warning: train.loss_chunk: {type(opened.model).__name__} computes logits in a way that allows no chunks; "
+            "the loss holds those of all labeled tokens of a micro-batch"
         )
     if recipe.base.dtype == "bf16" and not torch.cuda.is_available() and not cpu_has_fast_bf16():
         lines.append(
