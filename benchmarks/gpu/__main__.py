@@ -22,7 +22,7 @@ from pathlib import Path
 
 from data_prep.user_error import UserError
 from trainer.console.library_logs import silence_libraries
-from trainer.run.gpu import gpu_files
+from trainer.run.gpu import configure_allocator, gpu_files
 
 PARTS = ("training", "trl", "layer", "decoding")
 NEEDS = (
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(NEEDS)
         return
     silence_libraries()
+    configure_allocator()
     from benchmarks.gpu.parts import run_parts  # imports torch, which takes seconds
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,6 @@
 """The GPU benchmark without a GPU: it ends at once, and every part runs on a tiny base on the CPU."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.gpu.flops import attention_flops, training_flops, weight_flops
 from benchmarks.gpu.parts import TINY
 from tests.support.random_llama import LLAMA_8B
+from tests.support.timing import children_seconds
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TRY = "--device cpu --size tiny --layers 1 --seq-len 64 --micro-batch-size 1 --steps 2 --repetitions 2 --total-rank 8"
@@ -22,12 +22,6 @@ TRY = "--device cpu --size tiny --layers 1 --seq-len 64 --micro-batch-size 1 --s
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-
-
-def children_seconds() -> float:
-    """Processor time of processes that have ended: other work on the machine does not lengthen it."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU")

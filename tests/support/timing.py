@@ -1,5 +1,6 @@
-"""Wall time of work on any device."""
+"""How long work takes: on any device, and in processes of its own."""
 
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -21,3 +22,9 @@ def median_seconds(action: Callable[[], object], device: torch.device, repetitio
         synchronize()
         taken.append((time.perf_counter() - started) / times)
     return statistics.median(taken[1:])
+
+
+def children_seconds() -> float:
+    """Processor time of processes that have ended: other work on the machine does not lengthen it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
