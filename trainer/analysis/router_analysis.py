@@ -23,7 +23,7 @@ from trainer.analysis.router_view import RouterView, as_json, only_expert_name, 
 from trainer.analysis.tokens_page import Example, tokens_page
 from trainer.evaluation.loaded_models import LoadedRun, load_run
 from trainer.objective.batches import collate, move
-from trainer.objective.labelled_logits import labelled_logits
+from trainer.objective.packed_forward import packed_forward
 from trainer.run import run_dir
 
 FOLDER = "router"
@@ -141,7 +141,7 @@ def _omega(run: LoadedRun, document: Document, linears: int) -> Tensor:
 
     batch = move(collate([document]), run.model.device)
     with observe_routers(run.model, keep):
-        labelled_logits(run.model, batch)
+        packed_forward(run.model, batch)()
     return torch.stack(by_linear)
 
 
