@@ -224,7 +224,9 @@ KINDS = {
     "SIGSTOP, SIGCONT": Kind(
         pause, WHOLE_RUN, PROCESSES, lasting=(1, 3), weight=2.0, ends=False
     ),
-    "EIO of a checkpoint": Kind(fail_to_read, ("resume point",), ("checkpoints",), ends=False),
+    "EIO of a checkpoint": Kind(  # fails only where the run was asked to stop, and the save for it is read back
+        fail_to_read, ("resume point",), ("checkpoints",), FAILS, "could not be saved: .*Input/output error", ends=False
+    ),
     "slow rank": Kind(slow_down, ("step",), lasting=(1, 3), ends=False),
     "clock set back": Kind(set_clock_back, WHOLE_RUN, ends=False),
     "disk full": Kind(

@@ -263,6 +263,9 @@ GONE = ended(1, FAULT, KILLED)
     ("ranks", "launchers", "stopping", "expected"),
     [
         ([ended(0, 0), ended(1, 0)], [0, 0], False, Outcome(0)),
+        ([ended(0, 0), ended(1, 0)], [1], False, Outcome(0)),
+        ([ended(0, 0), ended(1, 0)], [-9], False, Outcome(0)),
+        ([ended(0, 0), ended(1, 0)], [1], True, Outcome(0)),
         ([ended(0, STOPPED), ended(1, STOPPED)], [1], False, Outcome(STOPPED)),
         ([ended(1, MISTAKE), ended(0, FAULT, "x")], [1], False, Outcome(MISTAKE)),
         ([LOST, HALTED], [1], False, Outcome(FAULT, "node, rank 1: was halted")),

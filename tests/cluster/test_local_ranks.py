@@ -12,7 +12,9 @@ import pytest
 
 from trainer.cluster.launch_outcome import KILLED, OUT_OF_MEMORY, Outcome
 from trainer.cluster.local_ranks import SUSPENDED, LocalRanks
-from trainer.run.launch_protocol import FAULT
+from trainer.run.launch_protocol import FAULT, STOPPED
+
+REPOSITORY = Path(__file__).parent.parent.parent
 
 # Starts rank 1, sends it these signals half a second apart, and ends as DeepSpeed's launcher does.
 LAUNCHER = """
@@ -40,6 +42,23 @@ def test_a_rank_that_was_killed_while_it_was_suspended_is_said_to_be_suspended(s
     while ranks.poll():
         time.sleep(0.05)
     assert ranks.outcome() == Outcome(FAULT, f"rank 1: {line}")
+
+
+# Starts rank 0, which stops as it is asked to, and does not end itself.
+LASTING_LAUNCHER = """
+import os, subprocess, sys, time
+program = "from trainer.run.launch_protocol import *; write_ending(Ending(STOPPED)); raise SystemExit(STOPPED)"
+subprocess.run([sys.executable, "-c", "import time; time.sleep(0.5);" + program], env={**os.environ, "RANK": "0"})
+time.sleep(60)
+"""
+
+
+def test_ranks_say_how_a_launch_ended_whose_launcher_does_not_end():
+    environment = {**{name: text for name, text in os.environ.items() if name != "RANK"}, "PYTHONPATH": str(REPOSITORY)}
+    ranks = LocalRanks([sys.executable, "-c", LASTING_LAUNCHER], environment, grace=1)
+    while ranks.poll():
+        time.sleep(0.05)
+    assert ranks.outcome() == Outcome(STOPPED)
 
 
 # LocalRanks in the group that the argument names, with a rank that takes more memory than is allowed there.

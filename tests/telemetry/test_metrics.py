@@ -10,7 +10,7 @@ import torch
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 from tests.support.full_disk import files_up_to
-from trainer.telemetry.metrics import METRICS, MetricsWriter, peak_memory
+from trainer.telemetry.metrics import EARLIER, METRICS, MetricsWriter, peak_memory
 
 
 def steps(path) -> list[int]:
@@ -74,6 +74,31 @@ def test_a_later_part_begins_after_whole_lines(tmp_path):
     later.write({"step": 3})
     later.close()
     assert steps(tmp_path / METRICS) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("from_step", [0, 2])
+@pytest.mark.parametrize("longer", [-30, 0, 30])
+def test_no_step_is_lost_where_a_checkpoint_that_was_passed_over_can_be_read_again(tmp_path, capsys, from_step, longer):
+    """Trained to step 6 with a checkpoint of step 5; then from an earlier one to step 3; then from step 5 to step 7."""
+    positions = [0]
+    first = MetricsWriter(tmp_path, tensorboard=False)
+    for step in range(1, 7):
+        first.write({"step": step, "seconds": "x" * 40})
+        positions.append(first.position())
+    first.close()
+    again = MetricsWriter(tmp_path, tensorboard=False, step=from_step, keep=positions[from_step], passed_over=True)
+    for step in range(from_step + 1, 4):
+        again.write({"step": step, "seconds": "x" * (40 + longer)})
+    again.close()
+    assert steps(tmp_path / METRICS) == [1, 2, 3]
+    capsys.readouterr()
+    last = MetricsWriter(tmp_path, tensorboard=False, step=5, keep=positions[5])
+    for step in (6, 7):
+        last.write({"step": step})
+    last.close()
+    assert steps(tmp_path / METRICS) == [1, 2, 3, 4, 5, 6, 7]
+    assert capsys.readouterr().err == ""
+    assert {path.name for path in tmp_path.iterdir()} <= {METRICS, EARLIER}
 
 
 def test_metrics_of_steps_that_are_trained_again_from_the_first_are_kept(tmp_path, capsys):

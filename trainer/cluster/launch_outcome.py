@@ -50,10 +50,13 @@ def outcome(endings: Iterable[tuple[str, RankEnding]], launchers: Iterable[int],
     failed = [(where, each) for where, each in endings if each.ending.failed]
     if MISTAKE in statuses:
         return Outcome(MISTAKE)
+    first_rank = next((each.ending.status for _, each in endings if each.rank == 0), None)
+    if first_rank == 0 and not failed:  # the run is finished, even where a launcher was killed or stopped meanwhile
+        return Outcome(0)
     killed = next((-status for status in launchers if status < 0), None)
     if killed is not None and not failed and not stopping:  # then the ranks were stopped by whoever watches them
         return Outcome(FAULT, f"DeepSpeed's launcher: killed from outside ({signal.Signals(killed).name})")
-    if any(each.rank == 0 and each.ending.status == STOPPED for _, each in endings):
+    if first_rank == STOPPED:
         return Outcome(STOPPED)
     if not failed:
         status = next((abs(status) for status in launchers if status != 0), 0)

@@ -82,6 +82,7 @@ class LocalRanks:
         self._stop_requested = False  # from outside
         self._signalled: set[int] = set()  # processes that have got the signal
         self._kill_at = float("inf")  # time.monotonic at which what is left is killed
+        self._launcher_outlived_ranks = False  # and was killed for it
 
     def request_stop(self, number: signal.Signals) -> None:
         """Sends the signal to every rank, also to ones yet to start: they save and end. The first signal counts."""
@@ -119,7 +120,12 @@ class LocalRanks:
     def outcome(self) -> Outcome:
         """The outcome once nothing is left; deletes the folder of the ranks' endings."""
         self._folder.cleanup()
-        return outcome([("", ending) for ending in self.endings()], [self.launcher.returncode], self._stop_requested)
+        return outcome([("", ending) for ending in self.endings()], [self.launcher_status], self._stop_requested)
+
+    @property
+    def launcher_status(self) -> int:
+        """Of DeepSpeed's launcher, once nothing is left; 0 where it did not end with its ranks: theirs counts."""
+        return 0 if self._launcher_outlived_ranks else self.launcher.returncode
 
     def _record_endings(self, processes: Sequence[psutil.Process]) -> None:
         """Finds new ranks, and how those ended whose process is gone."""
@@ -157,6 +163,9 @@ class LocalRanks:
             if process in processes and rank not in self._endings:
                 line = SUSPENDED if rank in self._suspended else HUNG
                 self._endings[rank] = RankEnding(rank, Ending(FAULT, line), stuck=True)
+        left = {process.pid for process in processes}
+        if self._ranks and self.launcher.pid in left and left.isdisjoint(rank.pid for rank in self._ranks.values()):
+            self._launcher_outlived_ranks = True
         for process in processes:
             _if_alive(process, psutil.Process.kill)
 

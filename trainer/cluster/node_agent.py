@@ -105,7 +105,7 @@ def serve(connection: LauncherConnection, grace: float, silence: float) -> None:
         reader.join(grace)
     ranks.outcome()
     endings = [asdict(ending) for ending in ranks.endings()]
-    connection.send(ended={"launcher": ranks.launcher.returncode, "ranks": endings})
+    connection.send(ended={"launcher": ranks.launcher_status, "ranks": endings})
 
 
 def _wait_for_start(connection: LauncherConnection) -> dict[str, Any] | None:

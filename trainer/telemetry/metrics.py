@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.publish import unused_path
+from data_prep.publish import unused_path, write_atomically
 from trainer.objective.loss import TaskLosses
 from trainer.telemetry.router_numbers import router_record
 from trainer.telemetry.step_report import StepReport
 
 METRICS = "metrics.jsonl"
+LATER = ".metrics-later.jsonl"
 EARLIER = "metrics-earlier.jsonl"
 TENSORBOARD = "tensorboard"
 
@@ -59,15 +60,24 @@ def peak_memory() -> dict[str, int]:
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl; without it none, and without lines that were damaged since."""
+    return [record for _, record in _records_by_line(_content(directory / METRICS))]
+
+
+def _content(path: Path) -> bytes:
+    """Of a file that may not be there, or not be readable."""
     try:
-        lines = (directory / METRICS).read_bytes().splitlines()
+        return path.read_bytes()
     except OSError:
-        return []
-    records = []
-    for line in lines:
+        return b""
+
+
+def _records_by_line(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line, and the record of a step that it holds; other lines are left out."""
+    for line in content.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line, record
 
 
 class MetricsWriter:
@@ -75,7 +85,8 @@ class MetricsWriter:
 
     step: steps that are done, where the run resumes. keep: bytes of metrics.jsonl that belong to them; what lies beyond
     is cut off, and purged from TensorBoard. Where nothing of it belongs to them, the file is renamed, not emptied.
-    before_write: is called before each write.
+    passed_over: whether a checkpoint of a later step could not be read. The next start may be able to, and go on from
+    there: lines of later steps are then kept in LATER, where it finds them. before_write: is called before each write.
     """
 
     def __init__(
@@ -85,14 +96,16 @@ class MetricsWriter:
         step: int = 0,
         keep: int = 0,
         before_write: Callable[[], None] = lambda: None,
+        passed_over: bool = False,
     ) -> None:
         self._before_write = before_write
         before_write()
         path = directory / METRICS
+        content = _content(path)
         if not keep:
             _set_aside(path)
         path.touch()
-        _cut(path, keep, step)
+        _cut(path, content, keep, step, passed_over)
         self._file = path.open("ab", buffering=0)
         self._waiting = bytearray()  # lines, or their rest, for which there was no room
         self._board = None
@@ -171,16 +184,28 @@ def _set_aside(path: Path) -> None:
         print(f"metrics         {path.name} of an earlier start ({steps} steps) is kept as {kept.name}", flush=True)
 
 
-def _cut(path: Path, keep: int, step: int) -> None:
-    """Cuts the file to whole lines within its first `keep` bytes: a full disk may have left half a line.
+def _cut(path: Path, content: bytes, keep: int, step: int, passed_over: bool) -> None:
+    """Cuts the file, which had this content, to whole lines within its first `keep` bytes: a full disk may have left
+    half a line. Lines that an earlier start has kept in LATER are put back.
 
     Warns where these are not the lines of `step` steps, as after an editor has changed the file's line ends.
     """
+    whole = content.rfind(b"\n", 0, keep) + 1
+    lines = content.count(b"\n", 0, whole)
     with path.open("rb+") as file:
-        kept = file.read(keep)
-        whole, lines = kept.rfind(b"\n") + 1, kept.count(b"\n")
         file.truncate(whole)
-    if keep and (whole < keep or lines != step):
+    beside = path.with_name(LATER)
+    later = {record["step"]: line + b"\n" for line, record in _records_by_line(_content(beside) + content[whole:])}
+    missing = [later[n] for n in range(lines + 1, step + 1) if n in later]
+    with contextlib.suppress(OSError):  # a full disk does not end training
+        if missing:
+            write_atomically(path, content[:whole] + b"".join(missing))
+            lines += len(missing)
+        if passed_over:
+            write_atomically(beside, b"".join(later.values()))
+        else:
+            beside.unlink(missing_ok=True)
+    if keep and (lines != step or (whole < keep and not missing)):
         print(
             f"warning: {path} was changed since the checkpoint at step {step}: {lines} of its lines are kept, and "
             "training goes on",

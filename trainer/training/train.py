@@ -16,7 +16,7 @@ from trainer.base.base_fingerprint import write_base_file
 from trainer.base.loader import bytes_to_read
 from trainer.checkpoint.async_saver import AsyncSaver
 from trainer.checkpoint.manager import FOLDER, CheckpointManager, find_best
-from trainer.checkpoint.storage import check_folder, folder_name, sweep
+from trainer.checkpoint.storage import check_folder, folder_name, steps_in, sweep
 from trainer.checkpoint.trained_state import TrainedState
 from trainer.distributed.engine import gather_trainable
 from trainer.distributed.parallelize import ParallelModel, parallelize
@@ -143,6 +143,7 @@ def _load_and_fit(
         done=resume_point.step,
         metrics_bytes=resume_point.metrics_bytes(directory),
         before_write=before_write,
+        passed_over=any(step > resume_point.step for step in steps_in(directory / FOLDER)),
     )
     with log:
         trainer.fit(checkpoints, log, stop, plan.identity(recipe), after_first_step=partial(_report_startup, timer))
