@@ -159,13 +159,12 @@ class LocalRanks:
                 _if_alive(process, lambda process: process.send_signal(number))
 
     def _kill(self, processes: Sequence[psutil.Process]) -> None:
+        if self.launcher.poll() is None and self._ranks and self._ranks.keys() <= self._endings.keys():
+            self._launcher_outlived_ranks = True
         for rank, process in self._ranks.items():
             if process in processes and rank not in self._endings:
                 line = SUSPENDED if rank in self._suspended else HUNG
                 self._endings[rank] = RankEnding(rank, Ending(FAULT, line), stuck=True)
-        left = {process.pid for process in processes}
-        if self._ranks and self.launcher.pid in left and left.isdisjoint(rank.pid for rank in self._ranks.values()):
-            self._launcher_outlived_ranks = True
         for process in processes:
             _if_alive(process, psutil.Process.kill)
 
