@@ -60,15 +60,10 @@ def peak_memory() -> dict[str, int]:
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl; without it none, and without lines that were damaged since."""
-    return [record for _, record in _records_by_line(_content(directory / METRICS))]
-
-
-def _content(path: Path) -> bytes:
-    """Of a file that may not be there, or not be readable."""
     try:
-        return path.read_bytes()
+        return [record for _, record in _records_by_line((directory / METRICS).read_bytes())]
     except OSError:
-        return b""
+        return []
 
 
 def _records_by_line(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -78,6 +73,10 @@ def _records_by_line(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield line, record
+
+
+def _lines_by_step(content: bytes) -> dict[int, bytes]:
+    return {record["step"]: line + b"\n" for line, record in _records_by_line(content)}
 
 
 class MetricsWriter:
@@ -101,7 +100,7 @@ class MetricsWriter:
         self._before_write = before_write
         before_write()
         path = directory / METRICS
-        content = _content(path)
+        content = path.read_bytes() if path.is_file() else b""
         if not keep:
             _set_aside(path)
         path.touch()
@@ -195,20 +194,21 @@ def _cut(path: Path, content: bytes, keep: int, step: int, passed_over: bool) ->
     with path.open("rb+") as file:
         file.truncate(whole)
     beside = path.with_name(LATER)
-    later = {record["step"]: line + b"\n" for line, record in _records_by_line(_content(beside) + content[whole:])}
-    missing = [later[n] for n in range(lines + 1, step + 1) if n in later]
+    restored = 0
     with contextlib.suppress(OSError):  # a full disk does not end training
+        later = _lines_by_step(beside.read_bytes()) if beside.is_file() else {}
+        missing = [later[n] for n in range(lines + 1, step + 1) if n in later]
         if missing:
             write_atomically(path, content[:whole] + b"".join(missing))
-            lines += len(missing)
+            restored = len(missing)
         if passed_over:
-            write_atomically(beside, b"".join(later.values()))
+            write_atomically(beside, b"".join({**later, **_lines_by_step(content[whole:])}.values()))
         else:
             beside.unlink(missing_ok=True)
-    if keep and (lines != step or (whole < keep and not missing)):
+    if keep and (lines + restored != step or (whole < keep and not restored)):
         print(
-            f"warning: {path} was changed since the checkpoint at step {step}: {lines} of its lines are kept, and "
-            "training goes on",
+            f"warning: {path} was changed since the checkpoint at step {step}: {lines + restored} of its lines are "
+            "kept, and training goes on",
             file=sys.stderr,
             flush=True,
         )
