@@ -51,6 +51,7 @@ def placed_case(size: int, dispatch: str, accumulation: int, checkpointed: bool)
 
 
 CHECKPOINTING = {"train__activation_checkpointing": True}
+SHORT = {"train__steps": 3}
 PARITY = [
     ParityCase("plain", 3, 1),
     ParityCase("accumulated", 1, 3),
@@ -72,9 +73,9 @@ PARITY = [
     ),
     ParityCase("base_whole_offloaded", 1, 3, {"base__shard_group": 1, "deepspeed__config": OFFLOAD}, (2,)),
     ParityCase("base_in_groups_offloaded", 1, 3, {"base__shard_group": 2, "deepspeed__config": OFFLOAD}, (4,)),
-    ParityCase("base_whole_weights", 1, 3, placed(2, "weights", base__shard_group=1, **CHECKPOINTING), (2,)),
-    ParityCase("base_in_groups_weights", 1, 3, placed(2, "weights", base__shard_group=2), (4,)),
-    ParityCase("base_in_groups_tokens", 1, 3, placed(4, "tokens", base__shard_group=2), (4,)),
+    ParityCase("base_whole_weights", 1, 3, placed(2, "weights", base__shard_group=1, **SHORT, **CHECKPOINTING), (2,)),
+    ParityCase("base_in_groups_weights", 1, 3, placed(2, "weights", base__shard_group=2, **SHORT), (4,)),
+    ParityCase("base_in_groups_tokens", 1, 3, placed(4, "tokens", base__shard_group=2, **SHORT), (4,)),
     *(
         placed_case(2, dispatch, accumulation, checkpointed)
         for dispatch in ("weights", "tokens")

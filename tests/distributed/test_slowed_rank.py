@@ -9,7 +9,7 @@ from tests.support.tiny_models import tiny_llama
 
 pytestmark = pytest.mark.slow
 
-WINDOW = 20.0  # seconds
+WINDOWS = {"slowed": 20.0, "even": 5.0}  # seconds
 # Trains for a window. Rank 1 is suspended for nine tenths of the time if asked: twice a second, so that this strikes
 # often enough within the second or two in which it computes what is timed.
 TRAIN = """
@@ -42,10 +42,10 @@ with process_group() as device:
 """
 
 
-@pytest.mark.parametrize("load", ["slowed", "even"])
+@pytest.mark.parametrize("load", WINDOWS)
 def test_a_rank_with_a_tenth_of_its_time_is_named_and_none_without(tmp_path, load):
     base = tiny_llama(tmp_path / "base", hidden_size=256, intermediate_size=512, vocab_size=300, num_hidden_layers=2)
-    said = run_ranks(2, ["-c", TRAIN, str(base), load, str(WINDOW)], limit=1200)
+    said = run_ranks(2, ["-c", TRAIN, str(base), load, str(WINDOWS[load])], limit=1200)
     named = [line for text in said for line in text.splitlines() if line.startswith("warning: rank ")]
     if load == "even":
         assert named == []
