@@ -3,9 +3,8 @@
     python -m benchmarks.loss [--pairs N] [--dtype bf16|fp32] [--chunk N]
 
 Peaks are RssAnon above what model and hidden states take, each in a process of its own, in both dtypes and with narrow
-hidden states, which leaves the logits as large. Times are CPU
-time of this process on one thread, of whole and chunked by turns; each pair gives a ratio, told are their median and
-quartiles. The last line is one JSON object.
+hidden states, which leaves the logits as large. Times are CPU time of this process on one thread, of whole and chunked
+by turns; each pair gives a ratio, and the table has their median and quartiles. The last line is one JSON object.
 """
 
 import argparse

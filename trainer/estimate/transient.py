@@ -1,10 +1,9 @@
 """Bytes that are held for part of a run only: within a step, and while loading. Each formula is an upper bound.
 
 Three moments of a step can be the peak. In the head, all activations are held together with a chunk's logits and their
-gradients.
-In a decoder layer's backward, one weight is dequantised, and with checkpointing the layer's recomputed activations are
-held again. In both, the parameters that ZeRO-3 gathered are whole (trainer.estimate.gathered). In the optimizer step
-none of these are held, but gradients in fp32 and AdamW's temporaries are.
+gradients. In a decoder layer's backward, one weight is dequantised, and with checkpointing the layer's recomputed
+activations are held again. In both, the parameters that ZeRO-3 gathered are whole (trainer.estimate.gathered). In the
+optimizer step none of these are held, but gradients in fp32 and AdamW's temporaries are.
 """
 
 from collections.abc import Sequence

@@ -102,7 +102,7 @@ class MetricsWriter:
         path = directory / METRICS
         content = path.read_bytes() if path.is_file() else b""
         if not keep:
-            _set_aside(path)
+            _set_aside(path, content)
         path.touch()
         _cut(path, content, keep, step, passed_over)
         self._file = path.open("ab", buffering=0)
@@ -175,9 +175,9 @@ def _silence_writer_thread() -> None:
     threading.excepthook = hook
 
 
-def _set_aside(path: Path) -> None:
-    """Keeps the file of earlier starts under another name, and says so, if any step is in it."""
-    steps = path.read_bytes().count(b"\n") if path.is_file() else 0
+def _set_aside(path: Path, content: bytes) -> None:
+    """Keeps the file of earlier starts, which has this content, under another name, and says so, if it has any step."""
+    steps = content.count(b"\n")
     if steps:
         kept = path.rename(unused_path(path.with_name(EARLIER)))
         print(f"metrics         {path.name} of an earlier start ({steps} steps) is kept as {kept.name}", flush=True)
