@@ -90,7 +90,6 @@ def _write(evaluation: Evaluation, directory: Path, tensorboard: bool) -> None:
 def _evaluate(
     request: EvaluateRequest, recipe: Recipe, models: dict[str, Path | None], device: torch.device
 ) -> Evaluation:
-    local_ranks = gather_local_ranks()
     with raise_on_all_ranks():
         config = None if request.deepspeed is None else _zero3_config(recipe, request.deepspeed)
         opened = open_base(recipe.base)
@@ -106,7 +105,8 @@ def _evaluate(
     if config is None:
         base = load_unsharded(opened, device)
     else:
-        base = load_sharded(opened, config, Zero3Sharding(config, device, _shard_group(recipe, config, local_ranks)))
+        size = _shard_group(recipe, config, gather_local_ranks())
+        base = load_sharded(opened, config, Zero3Sharding(config, device, size))
     options = RunnerOptions(tokenizer, request.batch_size, sharded=config is not None)
     results = {}
     for name, adapter in models.items():
