@@ -203,11 +203,10 @@ class RemoteRanks:
 
     def _handle_end(self, remote: RemoteNode, ended: dict[str, Any]) -> None:
         remote.ended = ended
-        if ended["launcher"] != 0:
+        ranks = [RankEnding(each["rank"], Ending(**each["ending"]), each["stuck"]) for each in ended["ranks"]]
+        if ended["launcher"] != 0 or any(rank.ending.status != 0 for rank in ranks):
             self.kill_after(self._grace)
-        for each in ended["ranks"]:
-            ending = RankEnding(each["rank"], Ending(**each["ending"]), each["stuck"])
-            self._endings.append((f"{remote.node.name}, ", ending))
+        self._endings.extend((f"{remote.node.name}, ", rank) for rank in ranks)
 
     def _end_others(self) -> None:
         """After a node is lost: the ranks of the others save and end if they can, and are killed soon if not."""

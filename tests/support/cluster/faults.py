@@ -43,6 +43,15 @@ def _to_rank(number: int, action: Callable[[psutil.Process], None]) -> Callable[
     return harm
 
 
+@contextmanager
+def _first_rank_and_second_launcher_suspended(cluster: Cluster) -> Iterator[None]:
+    """The second rank then ends, and its launcher does not."""
+    first, second = cluster.nodes.values()
+    second.ranks()[1].parent().suspend()
+    first.ranks()[0].suspend()
+    yield
+
+
 KILLED = "killed from outside (SIGKILL, or out of memory)"
 SUSPENDED = "was suspended (SIGSTOP or a debugger), and was killed"
 FAULTS = {
@@ -50,6 +59,9 @@ FAULTS = {
     "second rank killed": Fault(_to_rank(1, psutil.Process.kill), f"node-b, rank 1: {KILLED}"),
     "first rank suspended": Fault(_to_rank(0, psutil.Process.suspend), f"node-a, rank 0: {SUSPENDED}"),
     "second rank suspended": Fault(_to_rank(1, psutil.Process.suspend), f"node-b, rank 1: {SUSPENDED}"),
+    "first rank and second launcher suspended": Fault(
+        _first_rank_and_second_launcher_suspended, f"node-a, rank 0: {SUSPENDED}"
+    ),
     "exception on one rank": Fault(
         _to_rank(1, lambda rank: rank.send_signal(signal.SIGUSR2)), "node-b, rank 1: DiskOnFire: write failed"
     ),
