@@ -8,10 +8,13 @@ from safetensors.torch import load_file
 
 from tests.distributed.parity_cases import PARITY, by_name
 from tests.distributed.reference import Reference
+from tests.distributed.worker import SUMMED
 from tests.support import scene
 from trainer.objective.batches import rows_of_step
 
 pytestmark = pytest.mark.slow
+
+BF16_ROUNDING = 2**-8  # the largest relative error of one
 
 
 @pytest.fixture(params=PARITY, ids=lambda case: case.name)
@@ -57,6 +60,17 @@ def test_accumulation_changes_neither_losses_nor_gradients(seen):
     first, second = (load_file(folder / name / "gradients-1.safetensors") for name in ("plain", "accumulated"))
     for name, gradient in first.items():
         assert (second[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.ranks_run("summed")
+@pytest.mark.parametrize("name", SUMMED)
+def test_gradients_of_many_micro_batches_are_rounded_to_bf16_once_and_again_where_ranks_are_summed(seen, name):
+    _, folder = seen
+    exact, found = (load_file(folder / "summed" / name / f"{which}.safetensors") for which in ("exact", "found"))
+    assert found.keys() == exact.keys()
+    for parameter, gradient in exact.items():
+        assert gradient.norm() > 0, parameter
+        assert (found[parameter] - gradient).norm() <= BF16_ROUNDING * gradient.norm(), parameter
 
 
 @pytest.mark.ranks_run("bf16_unplaced", "bf16_weights")

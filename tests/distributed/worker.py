@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from trainer.base.loader import load_opened
 from trainer.base.weight_map import open_base
 from trainer.console.library_logs import silence_libraries
 from trainer.distributed.deepspeed_config import read_deepspeed_config
+from trainer.distributed.deepspeed_internals import whole_shape
 from trainer.distributed.engine import gather_trainable
 from trainer.distributed.expert_shard import merge_shards
 from trainer.distributed.process_group import process_group
@@ -66,6 +68,13 @@ HELD: dict[str, dict[str, Any]] = {
     "eight_bits": {"train__optimizer": "adamw_8bit"},
     "base_whole": {"base__shard_group": 1},
     "base_in_groups": {"base__shard_group": 2, "deepspeed__config": "ds_configs/zero3_offload.json"},
+}
+# changes of the recipe under which gradients of many micro-batches are added up
+SUMMED: dict[str, dict[str, Any]] = {
+    "stage_0": {"stage": 0},
+    "stage_2": {"stage": 2},
+    "stage_3": {},
+    "offloaded": {"deepspeed__config": "ds_configs/zero3_offload.json"},
 }
 # (ZeRO stage, compute dtype, train.loss_chunk, what is spoilt)
 FAULTS = [
@@ -117,12 +126,38 @@ def watch_gradients(model: Any, engine: Any, found: dict[str, Tensor]) -> None:
 
     def observed_step(*args: Any, **kwargs: Any) -> Any:
         if engine.is_gradient_accumulation_boundary():
-            trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            gradients = {name: safe_get_full_grad(p).detach().float().cpu().clone() for name, p in trainable.items()}
+            gradients = {n: safe_get_full_grad(p).detach().float().cpu().clone() for n, p in trained(model).items()}
             found.update(merge_shards(model, gradients))
         return step(engine, *args, **kwargs)
 
     engine.step = observed_step
+
+
+def summed(base: Path, folder: Path, device: torch.device) -> None:
+    """Gradients of a step of 32 micro-batches in bf16: as the optimizer gets them, and added up here in fp64."""
+    world = dist.get_world_size()
+    for name, changes in SUMMED.items():
+        recipe = scene.recipe(base, base__dtype="bf16", train__global_batch_size=32 * world, **changes)
+        training = build(recipe, device, scene.training_rows(recipe))
+        sums = {n: p.new_zeros(whole_shape(p), dtype=torch.float64) for n, p in trained(training.model).items()}
+        for parameter_name, parameter in trained(training.model).items():
+            parameter.register_hook(partial(_add_to, sums[parameter_name]))
+        found: dict[str, Tensor] = {}
+        watch_gradients(training.model, training.engine, found)
+        training.step(1)
+        for total in sums.values():
+            dist.all_reduce(total)
+        exact = {n: (total / world).float() for n, total in sums.items()}
+        keep(folder / "summed" / name / "exact.safetensors", exact)
+        keep(folder / "summed" / name / "found.safetensors", found)
+
+
+def _add_to(total: Tensor, gradient: Tensor) -> None:
+    total.add_(gradient)
+
+
+def trained(model: Any) -> dict[str, Any]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def shards(base: Path, folder: Path, device: torch.device) -> None:
@@ -287,6 +322,7 @@ def keep(path: Path, found: Any) -> None:
 
 
 CHECKS: dict[str, Callable[[Path, Path, torch.device], None]] = {
+    "summed": summed,
     "shards": shards,
     "held": held,
     "held_out": held_out,

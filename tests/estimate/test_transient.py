@@ -57,6 +57,27 @@ def config_with(folder, **zero):
     return {"deepspeed__config": str(folder / "zero3.json")}
 
 
+@pytest.mark.parametrize(
+    ("world", "changes", "held"),
+    [
+        (WORLD, {}, 0),
+        (WORLD // 2, {}, 4 * LAYERS * ADAPTER),
+        (WORLD // 2, {"base__dtype": "fp32"}, 4 * LAYERS * ADAPTER),
+        (WORLD // 2, {"deepspeed__config": "ds_configs/single.json"}, 4 * LAYERS * ADAPTER),
+        (WORLD // 2, {"deepspeed__config": "ds_configs/single.json", "base__dtype": "fp32"}, 0),
+    ],
+    ids=[
+        "one micro-batch",
+        "two",
+        "in fp32",
+        "in bf16 without ZeRO",
+        "in fp32 without ZeRO, where they are kept anyway",
+    ],
+)
+def test_gradients_of_several_micro_batches_are_held_whole_in_fp32(transient, world, changes, held):
+    assert transient(world, **changes).accumulated == held
+
+
 def test_nothing_is_gathered_on_a_single_rank(transient):
     alone = transient(world=1)
     assert (alone.gathered, alone.arriving, alone.placed) == (0, 0, 0)

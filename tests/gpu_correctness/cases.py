@@ -7,7 +7,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -205,8 +205,8 @@ def choose_dispatch() -> None:
 class Engine:
     """What the Trainer asks of DeepSpeed's engine, whose own code needs a real device."""
 
-    def __init__(self, module: LabelledLoss, accumulation: int, syncs: fake_gpu.HostSyncs) -> None:
-        self.module, self.accumulation, self.syncs = module, accumulation, syncs
+    def __init__(self, module: LabelledLoss, syncs: fake_gpu.HostSyncs) -> None:
+        self.module, self.syncs = module, syncs
         self.micro_batches = 0
 
     def __call__(self, *args: Any) -> Any:
@@ -224,8 +224,11 @@ class Engine:
     def get_lr(self) -> list[float]:
         return [0.1]
 
-    def is_gradient_accumulation_boundary(self) -> bool:
-        return self.micro_batches % self.accumulation == 0
+    def coalesce_grad_reduction(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        pass
 
     def zero_optimization(self) -> bool:
         return True
@@ -241,7 +244,7 @@ def optimizer_step() -> None:
     prepared = scene.prepared(scene.rows(16, seed=2), [])
     with ranks(plan.world_size), model_on_gpu("teamlora") as model:
         stats, syncs = RouterStats(model, len(scene.TASKS)), fake_gpu.HostSyncs()
-        engine = Engine(LabelledLoss(model, stats, len(scene.TASKS)).train(), plan.gradient_accumulation_steps, syncs)
+        engine = Engine(LabelledLoss(model, stats, len(scene.TASKS)).train(), syncs)
         trainer = Trainer(recipe, ParallelModel(model, stats, engine, None), prepared, plan, GPU, total_steps=2)
         with syncs.counted():
             report = trainer.train_step(trainer.next_input())

@@ -92,7 +92,7 @@ class Estimator:
             trained=_trained(model, recipe.experts.parallel_size),
             zero=zero,
             resident=resident,
-            transient=estimate_transient(model, self._activations_of(padded), zero, padded, world_size),
+            transient=estimate_transient(model, self._activations_of(padded), zero, padded, plan),
             loading=estimate_loading(resident, model, recipe.experts),
             sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
         )

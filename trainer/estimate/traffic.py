@@ -4,7 +4,7 @@ Gathering a parameter of b bytes from N ranks sends (N - 1) / N of b per rank on
 every other rank. So does the reduce-scatter of a gradient. N is base.shard_group for the base, else all ranks. ZeRO-3
 gathers each parameter in forward and in backward of every micro-batch (the frozen embedding in forward only).
 Activation checkpointing repeats a layer's forward within its backward, on parameters that are already there. Gradients
-of every micro-batch are reduced in the compute dtype.
+are reduced once a step, in the compute dtype; those of placed experts go to the owners after every micro-batch.
 
 Gradients are exact. Gathers are an upper bound, by a layer or two: what precedes the first adapter has no backward, and
 what forward uses last is still there when backward begins. A model of fewer elements than stage3_max_live_parameters is
@@ -25,7 +25,7 @@ def sent_bytes(rank_model: RankModel, zero: ZeroSettings, world_size: int, accum
     """{purpose: bytes}. The traffic of placed experts depends on the dispatch; this is that of dispatch `weights`."""
     trained = rank_model.trained
     if zero.stage != 3:
-        return _replicated(trained, zero, world_size, accumulation)
+        return _replicated(trained, zero, world_size)
     frozen = [p for p in rank_model.model.parameters() if not p.requires_grad]
     passes = 2 * accumulation
     embedding = _embedding_gathers(rank_model, accumulation, zero)
@@ -35,12 +35,10 @@ def sent_bytes(rank_model: RankModel, zero: ZeroSettings, world_size: int, accum
             passes * _bytes(p for p in frozen if p.numel() > zero.persistence) + embedding, zero.shard_group
         ),
         "gathers of the adapter": passes * _share(_bytes(shared), world_size),
-        "gradients": accumulation * _share(_bytes(shared), world_size),
+        "gradients": _share(_bytes(shared), world_size),
     }
     if rank_model.placement is not None:
-        gathers, gradients = _placed(rank_model.placement)
-        sent["gathers of placed experts"] = passes * gathers
-        sent["gradients of placed experts"] = accumulation * gradients
+        sent |= _placed(rank_model.placement, accumulation)
     return {name: int(size) for name, size in sent.items()}
 
 
@@ -55,22 +53,27 @@ def _embedding_gathers(rank_model: RankModel, accumulation: int, zero: ZeroSetti
     return accumulation * _bytes([embedding]) * (1 if embedding is rank_model.head.weight else -1)
 
 
-def _replicated(trained: list[nn.Parameter], zero: ZeroSettings, world_size: int, accumulation: int) -> dict[str, int]:
+def _replicated(trained: list[nn.Parameter], zero: ZeroSettings, world_size: int) -> dict[str, int]:
     """Stage 0 all-reduces once per step; stages 1 and 2 reduce, then gather the updated parameters."""
     part = _share(_bytes(trained), world_size)
-    times = accumulation if zero.stage == 2 else 1
-    reduced = part * times if zero.stage else 2 * part
+    reduced = part if zero.stage else 2 * part
     return {"gradients": int(reduced), "gathers of the stepped adapter": int(part if zero.stage else 0)}
 
 
-def _placed(placement: ExpertParallel) -> tuple[Fraction, Fraction]:
-    """(bytes per rank to gather all experts once, bytes per rank to reduce their gradients to the owners)."""
+def _placed(placement: ExpertParallel, accumulation: int) -> dict[str, Fraction]:
+    """Every pass gathers all experts, and every backward sends their gradients to the owners.
+
+    Replicas that keep experts whole sum gradients after each micro-batch, the others once a step.
+    """
     groups = placement.groups
     own = Fraction(_bytes(placement.by_expert))
     among_replicas = _share(own, groups.partitions)
     among_owners = (groups.size - 1) * own
-    reduced = 2 * _share(own, groups.replicas.size()) if groups.replicate else among_replicas
-    return among_replicas + among_owners, among_owners + reduced
+    reduced = 2 * accumulation * _share(own, groups.replicas.size()) if groups.replicate else among_replicas
+    return {
+        "gathers of placed experts": 2 * accumulation * (among_replicas + among_owners),
+        "gradients of placed experts": accumulation * among_owners + reduced,
+    }
 
 
 def _share(size: int | Fraction, ranks: int) -> Fraction:

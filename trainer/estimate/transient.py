@@ -19,6 +19,7 @@ from trainer.estimate.gathered import arriving_bytes, gathered_bytes, placed_byt
 from trainer.estimate.rank_model import RankModel
 from trainer.estimate.resident import FP32, MemoryUse, partition, sub_groups
 from trainer.estimate.zero_settings import ZeroSettings
+from trainer.objective.batches import BatchPlan
 from trainer.objective.logits_tail import find_logits_tail
 from trainer.objective.loss import loss_chunk
 from trainer.recipe import ExpertsConfig, Recipe
@@ -38,6 +39,7 @@ class Transient:
     """Device bytes by term; `peak` adds up those that are held at the same time."""
 
     activations: int
+    accumulated: int
     gathered: int
     arriving: int
     placed: int
@@ -61,6 +63,7 @@ class Transient:
             }
         return {
             "activations": self.activations,
+            "gradients of micro-batches": self.accumulated,
             "gathered parameters": self.gathered,
             "parameters on their way": self.arriving,
             "gathered experts": self.placed,
@@ -73,19 +76,20 @@ class Transient:
 
     @property
     def peak(self) -> int:
-        throughout = self.activations + self.gathered + self.arriving + self.placed
+        throughout = self.activations + self.accumulated + self.gathered + self.arriving + self.placed
         return max(throughout + max(self.logits, self._layer), self.step)
 
 
 def estimate_transient(
-    rank_model: RankModel, activations: Activations, zero: ZeroSettings, recipe: Recipe, world_size: int
+    rank_model: RankModel, activations: Activations, zero: ZeroSettings, recipe: Recipe, plan: BatchPlan
 ) -> Transient:
     """Estimates a micro-batch whose rows are filled to data.seq_len tokens, all of them labelled."""
     checkpointing = recipe.train.activation_checkpointing
     tokens = recipe.train.micro_batch_size * recipe.data.seq_len
-    sharded = zero.stage == 3 and (world_size > 1 or zero.offload_param)
+    sharded = zero.stage == 3 and (plan.world_size > 1 or zero.offload_param)
     return Transient(
         activations=activations.saved(checkpointing),
+        accumulated=accumulated_bytes(rank_model, zero, plan.gradient_accumulation_steps),
         gathered=gathered_bytes(rank_model, zero, checkpointing) if sharded else 0,
         arriving=arriving_bytes(rank_model, zero) if sharded else 0,
         placed=placed_bytes(rank_model),
@@ -93,8 +97,18 @@ def estimate_transient(
         recomputed=activations.layer if checkpointing else 0,
         working=dequantised_bytes(rank_model.model, rank_model.dtype) + backward_bytes(rank_model, tokens),
         gradient_buckets=_buckets(rank_model, zero),
-        step=_step(rank_model, zero, recipe.train.optimizer, world_size),
+        step=_step(rank_model, zero, recipe.train.optimizer, plan.world_size),
     )
+
+
+def accumulated_bytes(rank_model: RankModel, zero: ZeroSettings, micro_batches: int) -> int:
+    """The gradients of a step's micro-batches, which each rank adds up in fp32.
+
+    In fp32 they are what stages 0 and 1 keep anyway (trainer.estimate.resident).
+    """
+    if micro_batches == 1 or (zero.stage < 2 and rank_model.dtype.itemsize == FP32):
+        return 0
+    return FP32 * sum(p.numel() for p in rank_model.trained)
 
 
 def estimate_loading(resident: Sequence[MemoryUse], rank_model: RankModel, experts: ExpertsConfig) -> MemoryUse:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from data_prep.reader import PreparedSet
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.distributed.accumulation import GradientAccumulation
 from trainer.distributed.engine import NonFiniteGradient, apply_gradients
 from trainer.distributed.parallelize import ParallelModel
 from trainer.distributed.process_group import translate_peer_errors
@@ -109,6 +110,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.prepared, self.plan, self.device = recipe, prepared, plan, device
         self.model, self.router_stats, self.engine = parallel.model, parallel.router_stats, parallel.engine
+        self.accumulation = GradientAccumulation(self.engine, plan.gradient_accumulation_steps)
         self.row_multiple = GPU_MULTIPLE if device.type == "cuda" else 1
         self.total_steps = total_steps
         self.state = state or TrainState()
@@ -167,26 +169,23 @@ class Trainer:
 
         The host waits for a GPU where the loss's sums and the gradient's norm decide how to go on, and nowhere else.
         """
-        step, engine = self.state.step + 1, self.engine
+        step = self.state.step + 1
         seed_step(self.recipe.run.seed, step)
         batches = [move(batch, self.device) for batch in given.batches]
         labelled_tokens = given.labelled_tokens
-        learning_rate = engine.get_lr()[0]
+        learning_rate = self.engine.get_lr()[0]
         self.router_stats.begin_step(given.tokens, measure=step % self.router_every == 0)
         scale = float(self.plan.world_size * self.plan.gradient_accumulation_steps)  # what DeepSpeed divides by
         losses = TaskLosses.zeros(len(self.prepared.tasks), self.device)
-        grad_norm = math.nan
-        for batch in batches:
-            self.router_stats.begin_micro_batch(batch["task_ids"])
-            loss, by_task = engine(batch, max(labelled_tokens, 1), scale)
-            engine.backward(loss)
-            self.router_stats.end_micro_batch()
-            losses += by_task
-            if engine.is_gradient_accumulation_boundary():
-                losses = self._finite_total(losses, step, batches)
-                grad_norm = self._apply_gradients(step, batches)
-            else:
-                engine.step()  # counts the micro-batch
+        with self.accumulation.step():
+            for number, batch in enumerate(batches, start=1):
+                self.router_stats.begin_micro_batch(batch["task_ids"])
+                loss, by_task = self.engine(batch, max(labelled_tokens, 1), scale)
+                self.accumulation.backward(loss, last=number == len(batches))
+                self.router_stats.end_micro_batch()
+                losses += by_task
+        losses = self._finite_total(losses, step, batches)
+        grad_norm = self._apply_gradients(step, batches)
         router = self.router_stats.end_step()
         self.state.step = step
         seconds = time.perf_counter() - given.started
