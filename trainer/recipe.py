@@ -99,6 +99,11 @@ class AdapterConfig(Section):
     renormalize: bool = Field(
         False, description="teamlora: divide the weights after competition by their sum; the paper does not"
     )
+    shard_group: Literal["world", "node"] | ShardGroup = Field(
+        "world",
+        description="ranks among which ZeRO-3 divides one copy of what learns, with its gradients and optimizer state: "
+        "as base.shard_group",
+    )
     init_from: UserPath | None = Field(None, description="folder of an adapter to start from; null: a fresh one")
 
     @model_validator(mode="before")

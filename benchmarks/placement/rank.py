@@ -22,8 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.adapters.adapter_config import TeamLoraConfig
 from trainer.console.library_logs import silence_libraries
+from trainer.distributed.adapter_groups import make_adapter_groups, tag_for_zero3
 from trainer.distributed.autotune import autotune
-from trainer.distributed.expert_parallel import place_experts
+from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.distributed.process_group import process_group
 from trainer.recipe import ExpertsConfig
 
@@ -112,7 +113,9 @@ def engine_of(variant: Variant, shape: Shape) -> Any:
 
     model = adapted(shape)
     if variant.experts is not None:
-        placement = place_experts(model, variant.experts)
+        groups = make_adapter_groups(variant.experts, dist.get_world_size())
+        placement = ExpertParallel(model, groups, variant.experts.dispatch)
+        tag_for_zero3(groups, placement.by_expert, [])
     trainable = [p for p in model.parameters() if p.requires_grad]
     config = {
         "train_micro_batch_size_per_gpu": 1,

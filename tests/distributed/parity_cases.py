@@ -76,6 +76,13 @@ PARITY = [
     ParityCase("base_whole_weights", 1, 3, placed(2, "weights", base__shard_group=1, **SHORT, **CHECKPOINTING), (2,)),
     ParityCase("base_in_groups_weights", 1, 3, placed(2, "weights", base__shard_group=2, **SHORT), (4,)),
     ParityCase("base_in_groups_tokens", 1, 3, placed(4, "tokens", base__shard_group=2, **SHORT), (4,)),
+    # copies of what learns: whole on each rank, and on 4 ranks two, each of them divided
+    ParityCase("adapter_whole", 3, 1, {"adapter__shard_group": 1}, (2,)),
+    ParityCase("adapter_whole_accumulated", 1, 3, {"adapter__shard_group": 1, "base__shard_group": 1}, (2,)),
+    ParityCase("adapter_whole_offloaded", 1, 3, {"adapter__shard_group": 1, "deepspeed__config": OFFLOAD}, (2,)),
+    ParityCase("adapter_in_groups", 1, 3, {"adapter__shard_group": 2, "base__shard_group": 2, **CHECKPOINTING}, (4,)),
+    ParityCase("adapter_in_groups_weights", 1, 3, placed(2, "weights", adapter__shard_group=2, **SHORT), (4,)),
+    ParityCase("adapter_in_groups_tokens", 1, 1, placed(2, "tokens", adapter__shard_group=2, **SHORT), (4,)),
     *(
         placed_case(2, dispatch, accumulation, checkpointed)
         for dispatch in ("weights", "tokens")

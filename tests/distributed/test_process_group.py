@@ -2,7 +2,6 @@
 
 import resource
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data_prep.user_error import UserError
-from trainer.distributed import expert_parallel
 from trainer.distributed.process_group import process_group, translate_peer_errors
 from trainer.errors import LostRank, OwnFault, TrainingFault
-from trainer.recipe import ExpertsConfig
 
 SYSTEM = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run with \
 NCCL_DEBUG=INFO for details), NCCL version 2.27.5
@@ -104,34 +101,3 @@ def test_a_step_goes_on_where_no_file_descriptor_is_left_to_read_the_memory_with
             assert ask()["allocated_bytes.all.current"] == known["allocated_bytes.all.peak"]
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-@pytest.mark.parametrize(
-    ("world", "size", "replicate", "groups"),
-    [(4, 4, False, 2), (4, 2, False, 2), (4, 4, True, 2), (4, 2, True, 3)],
-)
-def test_only_groups_that_something_uses_are_made(monkeypatch, world, size, replicate, groups):
-    """Each costs buffers on every GPU. One of single ranks is needed where replicas keep their experts whole.
-
-    Where tokens may travel, hosts have one over gloo beside NCCL's.
-    """
-    made = []
-
-    def make(members: int, backend: str = "nccl") -> tuple[SimpleNamespace, None]:
-        made.append(backend)
-        return SimpleNamespace(size=lambda: members, backend=backend), None
-
-    monkeypatch.setattr(dist, "get_backend", lambda group: group.backend)
-    monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(dist, "new_subgroups", make)
-    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", lambda lists: make(len(lists[0])))
-    registered = []
-    monkeypatch.setattr(expert_parallel, "register_expert_groups", lambda *given: registered.append(given))
-    for dispatch, over_gloo in (("weights", 0), ("auto", 1), ("tokens", 1)):
-        experts = ExpertsConfig(parallel_size=size, replicate=replicate, dispatch=dispatch)
-        made_groups = expert_parallel.make_expert_groups(experts)
-        assert (made.count("nccl"), made.count("gloo")) == (groups, over_gloo)
-        assert (made_groups.hosts.backend, made_groups.hosts.size()) == ("gloo" if over_gloo else "nccl", size)
-        _, parallel, partition = registered.pop()
-        assert (parallel, partition.size()) == (made_groups.parallel, made_groups.partitions)
-        made.clear()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.user_error import UserError
-from trainer.distributed.rank_groups import check_expert_parallel, crosses_nodes, shard_group_size
+from trainer.distributed.rank_groups import base_shard_group, check_expert_parallel, crosses_nodes
 from trainer.recipe import BaseModelConfig, ExpertsConfig
 
 ZERO3 = {"zero_optimization": {"stage": 3}}
@@ -38,7 +38,7 @@ def test_what_fits_passes():
 
 def grouped(shard_group: str | int, local_ranks: list[int], stage: int = 3) -> int:
     base = BaseModelConfig(model="base", shard_group=shard_group)
-    return shard_group_size(base, local_ranks, {"zero_optimization": {"stage": stage}}, PATH)
+    return base_shard_group(base, local_ranks, {"zero_optimization": {"stage": stage}}, PATH)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,9 @@ def test_ranks_of_a_group_that_shares_a_base(shard_group, local_ranks, size):
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_other_stages_keep_the_base_whole_and_say_so(stage):
     assert grouped("world", [0, 1], stage) == grouped(1, [0, 1], stage) == 1
-    with pytest.raises(UserError, match=rf"base\.shard_group=node: .*some\.json has ZeRO stage {stage}, .*base whole"):
+    with pytest.raises(
+        UserError, match=rf"base\.shard_group=node: .*some\.json has ZeRO stage {stage}, .*base and adapter whole"
+    ):
         grouped("node", [0, 1], stage)
 
 

@@ -92,7 +92,9 @@ def test_json_reports_the_peak_on_each_kind_of_device(path, capsys):
     assert on["cuda"]["host"] == on["cpu"]["host"]
 
 
-@pytest.mark.parametrize(("world", "groups"), [(2, 1), (4, 2)], ids=["no replicas", "replicas"])
+@pytest.mark.parametrize(
+    ("world", "groups"), [(2, 0), (4, 2)], ids=["of all ranks, which every run has", "with replicas"]
+)
 def test_groups_of_placed_experts_take_memory_of_their_own_on_gpus(path, capsys, world, groups):
     options = ["--world-size", str(world), "experts.parallel_size=2"]
     on_gpu = estimate_json(capsys, path, "--gpu-memory", "900GiB", *options)["resident"]

@@ -31,8 +31,8 @@ from trainer.base import varlen_attention
 from trainer.base.loader import pack_linears
 from trainer.base.nf4 import NF4Linear
 from trainer.distributed import expert_shard
+from trainer.distributed.adapter_groups import AdapterGroups, Division
 from trainer.distributed.expert_parallel import ExpertParallel
-from trainer.distributed.expert_shard import ExpertGroups
 from trainer.distributed.parallelize import ParallelModel
 from trainer.distributed.token_dispatcher import TokenDispatcher
 from trainer.objective.batches import Batch, BatchPlan, collate, move
@@ -174,7 +174,7 @@ def placed_model(dispatch: Any, method: str) -> Iterator[tuple[PeftModel, Router
         parallel, _ = dist.new_subgroups(2)
         replicas, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
         stats = RouterStats(model, len(scene.TASKS))
-        groups = ExpertGroups(parallel, replicas, replicate=False, hosts=parallel)
+        groups = AdapterGroups(parallel, parallel, Division(replicas), Division(dist.group.WORLD))
         yield model, stats, ExpertParallel(model, groups, dispatch)
 
 

@@ -14,7 +14,7 @@ from trainer.checkpoint.trained_state import TrainedState
 from trainer.distributed.deepspeed_config import read_deepspeed_config
 from trainer.distributed.parallelize import parallelize
 from trainer.distributed.rank_check import gather_local_ranks
-from trainer.distributed.rank_groups import shard_group_size
+from trainer.distributed.rank_groups import shard_groups
 from trainer.distributed.zero3_sharding import sharding_for
 from trainer.objective.batches import plan_batches
 from trainer.objective.loss import TaskLosses
@@ -68,9 +68,9 @@ def build_training(
     if persistence_threshold is not None:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = persistence_threshold
     steps = recipe.train.steps
-    group = shard_group_size(recipe.base, gather_local_ranks(), config, recipe.deepspeed.config)
-    shards = sharding_for(config, device, group)
-    parallel = parallelize(recipe, open_base(recipe.base), config, shards, len(prepared.tasks), steps)
+    groups = shard_groups(recipe, gather_local_ranks(), config)
+    shards = sharding_for(config, device, groups.base)
+    parallel = parallelize(recipe, open_base(recipe.base), config, shards, groups.adapter, len(prepared.tasks), steps)
     training = Training(Trainer(recipe, parallel, prepared, plan, device, steps))
     training.measure_routers_every(1)
     return training

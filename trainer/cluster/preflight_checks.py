@@ -115,13 +115,15 @@ def _find_bad_slots(cluster: ClusterFacts) -> Iterator[_Problem]:
 
 
 def _find_bad_shard_group(cluster: ClusterFacts) -> Iterator[_Problem]:
-    group, slots = cluster.recipe.base.shard_group, list(cluster.slots.values())
-    if group == "node" and len(set(slots)) > 1:
-        text = f"base.shard_group=node, but the nodes have {', '.join(map(str, slots))} slots"
-        yield _Problem("error", ALL, text, f"give every node as many, or set a number that divides {cluster.ranks}")
-    elif isinstance(group, int) and cluster.ranks % group == 0 and crosses_nodes(group, local_ranks_of(slots)):
-        text = f"base.shard_group={group}: a group would span two nodes, so every layer of the base crosses the network"
-        yield _Problem("warning", ALL, text, "choose a divisor of the slots per node, or node")
+    recipe, slots = cluster.recipe, list(cluster.slots.values())
+    for what, group in (("base", recipe.base.shard_group), ("adapter", recipe.adapter.shard_group)):
+        key = f"{what}.shard_group={group}"
+        if group == "node" and len(set(slots)) > 1:
+            text = f"{key}, but the nodes have {', '.join(map(str, slots))} slots"
+            yield _Problem("error", ALL, text, f"give every node as many, or set a number that divides {cluster.ranks}")
+        elif isinstance(group, int) and cluster.ranks % group == 0 and crosses_nodes(group, local_ranks_of(slots)):
+            text = f"{key}: a group would span two nodes, so every layer of the {what} crosses the network"
+            yield _Problem("warning", ALL, text, "choose a divisor of the slots per node, or node")
 
 
 def _describe_slots(cluster: ClusterFacts) -> str:

@@ -4,6 +4,7 @@ A fault ends a launch everywhere: the other ranks notice within run.collective_t
 itself `Launch.grace` later is killed.
 """
 
+import math
 import os
 import secrets
 import signal
@@ -108,8 +109,8 @@ class Launch:
             reached.keep_first(
                 count,
                 f"train.global_batch_size={self.recipe.train.global_batch_size}, experts.parallel_size="
-                f"{self.recipe.experts.parallel_size} or base.shard_group={self.recipe.base.shard_group} cannot be "
-                "divided with its ranks",
+                f"{self.recipe.experts.parallel_size}, base.shard_group={self.recipe.base.shard_group} or "
+                f"adapter.shard_group={self.recipe.adapter.shard_group} cannot be divided with its ranks",
             )
         for name, reason in reached.absent.items():
             print(f"launch          without {name}: {reason}", flush=True)
@@ -177,10 +178,11 @@ def dividing_nodes(nodes: Sequence[Node], least: int, recipe: Recipe) -> int:
     All of them if there is none: the ranks then refuse and say what would fit.
     """
     batch, rows = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    group = recipe.base.shard_group if isinstance(recipe.base.shard_group, int) else 1
+    groups = [group for group in (recipe.base.shard_group, recipe.adapter.shard_group) if isinstance(group, int)]
+    divisor = math.lcm(recipe.experts.parallel_size, *groups)
     for count in range(len(nodes), least - 1, -1):
         ranks = sum(node.slots for node in nodes[:count])
-        if batch % (rows * ranks) == 0 and ranks % recipe.experts.parallel_size == 0 and ranks % group == 0:
+        if batch % (rows * ranks) == 0 and ranks % divisor == 0:
             return count
     return len(nodes)
 

@@ -2,8 +2,8 @@
 
 Rank p of an expert-parallel group of n ranks owns the experts p k/n to (p + 1) k/n of every layer: their values,
 gradients and optimizer state. Under ZeRO-3 a rank's own part is partitioned over the group's replicas, or, with
-`replicate`, whole on each of them. What all experts share (A, router, M) stays data-parallel: partitioned over all
-ranks. A token needs every expert, so one of two things travels:
+`replicate`, whole on each of them. What all experts share (A, router, M) stays data-parallel. Where each is divided is
+said in trainer.distributed.adapter_groups. A token needs every expert, so one of two things travels:
 
     weights   whole matrices are gathered over the group, one decoder layer at a time and one layer ahead of use, for
               forward and again for backward; their gradients are summed at the owners, one decoder layer at a time
@@ -29,38 +29,13 @@ from transformers import PreTrainedModel
 
 from trainer.adapters.fused import Parameters
 from trainer.adapters.layer import Experts
-from trainer.distributed.deepspeed_internals import register_expert_groups, tag_expert_parameters
-from trainer.distributed.expert_shard import ExpertGroups, ExpertShard, LayerGather
+from trainer.distributed.adapter_groups import AdapterGroups, sum_at_owner
+from trainer.distributed.expert_shard import ExpertShard, LayerGather
 from trainer.distributed.token_dispatcher import TokenDispatcher
-from trainer.recipe import ExpertsConfig
 
 Dispatch = Literal["auto", "weights", "tokens"]
 PARAMETERS = ("lora_a", "router", "interaction", "experts")  # of `Experts`, as `gated_experts` takes them
 SendToOwners = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-
-
-def place_experts(model: PeftModel, experts: ExpertsConfig) -> "ExpertParallel":
-    """Puts each rank's share of the experts in the place of the whole ones, and tags it for ZeRO-3.
-
-    Collective: every rank must call it, on the same whole adapter and before `deepspeed.initialize`.
-    """
-    expert_parallel = ExpertParallel(model, make_expert_groups(experts), experts.dispatch)
-    tag_expert_parameters(expert_parallel.by_expert, experts.parallel_size)
-    return expert_parallel
-
-
-def make_expert_groups(experts: ExpertsConfig) -> ExpertGroups:
-    """The process groups, each of consecutive ranks, known to DeepSpeed too. Collective: every rank must call it."""
-    size, world = experts.parallel_size, dist.get_world_size()
-    parallel, _ = dist.new_subgroups(size)
-    replicas, _ = dist.new_subgroups_by_enumeration([list(range(first, world, size)) for first in range(size)])
-    # On GPUs each group is one of NCCL's communicators, with buffers of its own: none is made that nothing uses.
-    partition = dist.new_subgroups(1)[0] if experts.replicate and replicas.size() > 1 else replicas
-    # NCCL would take counts of tokens from the GPU, and the host would wait for what the GPU still has to do.
-    apart = dist.get_backend(parallel) == "nccl" and experts.dispatch != "weights"
-    hosts = dist.new_subgroups(size, backend="gloo")[0] if apart else parallel
-    register_expert_groups(size, parallel, partition)
-    return ExpertGroups(parallel, replicas, experts.replicate, hosts)
 
 
 class ExpertParallelLayer:
@@ -117,23 +92,14 @@ class ExpertParallelLayer:
         self._learned, self._edges = learned, ()
 
     def _send_to_owners(self, travel: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of all experts, summed over the group at their owners; with `replicate`, over replicas as well.
-
-        DeepSpeed divides by all ranks, and sums over those among which it partitions.
-        """
+        """Gradients of all experts, summed over the group at their owners."""
         groups = self.expert_parallel.groups
         own_gradients = list(gradients)
         travelling = [i for i, travels in enumerate(travel) if travels]
         if travelling:
             parts = [gradients[i].reshape(groups.size, -1) for i in travelling]
-            summed = _sum_at_owner(torch.cat(parts, 1), groups.parallel)
+            summed = sum_at_owner(torch.cat(parts, 1), groups.parallel)
             for i, own in zip(travelling, summed.split([part.shape[1] for part in parts]), strict=True):
-                own_gradients[i] = own
-        if groups.replicate and groups.replicas.size() > 1:
-            by_expert = [i for i, shard in enumerate(self.shards) if shard.by_expert]
-            flat = torch.cat([own_gradients[i].reshape(-1) for i in by_expert])
-            dist.all_reduce(flat, group=groups.replicas)
-            for i, own in zip(by_expert, flat.split([self.shards[i].own_numel for i in by_expert]), strict=True):
                 own_gradients[i] = own
         return [gradient.reshape(s.own_shape) for gradient, s in zip(own_gradients, self.shards, strict=True)]
 
@@ -184,7 +150,7 @@ class ExpertParallel:
     auto), each forward of the decoder begins with a small collective of the group's hosts.
     """
 
-    def __init__(self, model: PeftModel, groups: ExpertGroups, dispatch: Dispatch) -> None:
+    def __init__(self, model: PeftModel, groups: AdapterGroups, dispatch: Dispatch) -> None:
         self.groups, self.dispatch = groups, dispatch
         self.dispatcher: TokenDispatcher | None = None  # of this forward; None where weights travel
         self.layers: list[ExpertParallelLayer] = []
@@ -206,9 +172,9 @@ class ExpertParallel:
 
     def describe(self) -> str:
         """One line for users: where experts are and what travels."""
-        k = self.layers[0].experts[0].shape[0]
-        place = f"{k // self.groups.size} of {k} on each of {self.groups.size} ranks, {self.groups.replicas.size()} "
-        kept = "whole" if self.groups.replicate else "partitioned"
+        k, owners = self.layers[0].experts[0].shape[0], self.groups.experts
+        place = f"{k // self.groups.size} of {k} on each of {self.groups.size} ranks, {owners.ranks} "
+        kept = "whole" if owners.copies is not None and owners.among.size() == 1 else "partitioned"
         rule = f"{self.dispatch} travel"
         if self.dispatch == "auto":
             rule = f"tokens travel up to {self.tokens_up_to[True]} per rank ({self.tokens_up_to[False]} in evaluation)"
@@ -318,14 +284,3 @@ def _tokens_in(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Tokens [batch x seq] of a decoder's forward."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     return ids.numel() if ids is not None else kwargs["inputs_embeds"].shape[:-1].numel()
-
-
-def _sum_at_owner(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sums all ranks' rows for this rank: parts [n, length], row j for rank j -> [length].
-
-    Moves what a reduce-scatter moves, (n - 1) / n of the elements. Adds in the order of ranks, in fp32 or better, so
-    that a rerun gives the same bits.
-    """
-    received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=group)
-    return received.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32)).to(parts.dtype)

@@ -1,37 +1,13 @@
 """Adapter parameters that ZeRO-3 stores and our own collectives gather: what a rank holds of them, and how."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.distributed.adapter_groups import AdapterGroups
 from trainer.distributed.deepspeed_internals import local_shard
-
-
-@dataclass(frozen=True)
-class ExpertGroups:
-    """The process groups of expert parallelism.
-
-    parallel: the n ranks that divide a layer's experts among them. replicas: the ranks that own the same experts as
-    this one. replicate: each replica keeps its experts whole; else they are partitioned over the replicas. hosts: the
-    ranks of `parallel`, for tensors on the CPU.
-    """
-
-    parallel: dist.ProcessGroup
-    replicas: dist.ProcessGroup
-    replicate: bool
-    hosts: dist.ProcessGroup
-
-    @property
-    def size(self) -> int:
-        return self.parallel.size()
-
-    @property
-    def partitions(self) -> int:
-        """Ranks over which one owner's experts are cut."""
-        return 1 if self.replicate else self.replicas.size()
 
 
 class ExpertShard(nn.Module):
@@ -42,7 +18,7 @@ class ExpertShard(nn.Module):
     which gather what a module's forward needs, leave it alone.
     """
 
-    def __init__(self, whole: nn.Parameter, groups: ExpertGroups, by_expert: bool) -> None:
+    def __init__(self, whole: nn.Parameter, groups: AdapterGroups, by_expert: bool) -> None:
         super().__init__()
         self.shape, self.groups, self.by_expert = whole.shape, groups, by_expert
         runs = whole.detach().chunk(groups.size) if by_expert else [whole.detach()]
@@ -79,20 +55,20 @@ class ExpertShard(nn.Module):
 class LayerGather:
     """Gathers the adapter parameters of one decoder layer, asynchronously.
 
-    Collective: ranks create, advance and wait for their gathers in the same order. Shared parameters are gathered from
-    all ranks; a rank's own experts from its replicas, where they are cut at all; then the whole from the owners.
+    Collective: ranks create, advance and wait for their gathers in the same order. Shared parameters and a
+    rank's own experts are gathered from the ranks among which they are cut; then the whole from the owners.
     `advance` goes from the second to the third. travel: for each shard, whether other owners' parts are wanted too.
     """
 
     def __init__(self, shards: Sequence[ExpertShard], travel: Sequence[bool], device: torch.device) -> None:
         self._shards, self._travel = shards, travel
         self._groups = shards[0].groups
-        world = dist.group.WORLD
-        assert world is not None  # the process group is initialized
-        self._shared = _AsyncGather([s.stored(device) for s in shards if not s.by_expert], world)
+        shared = [s.stored(device) for s in shards if not s.by_expert]
+        self._shared = _AsyncGather(shared, self._groups.shared.among)
         by_expert = [s.stored(device) for s in shards if s.by_expert]
         self._own: list[Tensor] | None = None
-        self._cut = _AsyncGather(by_expert, self._groups.replicas) if self._groups.partitions > 1 else None
+        among = self._groups.experts.among
+        self._cut = _AsyncGather(by_expert, among) if among.size() > 1 else None
         if self._cut is None:
             self._start_whole(by_expert)
 

@@ -1,11 +1,12 @@
 """The one place where a model is distributed over ranks, in the order in which it must happen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.adapters.attach import attach_adapter
@@ -13,9 +14,10 @@ from trainer.adapters.router_stats import RouterStats
 from trainer.base.loader import load_opened
 from trainer.base.sharding import ShardingStrategy
 from trainer.base.weight_map import OpenedBase
+from trainer.distributed.adapter_groups import Division, make_adapter_groups, tag_for_zero3
 from trainer.distributed.autotune import autotune
 from trainer.distributed.engine import initialize
-from trainer.distributed.expert_parallel import ExpertParallel, place_experts
+from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.objective.loss import LabelledLoss, loss_chunk
 from trainer.recipe import Recipe
@@ -25,13 +27,14 @@ from trainer.recipe import Recipe
 class ParallelModel:
     """A model as it is trained: base and adapter, its routers, DeepSpeed's engine around a `LabelledLoss` of it.
 
-    expert_parallel: None where experts are not placed.
+    expert_parallel: None where experts are not placed. divided: what learns, by where its parts are.
     """
 
     model: PeftModel
     router_stats: RouterStats
     engine: Any
     expert_parallel: ExpertParallel | None
+    divided: Sequence[tuple[Sequence[nn.Parameter], Division]] = ()
 
 
 def parallelize(
@@ -39,6 +42,7 @@ def parallelize(
     opened: OpenedBase,
     config: dict[str, Any],
     shards: ShardingStrategy,
+    adapter_group: int,
     num_tasks: int,
     steps: int,
     progress: Callable[[int], None] = lambda _: None,
@@ -46,7 +50,8 @@ def parallelize(
 ) -> ParallelModel:
     """Loads and distributes what the recipe trains, in training mode. Collective: every rank must call it.
 
-    config: DeepSpeed's, filled. shards: of the base. steps: of the whole run, for the learning rate. progress: receives
+    config: DeepSpeed's, filled. shards: of the base. adapter_group: ranks among which one copy of the adapter is
+    divided. steps: of the whole run, for the learning rate. progress: receives
     the bytes read of the base so far. base_loaded: is called once the base is there.
     """
     # The base first, already in shards: it must not be whole on any rank, not even while it is loaded.
@@ -58,8 +63,12 @@ def parallelize(
     model = attach_adapter(base, recipe.adapter)
     # Before placement, which takes away the whole parameters whose shapes are read here.
     router_stats = RouterStats(model, num_tasks)
-    # Before DeepSpeed sees the parameters: it partitions an expert over the group that its tag names.
-    expert_parallel = place_experts(model, recipe.experts) if recipe.experts.parallel_size > 1 else None
+    groups = make_adapter_groups(recipe.experts, adapter_group)
+    expert_parallel = ExpertParallel(model, groups, recipe.experts.dispatch) if groups.size > 1 else None
+    by_expert = expert_parallel.by_expert if expert_parallel is not None else []
+    shared = [p for p in model.parameters() if p.requires_grad and p not in set(by_expert)]
+    # Before DeepSpeed sees the parameters: it partitions them over the group that a tag names.
+    tag_for_zero3(groups, by_expert, shared)
     # Before DeepSpeed sees the modules; without re-entrance, since ZeRO-3's hooks must run in the recomputed forward.
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -69,7 +78,8 @@ def parallelize(
     # Last: it measures with the shards that ZeRO-3 has made.
     if expert_parallel is not None and recipe.experts.dispatch == "auto":
         autotune(expert_parallel)
-    return ParallelModel(model, router_stats, engine, expert_parallel)
+    divided = [(by_expert, groups.experts), (shared, groups.shared)]
+    return ParallelModel(model, router_stats, engine, expert_parallel, divided)
 
 
 def shard_for_inference(opened: OpenedBase, config: dict[str, Any], shards: Zero3Sharding) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear, SecondLevel
 from trainer.base.weight_map import DTYPES
-from trainer.estimate.rank_model import base_of, build_rank_model, decoder_layers
+from trainer.estimate.rank_model import base_of, build_rank_model, decoder_layers, groups_without_ranks
 from trainer.recipe import TAKE_LENGTHS, ExpertsConfig, Recipe
 
 FLASH = "fa2_on_fake_tensors"  # stands in for flash_attention_2 and varlen, which only run on a GPU
@@ -100,7 +100,7 @@ def _saved_bytes(config: PretrainedConfig, recipe: Recipe) -> _SavedBytes:
     shared: dict[int, Any] = {}
     rows, length = recipe.train.micro_batch_size, recipe.data.seq_len
     with _flash_attention():
-        model = build_rank_model(config, unplaced, world_size=1).model
+        model = build_rank_model(config, unplaced, groups_without_ranks(experts, 1, 1)).model
         model.train()
         with FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(model)

@@ -1,6 +1,6 @@
 """Estimates a run's memory and traffic per rank, before anything is launched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -8,9 +8,9 @@ from transformers import PretrainedConfig
 
 from trainer.base.model_config import parse_config_alone
 from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
-from trainer.distributed.rank_groups import check_expert_parallel, shard_group_size
+from trainer.distributed.rank_groups import shard_groups
 from trainer.estimate.activations import Activations, estimate_activations
-from trainer.estimate.rank_model import RankModel, build_rank_model
+from trainer.estimate.rank_model import RankModel, build_rank_model, groups_without_ranks
 from trainer.estimate.resident import DeviceKind, MemoryUse, estimate_resident
 from trainer.estimate.traffic import sent_bytes
 from trainer.estimate.transient import Transient, estimate_loading, estimate_transient
@@ -79,10 +79,9 @@ class Estimator:
         check_sharded_base(config, recipe.deepspeed.config)
         per_node = self.ranks_per_node or world_size
         local_ranks = [rank % per_node for rank in range(world_size)]
-        if recipe.experts.parallel_size > 1:
-            check_expert_parallel(recipe.experts, local_ranks, config, recipe.deepspeed.config)
-        zero = zero_settings(config, shard_group_size(recipe.base, local_ranks, config, recipe.deepspeed.config))
-        model = self._model(recipe, world_size)
+        groups = shard_groups(recipe, local_ranks, config)
+        zero = zero_settings(config, groups.base)
+        model = self._model(recipe, world_size, groups.adapter)
         kind = kind or self.kind
         resident = tuple(estimate_resident(model, zero, recipe.train.optimizer, world_size, kind))
         padded = _with_padded_rows(recipe, kind)
@@ -97,12 +96,13 @@ class Estimator:
             sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
         )
 
-    def _model(self, recipe: Recipe, world_size: int) -> RankModel:
+    def _model(self, recipe: Recipe, world_size: int, adapter_group: int) -> RankModel:
+        groups = groups_without_ranks(recipe.experts, world_size, adapter_group)
         placed = recipe.experts.parallel_size > 1  # else the model is the same on any number of ranks
-        key = (recipe.experts.parallel_size, recipe.experts.replicate, world_size) if placed else ()
+        key = (recipe.experts.parallel_size, recipe.experts.replicate, world_size, adapter_group) if placed else ()
         if key not in self._models:
-            self._models[key] = build_rank_model(self._config, recipe, world_size)
-        return self._models[key]
+            self._models[key] = build_rank_model(self._config, recipe, groups)
+        return replace(self._models[key], groups=groups)
 
     def _activations_of(self, recipe: Recipe) -> Activations:
         key = (recipe.train.micro_batch_size, recipe.data.seq_len)

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.adapters.attach import attach_on_meta, check_adapter
 from trainer.base.loader import pack_linears, tie
 from trainer.base.weight_map import DTYPES, skeleton
+from trainer.distributed.adapter_groups import AdapterGroups, Division
 from trainer.distributed.expert_parallel import ExpertParallel
-from trainer.distributed.expert_shard import ExpertGroups
 from trainer.recipe import TAKE_LENGTHS, BaseModelConfig, ExpertsConfig, Recipe
 
 
@@ -21,18 +21,23 @@ from trainer.recipe import TAKE_LENGTHS, BaseModelConfig, ExpertsConfig, Recipe
 class RankModel:
     """model: adapted, with parameters on meta; tied weights are one parameter. placement: None without placed experts.
 
-    dtype: of computation.
+    dtype: of computation. groups: of sizes without process groups behind them.
     """
 
     model: PeftModel
     config: PretrainedConfig
     dtype: torch.dtype
     placement: ExpertParallel | None
+    groups: AdapterGroups
 
     @property
     def by_expert(self) -> set[nn.Parameter]:
-        """Parameters that ZeRO-3 partitions over a rank's replicas instead of over all ranks."""
+        """Parameters of placed experts."""
         return set(self.placement.by_expert) if self.placement is not None else set()
+
+    def division(self, parameter: nn.Parameter) -> Division:
+        """Where the parts of a trained parameter are."""
+        return self.groups.experts if parameter in self.by_expert else self.groups.shared
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -66,15 +71,15 @@ class _GroupOfSize:
         return 0
 
 
-def build_rank_model(config: PretrainedConfig, recipe: Recipe, world_size: int) -> RankModel:
-    """Builds what each of `world_size` ranks builds; all ranks hold equally much. Raises UserError as a run would."""
+def build_rank_model(config: PretrainedConfig, recipe: Recipe, groups: AdapterGroups) -> RankModel:
+    """Builds what each rank builds; all ranks hold equally much. Raises UserError as a run would."""
     model = build_base(config, recipe.base)
     check_adapter(model, recipe.adapter)
     adapted = attach_on_meta(model, recipe.adapter, DTYPES[recipe.base.dtype])
     placement = None
     if recipe.experts.parallel_size > 1:
-        placement = ExpertParallel(adapted, groups_without_ranks(recipe.experts, world_size), recipe.experts.dispatch)
-    return RankModel(adapted, config, DTYPES[recipe.base.dtype], placement)
+        placement = ExpertParallel(adapted, groups, recipe.experts.dispatch)
+    return RankModel(adapted, config, DTYPES[recipe.base.dtype], placement, groups)
 
 
 def build_base(config: PretrainedConfig, base: BaseModelConfig) -> PreTrainedModel:
@@ -88,11 +93,19 @@ def build_base(config: PretrainedConfig, base: BaseModelConfig) -> PreTrainedMod
     return model.requires_grad_(False)
 
 
-def groups_without_ranks(experts: ExpertsConfig, world_size: int) -> ExpertGroups:
-    """Groups of the sizes that a placement needs, without process groups behind them."""
+def groups_without_ranks(experts: ExpertsConfig, world_size: int, shard_group: int) -> AdapterGroups:
+    """As `make_adapter_groups`, with sizes only."""
+
+    def division(among: int, ranks: int) -> Division:
+        return Division(group(among), group(ranks // among) if ranks > among else None)
+
+    def group(size: int) -> dist.ProcessGroup:
+        return cast(dist.ProcessGroup, _GroupOfSize(size))
+
     size = experts.parallel_size
-    parallel, replicas = (cast(dist.ProcessGroup, _GroupOfSize(n)) for n in (size, world_size // size))
-    return ExpertGroups(parallel, replicas, experts.replicate, parallel)
+    among = 1 if experts.replicate else shard_group // size
+    owners, shared = division(among, world_size // size), division(shard_group, world_size)
+    return AdapterGroups(group(size), group(size), owners, shared)
 
 
 def base_of(model: PeftModel) -> PreTrainedModel:

@@ -53,13 +53,10 @@ class MemoryUse:
     host: int = 0
 
 
-def partition(parameter: nn.Parameter, rank_model: RankModel, zero: ZeroSettings, world_size: int) -> int:
+def partition(parameter: nn.Parameter, rank_model: RankModel, zero: ZeroSettings) -> int:
     """Elements of a parameter that ZeRO-3 leaves on each rank."""
-    placement = rank_model.placement
-    ranks = world_size if parameter.requires_grad else zero.shard_group
-    if placement is not None and parameter in rank_model.by_expert:
-        ranks = placement.groups.partitions
-    return -(-parameter.numel() // ranks)
+    trained = parameter.requires_grad
+    return -(-parameter.numel() // (rank_model.division(parameter).among.size() if trained else zero.shard_group))
 
 
 def estimate_resident(
@@ -75,7 +72,7 @@ def estimate_resident(
     trained = rank_model.trained
 
     def elements(parameter: nn.Parameter) -> int:
-        return partition(parameter, rank_model, zero, world_size) if sharded else parameter.numel()
+        return partition(parameter, rank_model, zero) if sharded else parameter.numel()
 
     def parameters(name: str, which: Iterable[nn.Parameter]) -> MemoryUse:
         size = sum(elements(p) * p.element_size() for p in which)
@@ -179,9 +176,13 @@ def _second_level(model: nn.Module) -> int:
 
 
 def _communicators(rank_model: RankModel) -> int:
-    """Process groups of several ranks that placed experts add (`make_expert_groups`)."""
-    groups = rank_model.placement.groups if rank_model.placement is not None else None
-    return sum(group.size() > 1 for group in (groups.parallel, groups.replicas)) if groups is not None else 0
+    """Process groups of several ranks that the adapter adds (`make_adapter_groups`)."""
+    groups = rank_model.groups
+    copies = [division.copies.size() for division in (groups.experts, groups.shared) if division.copies is not None]
+    sizes = {("neighbours", groups.size), ("neighbours", groups.shared.among.size()), *(("copies", n) for n in copies)}
+    if groups.size > 1:
+        sizes.add(("owners", groups.experts.among.size()))
+    return sum(1 < size < groups.shared.ranks for _, size in sizes)  # a group of all ranks is that of the run
 
 
 def _persistent(

@@ -1,8 +1,10 @@
 """Bytes that each rank sends in one optimizer step, by purpose: a model of what is moved, independent of the transport.
 
 Gathering a parameter of b bytes from N ranks sends (N - 1) / N of b per rank on average: each rank's shard goes to
-every other rank. So does the reduce-scatter of a gradient. N is base.shard_group for the base, else all ranks. ZeRO-3
-gathers each parameter in forward and in backward of every micro-batch (the frozen embedding in forward only).
+every other rank. So does the reduce-scatter of a gradient. N is base.shard_group for the base, adapter.shard_group for
+what learns; where that makes copies, gradients are reduced over a group twice and over the copies once
+(trainer.distributed.accumulation). ZeRO-3 gathers each parameter in forward and in backward of every micro-batch (the
+frozen embedding in forward only).
 Activation checkpointing repeats a layer's forward within its backward, on parameters that are already there. Gradients
 are reduced once a step, in the compute dtype; those of placed experts go to the owners after every micro-batch.
 
@@ -16,6 +18,7 @@ from fractions import Fraction
 
 from torch import nn
 
+from trainer.distributed.adapter_groups import Division
 from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.estimate.rank_model import RankModel
 from trainer.estimate.zero_settings import ZeroSettings
@@ -34,8 +37,8 @@ def sent_bytes(rank_model: RankModel, zero: ZeroSettings, world_size: int, accum
         "gathers of the base": _share(
             passes * _bytes(p for p in frozen if p.numel() > zero.persistence) + embedding, zero.shard_group
         ),
-        "gathers of the adapter": passes * _share(_bytes(shared), world_size),
-        "gradients": _share(_bytes(shared), world_size),
+        "gathers of the adapter": passes * _share(_bytes(shared), rank_model.groups.shared.among.size()),
+        "gradients": _reduced(_bytes(shared), rank_model.groups.shared),
     }
     if rank_model.placement is not None:
         sent |= _placed(rank_model.placement, accumulation)
@@ -61,19 +64,22 @@ def _replicated(trained: list[nn.Parameter], zero: ZeroSettings, world_size: int
 
 
 def _placed(placement: ExpertParallel, accumulation: int) -> dict[str, Fraction]:
-    """Every pass gathers all experts, and every backward sends their gradients to the owners.
-
-    Replicas that keep experts whole sum gradients after each micro-batch, the others once a step.
-    """
-    groups = placement.groups
-    own = Fraction(_bytes(placement.by_expert))
-    among_replicas = _share(own, groups.partitions)
-    among_owners = (groups.size - 1) * own
-    reduced = 2 * accumulation * _share(own, groups.replicas.size()) if groups.replicate else among_replicas
+    """Every pass gathers all experts, and every backward sends their gradients to the owners."""
+    groups, own = placement.groups, _bytes(placement.by_expert)
+    among_replicas, among_owners = _share(own, groups.experts.among.size()), (groups.size - 1) * own
     return {
         "gathers of placed experts": 2 * accumulation * (among_replicas + among_owners),
-        "gradients of placed experts": accumulation * among_owners + reduced,
+        "gradients of placed experts": accumulation * among_owners + _reduced(own, groups.experts),
     }
+
+
+def _reduced(size: int, division: Division) -> Fraction:
+    """Bytes per rank that a step sends to reduce gradients of `size` bytes where there may be copies."""
+    ranks = division.among.size()
+    within = _share(size, ranks)
+    if division.copies is None:
+        return within
+    return 2 * within + 2 * _share(Fraction(size, ranks), division.copies.size())
 
 
 def _share(size: int | Fraction, ranks: int) -> Fraction:

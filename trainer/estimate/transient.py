@@ -172,7 +172,7 @@ def _step(rank_model: RankModel, zero: ZeroSettings, optimizer: str, world_size:
         return 0
     trained = rank_model.trained
     if zero.stage == 3:
-        stepped = max(sub_groups(trained, rank_model, zero, lambda p: partition(p, rank_model, zero, world_size)))
+        stepped = max(sub_groups(trained, rank_model, zero, lambda p: partition(p, rank_model, zero)))
     else:
         stepped = -(-sum(p.numel() for p in trained) // (world_size if zero.stage else 1))
     copies = 0 if rank_model.dtype.itemsize == FP32 else 1

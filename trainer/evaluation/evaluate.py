@@ -18,7 +18,7 @@ from trainer.base.weight_map import open_base
 from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
 from trainer.distributed.process_group import process_group, set_collective_timeout, translate_peer_errors
 from trainer.distributed.rank_check import gather_local_ranks, raise_on_all_ranks
-from trainer.distributed.rank_groups import shard_group_size
+from trainer.distributed.rank_groups import base_shard_group
 from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.evaluation.asked_items import acquaintances
 from trainer.evaluation.evaluation_report import Evaluation, write_json, write_tensorboard
@@ -139,7 +139,7 @@ def _baselines(against: Sequence[str], recipe: Recipe) -> dict[str, Path | None]
 def _shard_group(recipe: Recipe, config: dict[str, Any], local_ranks: Sequence[int]) -> int:
     """As training groups ranks, where these can be grouped so; they may be fewer, and are then one group."""
     try:
-        return shard_group_size(recipe.base, local_ranks, config, recipe.deepspeed.config)
+        return base_shard_group(recipe.base, local_ranks, config, recipe.deepspeed.config)
     except UserError:
         return len(local_ranks)
 

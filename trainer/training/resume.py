@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "run.collective_timeout",
     "base.attention",
     "base.shard_group",
+    "adapter.shard_group",
     "experts",
     "data.prepared_dir",
     "train.micro_batch_size",

@@ -15,7 +15,7 @@ from trainer.base.document_isolation import check_positions
 from trainer.base.model_config import load_tokenizer
 from trainer.base.weight_map import OpenedBase, describe_unplaced, open_base
 from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
-from trainer.distributed.rank_groups import check_expert_parallel, shard_group_size
+from trainer.distributed.rank_groups import ShardGroups, shard_groups
 from trainer.objective.batches import BatchPlan, plan_batches, steps_in
 from trainer.objective.logits_tail import find_logits_tail
 from trainer.objective.loss import loss_chunk
@@ -25,12 +25,11 @@ from trainer.recipe import Recipe
 
 @dataclass(frozen=True)
 class RunPlan:
-    """config: DeepSpeed's, filled. shard_group: ranks that divide one copy of the base among them. total_steps:
-    optimizer steps of the whole run."""
+    """config: DeepSpeed's, filled. total_steps: optimizer steps of the whole run."""
 
     batches: BatchPlan
     config: dict[str, Any]
-    shard_group: int
+    groups: ShardGroups
     opened: OpenedBase
     prepared: PreparedSet
     total_steps: int
@@ -54,8 +53,7 @@ def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
     batches = plan_batches(train.global_batch_size, train.micro_batch_size, dist.get_world_size())
     config = read_deepspeed_config(recipe, batches)
     check_sharded_base(config, recipe.deepspeed.config)
-    check_expert_parallel(recipe.experts, local_ranks, config, recipe.deepspeed.config)
-    shard_group = shard_group_size(recipe.base, local_ranks, config, recipe.deepspeed.config)
+    groups = shard_groups(recipe, local_ranks, config)
     check_optimizer(train)
     opened = open_base(recipe.base)
     check_adapter(opened.model, recipe.adapter)
@@ -66,7 +64,7 @@ def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
     check_warm_up(train, steps)
     check_positions(opened.model.config, recipe.data.seq_len)
     check_held_out(recipe, len(prepared.held_out))
-    return RunPlan(batches, config, shard_group, opened, prepared, steps)
+    return RunPlan(batches, config, groups, opened, prepared, steps)
 
 
 def warnings_about(recipe: Recipe, opened: OpenedBase) -> list[str]:

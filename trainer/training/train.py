@@ -174,7 +174,7 @@ def _begin_run_dir(recipe: Recipe, plan: RunPlan, device: torch.device, resume_p
 
 def _load(recipe: Recipe, plan: RunPlan, device: torch.device, timer: StartupTimer) -> ParallelModel:
     first = dist.get_rank() == 0
-    shards = sharding_for(plan.config, device, plan.shard_group)
+    shards = sharding_for(plan.config, device, plan.groups.base)
     progress = LoadProgress(bytes_to_read(plan.opened, shards.world), enabled=first)
 
     def base_loaded() -> None:
@@ -183,7 +183,15 @@ def _load(recipe: Recipe, plan: RunPlan, device: torch.device, timer: StartupTim
 
     try:
         parallel = parallelize(
-            recipe, plan.opened, plan.config, shards, len(plan.prepared.tasks), plan.total_steps, progress, base_loaded
+            recipe,
+            plan.opened,
+            plan.config,
+            shards,
+            plan.groups.adapter,
+            len(plan.prepared.tasks),
+            plan.total_steps,
+            progress,
+            base_loaded,
         )
     finally:
         progress.close()

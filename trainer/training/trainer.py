@@ -110,7 +110,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.prepared, self.plan, self.device = recipe, prepared, plan, device
         self.model, self.router_stats, self.engine = parallel.model, parallel.router_stats, parallel.engine
-        self.accumulation = GradientAccumulation(self.engine, plan.gradient_accumulation_steps)
+        self.accumulation = GradientAccumulation(self.engine, plan.gradient_accumulation_steps, parallel.divided)
         self.row_multiple = GPU_MULTIPLE if device.type == "cuda" else 1
         self.total_steps = total_steps
         self.state = state or TrainState()
