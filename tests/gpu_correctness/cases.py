@@ -7,7 +7,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -242,7 +242,8 @@ def optimizer_step() -> None:
     with ranks(plan.world_size), model_on_gpu("teamlora") as model:
         stats, syncs = RouterStats(model, len(scene.TASKS)), fake_gpu.HostSyncs()
         engine = Engine(LabelledLoss(model, stats, len(scene.TASKS)).train(), plan.gradient_accumulation_steps, syncs)
-        trainer = Trainer(recipe, ParallelModel(model, stats, engine, None), prepared, plan, GPU, total_steps=2)
+        parallel = ParallelModel(model, stats, engine, None, nullcontext())
+        trainer = Trainer(recipe, parallel, prepared, plan, GPU, total_steps=2)
         with syncs.counted():
             report = trainer.train_step(trainer.next_input())
     assert engine.micro_batches == 2 and report.step == 1

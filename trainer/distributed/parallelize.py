@@ -1,6 +1,7 @@
 """The one place where a model is distributed over ranks, in the order in which it must happen."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.base.loader import load_opened
 from trainer.base.sharding import ShardingStrategy
 from trainer.base.weight_map import OpenedBase
 from trainer.distributed.autotune import autotune
+from trainer.distributed.deepspeed_internals import offload_checkpoints
 from trainer.distributed.engine import initialize
 from trainer.distributed.expert_parallel import ExpertParallel, place_experts
 from trainer.distributed.zero3_sharding import Zero3Sharding
@@ -25,13 +27,15 @@ from trainer.recipe import Recipe
 class ParallelModel:
     """A model as it is trained: base and adapter, its routers, DeepSpeed's engine around a `LabelledLoss` of it.
 
-    expert_parallel: None where experts are not placed.
+    expert_parallel: None where experts are not placed. saved_activations: surrounds the forward and backward of each
+    micro-batch.
     """
 
     model: PeftModel
     router_stats: RouterStats
     engine: Any
     expert_parallel: ExpertParallel | None
+    saved_activations: AbstractContextManager
 
 
 def parallelize(
@@ -66,10 +70,13 @@ def parallelize(
     # The loss is part of the module, so that its choice of positions lies within the forward that ZeRO-3 traces.
     chunk = loss_chunk(recipe, base.config.get_text_config().vocab_size)
     engine = initialize(LabelledLoss(model, router_stats, num_tasks, chunk).train(), recipe.train, config, steps)
+    # After ZeRO-3's hooks.
+    offloads = recipe.train.activation_checkpointing == "offload"
+    saved_activations = offload_checkpoints(engine.module) if offloads else nullcontext()
     # Last: it measures with the shards that ZeRO-3 has made.
     if expert_parallel is not None and recipe.experts.dispatch == "auto":
         autotune(expert_parallel)
-    return ParallelModel(model, router_stats, engine, expert_parallel)
+    return ParallelModel(model, router_stats, engine, expert_parallel, saved_activations)
 
 
 def shard_for_inference(opened: OpenedBase, config: dict[str, Any], shards: Zero3Sharding) -> PreTrainedModel:

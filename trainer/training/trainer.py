@@ -109,6 +109,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.prepared, self.plan, self.device = recipe, prepared, plan, device
         self.model, self.router_stats, self.engine = parallel.model, parallel.router_stats, parallel.engine
+        self.saved_activations = parallel.saved_activations
         self.row_multiple = GPU_MULTIPLE if device.type == "cuda" else 1
         self.total_steps = total_steps
         self.state = state or TrainState()
@@ -178,8 +179,9 @@ class Trainer:
         grad_norm = math.nan
         for batch in batches:
             self.router_stats.begin_micro_batch(batch["task_ids"])
-            loss, by_task = engine(batch, max(labelled_tokens, 1), scale)
-            engine.backward(loss)
+            with self.saved_activations:
+                loss, by_task = engine(batch, max(labelled_tokens, 1), scale)
+                engine.backward(loss)
             self.router_stats.end_micro_batch()
             losses += by_task
             if engine.is_gradient_accumulation_boundary():
