@@ -69,6 +69,8 @@ def test_key_that_resembles_none_is_reported_with_those_of_its_section(path):
             "experts.replicate=true",
             r"experts: replicate and across_nodes need parallel_size > 1; set it or remove them$",
         ),
+        ("train.activation_checkpointing=cpu", r"checkpointing='cpu': input should be 'offload' or a valid boolean"),
+        ("base.shard_group=x", r"base\.shard_group='x': input should be 'world' or 'node' or a valid integer"),
         ("experts.dispatch=both", r"experts\.dispatch='both': input should be 'auto', 'weights' or 'tokens'"),
         ("adapter.total_rank=30", r"total_rank=30 \(r_A\) is not divisible by num_experts=4; nearest is 32$"),
         ("adapter.total_rank=1", r"total_rank=1 \(r_A\) is not divisible by num_experts=4; nearest is 4$"),

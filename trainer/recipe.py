@@ -21,6 +21,7 @@ ShardGroup = Annotated[PositiveInt, Field(strict=True)]
 Alpha = Annotated[PositiveFloat, at_most(10**9)]
 Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Checkpointing = Literal["offload"] | bool
 
 
 class RunConfig(Section):
@@ -30,6 +31,9 @@ class RunConfig(Section):
     output_dir: UserPath = Field(Path("runs"), description="parent folder of all runs")
     seed: Seed = Field(0, description="seed of adapter initialization, dropout and row order")
     deterministic: bool = Field(False, description="use only kernels that give the same bits in every rerun; slower")
+    debug: bool = Field(
+        False, description="let train.activation_checkpointing: offload run on a CPU, where it moves nothing"
+    )
     nodes: PositiveInt | None = Field(
         None, strict=True, description="exact number of machines, else the run is refused; null: any number"
     )
@@ -190,8 +194,10 @@ class TrainConfig(Section):
         None, ge=0, lt=1, description="warm-up as a share of all steps; or set warmup_steps"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="clips the global gradient norm; 0: no clipping")
-    activation_checkpointing: bool = Field(
-        False, description="recompute decoder layers in backward: less memory, a third more time"
+    activation_checkpointing: Checkpointing = Field(
+        False,
+        description="recompute decoder layers in backward: less memory, a third more time; offload: from inputs kept "
+        "in host memory",
     )
     loss_chunk: int | None = Field(
         None,

@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from types import NoneType, UnionType
+from typing import Any, TypeGuard, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -127,6 +128,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     # A misspelled required key is reported as missing before it is reported as unknown.
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     *parents, last = first["loc"] or [""]
+    of_value = [first]
+    if _takes_several_types(parents, root):
+        of_value = [problem for problem in problems if list(problem["loc"][:-1]) == parents]
+        *parents, last = parents
     key = _dotted((*parents, last)) if last != "[key]" else f"a key of {_dotted(parents[:-1])}"
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{_nearest(first['loc'], root)}"
@@ -138,8 +143,19 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     if first["type"] in ("string_type", "path_type") and isinstance(first["input"], float | int | date | None):
         return f"{key}: expected text, but this is read as {_kind(first['input'])}; put text in quotes"
-    expected = first["msg"][0].lower() + first["msg"][1:].partition(" or instance of ")[0]
+    text = " or ".join(problem["msg"] for problem in of_value).replace(" or Input should be ", " or ")
+    expected = text[0].lower() + text[1:].partition(" or instance of ")[0]
     return f"{key}={_shown(first['input'])}: {expected}; change it"
+
+
+def _takes_several_types(location: Sequence[int | str], root: type[BaseModel]) -> bool:
+    """Whether a key's value may have one of several types: pydantic then reports a problem per type, as if of a key."""
+    if not location:
+        return False
+    field = _section_at(location[:-1], root).model_fields.get(str(location[-1]))
+    if field is None or get_origin(field.annotation) not in (Union, UnionType):
+        return False
+    return len(set(get_args(field.annotation)) - {NoneType}) > 1
 
 
 def _shown(value: Any) -> str:

@@ -51,6 +51,7 @@ def placed_case(size: int, dispatch: str, accumulation: int, checkpointed: bool)
 
 
 CHECKPOINTING = {"train__activation_checkpointing": True}
+ON_HOST = {"train__activation_checkpointing": "offload"}
 SHORT = {"train__steps": 3}
 PARITY = [
     ParityCase("plain", 3, 1),
@@ -99,6 +100,8 @@ PARITY = [
     ParityCase("tokens_replicated", 1, 2, placed(2, "tokens", experts__replicate=True), worlds=(4,)),
     ParityCase("weights_offloaded", 1, 2, placed(2, "weights", deepspeed__config=OFFLOAD), worlds=(2,)),
     ParityCase("tokens_offloaded", 1, 2, placed(2, "tokens", deepspeed__config=OFFLOAD), worlds=(2,)),
+    ParityCase("weights_activations_offloaded", 1, 2, placed(2, "weights", **SHORT, **ON_HOST), worlds=(2,)),
+    ParityCase("tokens_activations_offloaded", 1, 2, placed(2, "tokens", **SHORT, **ON_HOST), worlds=(2,)),
     ParityCase("weights_moelora", 1, 2, placed(2, "weights", adapter__method="moelora"), worlds=(2,)),
     ParityCase("tokens_moelora", 1, 2, placed(2, "tokens", adapter__method="moelora"), worlds=(2,)),
     ParityCase("weights_hydralora", 1, 2, placed(2, "weights", adapter__method="hydralora"), worlds=(2,)),

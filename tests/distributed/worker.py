@@ -24,6 +24,7 @@ from data_prep.user_error import UserError
 from tests.distributed.parity_cases import by_name
 from tests.support import scene
 from tests.support.engine_bytes import copied_bytes, learning_bytes
+from tests.support.offload_on_cpu import copied_on_cpu
 from tests.support.tiny_models import FAMILIES
 from tests.support.tiny_training import build
 from trainer.adapters.adapter_folder import save_adapter
@@ -93,7 +94,7 @@ FAULTS = [
 
 def main(base: Path, folder: Path, names: list[str]) -> None:
     silence_libraries()
-    with process_group() as device:
+    with process_group() as device, copied_on_cpu():
         for case in by_name(names):
             parity(case.recipe(base, dist.get_world_size()), folder / case.name, device)
         for name, check in CHECKS.items():
@@ -106,7 +107,7 @@ def parity(recipe: Recipe, folder: Path, device: torch.device) -> None:
     """Some steps of the real loop; at each: parameters before, gradients, loss, norm, router means."""
     training = build(recipe, device, scene.training_rows(recipe))
     model = training.model
-    values = {"losses": [], "norms": [], "means": []}
+    values = {"losses": [], "norms": [], "means": [], "offloaded": []}
     for step in range(1, recipe.train.steps + 1):
         before = gather_trainable(model)
         gradients: dict[str, Tensor] = {}
@@ -115,9 +116,16 @@ def parity(recipe: Recipe, folder: Path, device: torch.device) -> None:
         values["losses"].append(report.losses.mean())
         values["norms"].append(report.grad_norm)
         values["means"].append(report.router.weights.tolist())
+        values["offloaded"].append(offloaded_inputs(training.trainer.saved_activations))
         keep(folder / f"before-{step}.safetensors", before)
         keep(folder / f"gradients-{step}.safetensors", gradients)
     keep(folder / "values.json", values)
+
+
+def offloaded_inputs(saved_activations: Any) -> list[int]:
+    """How many layers' inputs left the device in the last micro-batch, and how many came back."""
+    stats = getattr(saved_activations, "stats", None)
+    return [stats.offloaded_tensors, stats.restored_tensors] if stats else [0, 0]
 
 
 def watch_gradients(model: Any, engine: Any, found: dict[str, Tensor]) -> None:
@@ -158,6 +166,14 @@ def _add_to(total: Tensor, gradient: Tensor) -> None:
 
 def trained(model: Any) -> dict[str, Any]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def checkpointing(base: Path, folder: Path, device: torch.device) -> None:
+    """Two steps of two micro-batches under each value of train.activation_checkpointing, and what left the device."""
+    for value in (False, True, "offload"):
+        changes = {"train__steps": 2, "train__global_batch_size": 4 * dist.get_world_size()}
+        recipe = scene.recipe(base, **changes, train__micro_batch_size=2, train__activation_checkpointing=value)
+        parity(recipe, folder / str(value), device)
 
 
 def shards(base: Path, folder: Path, device: torch.device) -> None:
@@ -323,6 +339,7 @@ def keep(path: Path, found: Any) -> None:
 
 CHECKS: dict[str, Callable[[Path, Path, torch.device], None]] = {
     "summed": summed,
+    "checkpointing": checkpointing,
     "shards": shards,
     "held": held,
     "held_out": held_out,

@@ -24,6 +24,10 @@ TRAIN = {
     "other data section": (["data.seq_len=64"], "data.seq_len: the recipe says 64, but prepared was prepared with 96"),
     "no DeepSpeed file": (["deepspeed.config=none.json"], "deepspeed.config=none.json: No such file"),
     "contradicting DeepSpeed file": (["deepspeed.config=own.json"], "gradient_clipping=9.0 contradicts train.max_grad"),
+    "activations of a GPU on a CPU": (
+        ["train.activation_checkpointing=offload"],
+        "train.activation_checkpointing=offload: needs a GPU, and this machine has none; use true, or try",
+    ),
     "GPU optimizer on a CPU": (["train.optimizer=adamw_8bit"], "train.optimizer=adamw_8bit: needs a GPU"),
     "no adapter to start from": (["adapter.init_from=base"], "adapter.init_from: base holds no adapter"),
     "warm-up that never ends": (

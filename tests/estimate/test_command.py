@@ -57,6 +57,14 @@ def test_suggestions_fit_when_estimated_again(path, capsys, limit):
         assert estimate.device == suggestion["device"] <= memory_size(limit)
 
 
+def test_a_run_that_already_recomputes_may_fit_with_its_inputs_on_the_host(path, capsys):
+    recomputing = ["train.activation_checkpointing=true", "train.micro_batch_size=1"]
+    needed = estimate_json(capsys, path, *recomputing, "--gpu-memory", "900GiB")["peak"]["device"]
+    found = estimate_json(capsys, path, *recomputing, "--gpu-memory", f"{needed - 2**20}B")
+    assert found["would_fit"][0]["settings"] == ["train.activation_checkpointing=offload"]
+    assert found["would_fit"][0]["device"] == needed - (32 - 3) * 2048 * 4096 * 2  # Llama-3-8B in bf16
+
+
 def test_a_run_that_no_change_makes_fit_is_reported(path, capsys):
     assert main(["estimate", str(path), "--gpu-memory", "10MiB"]) == 2
     printed = capsys.readouterr()

@@ -12,13 +12,18 @@ WORLD = 4
 
 
 @pytest.fixture
-def transient(recipe_of):
+def estimate(recipe_of):
     def make(world=WORLD, **changes):
         rows = {"train__micro_batch_size": 2, "train__global_batch_size": 2 * WORLD}
         recipe = recipe_of("llama-3-8b", **rows, **changes)
-        return Estimator(recipe).estimate(recipe, world).transient
+        return Estimator(recipe).estimate(recipe, world)
 
     return make
+
+
+@pytest.fixture
+def transient(estimate):
+    return lambda world=WORLD, **changes: estimate(world, **changes).transient
 
 
 def test_logits_are_held_three_times_in_fp32_and_twice_in_bf16(transient):
@@ -140,7 +145,16 @@ def test_checkpointing_keeps_each_layers_input_and_recomputes_one_layer(transien
     assert full.recomputed == 0 and full.activations / LAYERS == pytest.approx(slim.recomputed, rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offload_leaves_three_layers_inputs_on_the_device_and_all_but_the_last_on_the_host(estimate):
+    recomputed, offloaded = (estimate(train__activation_checkpointing=value) for value in (True, "offload"))
+    hidden = 2 * TOKENS * HIDDEN
+    assert recomputed.transient.activations - offloaded.transient.activations == (LAYERS - 3) * hidden
+    assert recomputed.device - offloaded.device == (LAYERS - 3) * hidden
+    assert offloaded.host - recomputed.host == (LAYERS - 1) * hidden
+    assert offloaded.transient.recomputed == recomputed.transient.recomputed > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "offload"])
 def test_the_named_terms_add_up_to_the_peak(transient, checkpointing):
     estimate = transient(train__activation_checkpointing=checkpointing)
     assert sum(estimate.by_name.values()) == estimate.peak

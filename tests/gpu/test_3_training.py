@@ -42,6 +42,16 @@ def test_speed_is_reported(trained, figures):
     assert speed > 0
 
 
+def test_inputs_of_layers_on_the_host_free_memory_and_change_no_loss(eight_layers, figures):
+    values = ("true", "offload")
+    kept, moved = (eight_layers.train(f"kept-{v}", f"train.activation_checkpointing={v}")[-1] for v in values)
+    figures["offload of activations: bytes freed"] = kept["peak_memory_bytes"] - moved["peak_memory_bytes"]
+    speeds = moved["tokens_per_second"] / kept["tokens_per_second"]
+    figures["offload of activations: tokens per second over those without"] = round(speeds, 3)
+    assert moved["loss"] == pytest.approx(kept["loss"], rel=1e-3)
+    assert moved["peak_memory_bytes"] < kept["peak_memory_bytes"]
+
+
 def test_where_a_step_waits_for_the_gpu_is_reported(tmp_path, figures):
     """Of four micro-batches on a tiny model, the routers not measured. A figure: no limit is known yet."""
     base = scene.make_base(tmp_path / "base")

@@ -31,6 +31,7 @@ from trainer.base import varlen_attention
 from trainer.base.loader import pack_linears
 from trainer.base.nf4 import NF4Linear
 from trainer.distributed import expert_shard
+from trainer.distributed.accumulation import GradientAccumulation
 from trainer.distributed.adapter_groups import AdapterGroups, Division
 from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.distributed.parallelize import ParallelModel
@@ -245,7 +246,9 @@ def optimizer_step() -> None:
     with ranks(plan.world_size), model_on_gpu("teamlora") as model:
         stats, syncs = RouterStats(model, len(scene.TASKS)), fake_gpu.HostSyncs()
         engine = Engine(LabelledLoss(model, stats, len(scene.TASKS)).train(), syncs)
-        trainer = Trainer(recipe, ParallelModel(model, stats, engine, None), prepared, plan, GPU, total_steps=2)
+        accumulation = GradientAccumulation(engine, plan.gradient_accumulation_steps)
+        parallel = ParallelModel(model, stats, engine, None, accumulation, nullcontext())
+        trainer = Trainer(recipe, parallel, prepared, plan, GPU, total_steps=2)
         with syncs.counted():
             report = trainer.train_step(trainer.next_input())
     assert engine.micro_batches == 2 and report.step == 1

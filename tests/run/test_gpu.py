@@ -118,7 +118,8 @@ def test_exhausted_memory_is_one_line_with_what_to_change(error, monkeypatch, ca
     told = FULL.partition(" Process")[0] if error.args[0] == FULL else error.args[0]
     assert line == (
         f"error: rank 1: the GPU's memory is exhausted ({told}); lower train.micro_batch_size (--batch-size in "
-        "evaluation) or data.seq_len, set train.activation_checkpointing=true, and ask `teamlora estimate` what fits"
+        "evaluation) or data.seq_len, set train.activation_checkpointing=true or offload, and ask `teamlora estimate` "
+        "what fits"
     )
 
 

@@ -16,7 +16,7 @@ from trainer.training.trainer import Trainer
 def trainer(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     prepared = scene.prepared(scene.rows(4, seed=8, unlabelled=(1,)), [])
-    nothing = ParallelModel(None, None, None, None)
+    nothing = ParallelModel(None, None, None, None, None, None)
     yield Trainer(
         scene.recipe(Path("unused")), nothing, prepared, BatchPlan(4, 2, 1), torch.device("cpu"), total_steps=3
     )

@@ -7,6 +7,7 @@ about parameters, so it is imported where it is used.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -147,6 +148,33 @@ def tag_expert_parameters(parameters: Iterable[nn.Parameter], size: int) -> None
 
 def _group_name(size: int) -> str:
     return f"ep_size_{size}"  # DeepSpeed reads the size from the name
+
+
+# Activations on the host.
+
+
+def offload_checkpoints(module: nn.Module) -> AbstractContextManager:
+    """A context in which the inputs of the module's checkpointed decoder layers wait in pinned host memory.
+
+    It must surround a forward with its backward; it can be entered again, not twice at a time. Call this after
+    `deepspeed.initialize`. On a CPU nothing is moved.
+
+    DeepSpeed marks what a layer is given, before ZeRO-3's hook puts another tensor in its place, which nothing then
+    moves: so it is marked once more behind that hook. DeepSpeed also keeps on the device what it has brought back until
+    the context ends, so that backward would end with all layers' inputs there.
+    """
+    from deepspeed.runtime.activation_checkpointing.offload_activations import CheckpointHiddenStatesOffload
+    from transformers import GradientCheckpointingLayer
+
+    class Offload(CheckpointHiddenStatesOffload):
+        def _restore_tensor(self, tensor_id: int, cache: bool = True) -> Tensor:
+            return super()._restore_tensor(tensor_id, cache=False)
+
+    offload = Offload()
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.register_forward_pre_hook(lambda _layer, inputs: offload.mark(inputs[0]))
+    return offload
 
 
 # The flat fp32 tensors that the optimizer steps.

@@ -1,12 +1,12 @@
 """The one place where a model is distributed over ranks, in the order in which it must happen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.adapters.attach import attach_adapter
@@ -14,8 +14,10 @@ from trainer.adapters.router_stats import RouterStats
 from trainer.base.loader import load_opened
 from trainer.base.sharding import ShardingStrategy
 from trainer.base.weight_map import OpenedBase
-from trainer.distributed.adapter_groups import Division, make_adapter_groups, tag_for_zero3
+from trainer.distributed.accumulation import GradientAccumulation
+from trainer.distributed.adapter_groups import make_adapter_groups, tag_for_zero3
 from trainer.distributed.autotune import autotune
+from trainer.distributed.deepspeed_internals import offload_checkpoints
 from trainer.distributed.engine import initialize
 from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.distributed.zero3_sharding import Zero3Sharding
@@ -27,14 +29,16 @@ from trainer.recipe import Recipe
 class ParallelModel:
     """A model as it is trained: base and adapter, its routers, DeepSpeed's engine around a `LabelledLoss` of it.
 
-    expert_parallel: None where experts are not placed. divided: what learns, by where its parts are.
+    expert_parallel: None where experts are not placed. saved_activations: surrounds the forward and backward of each
+    micro-batch.
     """
 
     model: PeftModel
     router_stats: RouterStats
     engine: Any
     expert_parallel: ExpertParallel | None
-    divided: Sequence[tuple[Sequence[nn.Parameter], Division]] = ()
+    accumulation: GradientAccumulation
+    saved_activations: AbstractContextManager
 
 
 def parallelize(
@@ -75,11 +79,15 @@ def parallelize(
     # The loss is part of the module, so that its choice of positions lies within the forward that ZeRO-3 traces.
     chunk = loss_chunk(recipe, base.config.get_text_config().vocab_size)
     engine = initialize(LabelledLoss(model, router_stats, num_tasks, chunk).train(), recipe.train, config, steps)
+    # After ZeRO-3's hooks.
+    offloads = recipe.train.activation_checkpointing == "offload"
+    saved_activations = offload_checkpoints(engine.module) if offloads else nullcontext()
     # Last: it measures with the shards that ZeRO-3 has made.
     if expert_parallel is not None and recipe.experts.dispatch == "auto":
         autotune(expert_parallel)
     divided = [(by_expert, groups.experts), (shared, groups.shared)]
-    return ParallelModel(model, router_stats, engine, expert_parallel, divided)
+    accumulation = GradientAccumulation(engine, config["gradient_accumulation_steps"], divided)
+    return ParallelModel(model, router_stats, engine, expert_parallel, accumulation, saved_activations)
 
 
 def shard_for_inference(opened: OpenedBase, config: dict[str, Any], shards: Zero3Sharding) -> PreTrainedModel:

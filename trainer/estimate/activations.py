@@ -21,8 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trainer.base.nf4 import BLOCKS_OF_BLOCKS, NF4Linear, SecondLevel
 from trainer.base.weight_map import DTYPES
 from trainer.estimate.rank_model import base_of, build_rank_model, decoder_layers, groups_without_ranks
-from trainer.recipe import TAKE_LENGTHS, ExpertsConfig, Recipe
+from trainer.recipe import TAKE_LENGTHS, Checkpointing, ExpertsConfig, Recipe
 
+# Layers whose inputs DeepSpeed's offload still has on the device: the newest one and up to two on their way.
+NOT_YET_OFFLOADED = 3
 FLASH = "fa2_on_fake_tensors"  # stands in for flash_attention_2 and varlen, which only run on a GPU
 
 
@@ -44,11 +46,16 @@ class Activations:
     layers: int
     kinds: int
 
-    def saved(self, checkpointing: bool) -> int:
-        """Bytes kept when forward ends, all of them until backward begins."""
-        if checkpointing:
-            return self.layers * self.hidden + self.shared
-        return self.first + (self.layers - self.kinds) * self.layer
+    def saved(self, checkpointing: Checkpointing) -> int:
+        """Device bytes kept when forward ends, all of them until backward begins."""
+        if not checkpointing:
+            return self.first + (self.layers - self.kinds) * self.layer
+        layers = min(self.layers, NOT_YET_OFFLOADED) if checkpointing == "offload" else self.layers
+        return layers * self.hidden + self.shared
+
+    def offloaded(self, checkpointing: Checkpointing) -> int:
+        """Host bytes of buffers for all layers' inputs except the last, which never leaves the device."""
+        return (self.layers - 1) * self.hidden if checkpointing == "offload" else 0
 
 
 def estimate_activations(config: PretrainedConfig, recipe: Recipe) -> Activations:

@@ -83,15 +83,20 @@ class Estimator:
         zero = zero_settings(config, groups.base)
         model = self._model(recipe, world_size, groups.adapter)
         kind = kind or self.kind
-        resident = tuple(estimate_resident(model, zero, recipe.train.optimizer, world_size, kind))
         padded = _with_padded_rows(recipe, kind)
+        activations = self._activations_of(padded)
+        offloaded = activations.offloaded(recipe.train.activation_checkpointing)
+        resident = (
+            *estimate_resident(model, zero, recipe.train.optimizer, world_size, kind),
+            MemoryUse("offloaded activations", host=offloaded),
+        )
         return Estimate(
             recipe=recipe,
             world_size=world_size,
             trained=_trained(model, recipe.experts.parallel_size),
             zero=zero,
             resident=resident,
-            transient=estimate_transient(model, self._activations_of(padded), zero, padded, plan),
+            transient=estimate_transient(model, activations, zero, padded, plan),
             loading=estimate_loading(resident, model, recipe.experts),
             sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
         )

@@ -65,8 +65,11 @@ def suggest(estimator: Estimator, given: Estimate, device: int | None, host: int
 
 
 def _checkpointing(start: Change) -> Iterator[Change]:
-    if not start.recipe.train.activation_checkpointing:
+    given = start.recipe.train.activation_checkpointing
+    if not given:
         yield start.set("train", "activation_checkpointing", True)
+    if given != "offload":
+        yield start.set("train", "activation_checkpointing", "offload")
 
 
 def _smaller_micro_batches(start: Change) -> Iterator[Change]:
@@ -103,7 +106,7 @@ def _more_ranks(start: Change) -> Iterator[Change]:
 
 def _combinations(start: Change) -> Iterator[Change]:
     """From the cheapest to the most expensive: recompute, smaller micro-batch, offload, more ranks."""
-    slower = next(_checkpointing(start), start)
+    slower = start if start.recipe.train.activation_checkpointing else next(_checkpointing(start))
     for change in _smaller_micro_batches(slower):
         yield change
         slower = change

@@ -30,7 +30,14 @@ FP32_LOGITS, LOGITS = 3, 2
 # fp32 values per element that torch's AdamW allocates beside its state: the root of the second moment and its quotient.
 ADAMW_TEMPORARIES = 2
 # Categories that are allocated only when the first step begins.
-NOT_WHILE_LOADING = ("gradients", "optimizer moments", "checkpoint copy", "reduce bucket", "kept whole (persistence)")
+NOT_WHILE_LOADING = (
+    "gradients",
+    "optimizer moments",
+    "checkpoint copy",
+    "reduce bucket",
+    "kept whole (persistence)",
+    "offloaded activations",
+)
 ADAPTER = ("adapter", "master copy")
 
 
@@ -90,7 +97,7 @@ def estimate_transient(
     return Transient(
         activations=activations.saved(checkpointing),
         accumulated=accumulated_bytes(rank_model, zero, plan.gradient_accumulation_steps),
-        gathered=gathered_bytes(rank_model, zero, checkpointing) if sharded else 0,
+        gathered=gathered_bytes(rank_model, zero, bool(checkpointing)) if sharded else 0,
         arriving=arriving_bytes(rank_model, zero) if sharded else 0,
         placed=placed_bytes(rank_model),
         logits=logits_bytes(rank_model, recipe, tokens),

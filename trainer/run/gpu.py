@@ -108,7 +108,7 @@ def out_of_memory(error: BaseException) -> str | None:
     found = text.partition(" Process ")[0].partition(" Including non-PyTorch ")[0][:250]
     return (
         f"the GPU's memory is exhausted ({found}); lower train.micro_batch_size (--batch-size in evaluation) or "
-        "data.seq_len, set train.activation_checkpointing=true, and ask `teamlora estimate` what fits"
+        "data.seq_len, set train.activation_checkpointing=true or offload, and ask `teamlora estimate` what fits"
     )
 
 

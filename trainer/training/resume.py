@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "run.output_dir",
     "run.nodes",
     "run.deterministic",
+    "run.debug",
     "run.start_timeout",
     "run.collective_timeout",
     "base.attention",

@@ -21,6 +21,7 @@ from trainer.objective.logits_tail import find_logits_tail
 from trainer.objective.loss import loss_chunk
 from trainer.objective.optimizer import check_optimizer, check_warm_up
 from trainer.recipe import Recipe
+from trainer.run.gpu import require_gpu
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
     check_sharded_base(config, recipe.deepspeed.config)
     groups = shard_groups(recipe, local_ranks, config)
     check_optimizer(train)
+    check_offload(recipe)
     opened = open_base(recipe.base)
     check_adapter(opened.model, recipe.adapter)
     if recipe.adapter.init_from is not None:
@@ -65,6 +67,12 @@ def plan_run(recipe: Recipe, local_ranks: Sequence[int]) -> RunPlan:
     check_positions(opened.model.config, recipe.data.seq_len)
     check_held_out(recipe, len(prepared.held_out))
     return RunPlan(batches, config, groups, opened, prepared, steps)
+
+
+def check_offload(recipe: Recipe) -> None:
+    """Raises UserError where activations would have to leave a GPU that is not there."""
+    if recipe.train.activation_checkpointing == "offload" and not recipe.run.debug:
+        require_gpu("train.activation_checkpointing", "offload", "true, or try it on this CPU with run.debug=true")
 
 
 def warnings_about(recipe: Recipe, opened: OpenedBase) -> list[str]:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from data_prep.reader import PreparedSet
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.distributed.accumulation import GradientAccumulation
 from trainer.distributed.engine import NonFiniteGradient, apply_gradients
 from trainer.distributed.parallelize import ParallelModel
 from trainer.distributed.process_group import translate_peer_errors
@@ -110,7 +109,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.prepared, self.plan, self.device = recipe, prepared, plan, device
         self.model, self.router_stats, self.engine = parallel.model, parallel.router_stats, parallel.engine
-        self.accumulation = GradientAccumulation(self.engine, plan.gradient_accumulation_steps, parallel.divided)
+        self.accumulation, self.saved_activations = parallel.accumulation, parallel.saved_activations
         self.row_multiple = GPU_MULTIPLE if device.type == "cuda" else 1
         self.total_steps = total_steps
         self.state = state or TrainState()
@@ -180,8 +179,9 @@ class Trainer:
         with self.accumulation.step():
             for number, batch in enumerate(batches, start=1):
                 self.router_stats.begin_micro_batch(batch["task_ids"])
-                loss, by_task = self.engine(batch, max(labelled_tokens, 1), scale)
-                self.accumulation.backward(loss, last=number == len(batches))
+                with self.saved_activations:
+                    loss, by_task = self.engine(batch, max(labelled_tokens, 1), scale)
+                    self.accumulation.backward(loss, last=number == len(batches))
                 self.router_stats.end_micro_batch()
                 losses += by_task
         losses = self._finite_total(losses, step, batches)
