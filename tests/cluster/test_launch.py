@@ -200,13 +200,14 @@ def test_of_the_nodes_that_answer_as_many_are_taken_as_batch_and_experts_can_be_
     assert dividing_nodes(nodes, least, recipe) == expected
 
 
-def test_of_the_nodes_that_answer_as_many_are_taken_as_groups_that_share_a_base_can_be_made_of():
+@pytest.mark.parametrize("section", ["base", "adapter"])
+def test_of_the_nodes_that_answer_as_many_are_taken_as_groups_that_share_a_copy_can_be_made_of(section):
     recipe = Recipe.model_validate(yaml.safe_load(MINIMAL) | {"train": {"steps": 1, "global_batch_size": 96}})
     sizes = {}
     for group in ("world", "node", 8, 16):
-        base = recipe.base.model_copy(update={"shard_group": group})
+        changed = getattr(recipe, section).model_copy(update={"shard_group": group})
         sizes[group] = dividing_nodes(
-            [Node(f"node-{n}", 8) for n in range(3)], 1, recipe.model_copy(update={"base": base})
+            [Node(f"node-{n}", 8) for n in range(3)], 1, recipe.model_copy(update={section: changed})
         )
     assert sizes == {"world": 3, "node": 3, 8: 3, 16: 2}
 

@@ -162,9 +162,9 @@ def test_failed_connections_wrong_clocks_and_taken_ports_are_reported():
     assert only_problem(cluster(first=taken)) == ("error", "a", "port", "port 1 is taken by x, process 3")
 
 
-def grouped(shard_group: str | int, **more) -> ClusterFacts:
-    base = RECIPE.base.model_copy(update={"shard_group": shard_group})
-    return cluster(recipe=RECIPE.model_copy(update={"base": base}), **more)
+def grouped(shard_group: str | int, section: str = "base", **more) -> ClusterFacts:
+    changed = getattr(RECIPE, section).model_copy(update={"shard_group": shard_group})
+    return cluster(recipe=RECIPE.model_copy(update={section: changed}), **more)
 
 
 @pytest.mark.parametrize("shard_group", ["world", "node", 1, 2])
@@ -172,13 +172,15 @@ def test_groups_that_stand_on_one_node_pass(shard_group):
     assert problems(grouped(shard_group)) == []
 
 
-def test_a_group_that_spans_two_nodes_is_a_warning_and_unequal_nodes_an_error():
-    level, host, what, text = only_problem(grouped(4))
+@pytest.mark.parametrize("section", ["base", "adapter"])
+def test_a_group_that_spans_two_nodes_is_a_warning_and_unequal_nodes_an_error(section):
+    level, host, what, text = only_problem(grouped(4, section))
     assert (level, host, what) == ("warning", ALL, "shard group")
-    assert text == "base.shard_group=4: a group would span two nodes, so every layer of the base crosses the network"
+    told = f"{section}.shard_group=4: a group would span two nodes, so every layer of the {section} crosses the network"
+    assert text == told
     unequal = (Node("a", 2), Node("b", 1))
-    assert only_problem(grouped("node", nodes=unequal))[::3] == (
-        "error", "base.shard_group=node, but the nodes have 2, 1 slots",
+    assert only_problem(grouped("node", section, nodes=unequal))[::3] == (
+        "error", f"{section}.shard_group=node, but the nodes have 2, 1 slots",
     )  # fmt: skip
 
 

@@ -31,14 +31,17 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "zero0": {"stage": 0},
         "zero2": {"stage": 2, "train__micro_batch_size": 2},
         "zero3": {},
-        "offload": {"deepspeed__config": "ds_configs/zero3_offload.json"},
+        "offload": {"deepspeed__config": "ds_configs/zero3_offload.json", "adapter__shard_group": 1},
         "experts2": {"experts__parallel_size": 2, "experts__dispatch": "weights"},
         "eight_bits": {"train__optimizer": "adamw_8bit"},
     },
     4: {
         "zero2": {"stage": 2},
         "zero3": {"train__micro_batch_size": 2},
-        "experts2": {"experts__parallel_size": 2, "experts__dispatch": "weights"},
+        "experts2": {
+            "experts__parallel_size": 2, "experts__dispatch": "weights",
+            "base__shard_group": 2, "adapter__shard_group": 2,
+        },
         "experts2_replicated": {
             "experts__parallel_size": 2, "experts__dispatch": "weights", "experts__replicate": True,
         },

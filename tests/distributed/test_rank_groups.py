@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.user_error import UserError
-from trainer.distributed.rank_groups import base_shard_group, check_expert_parallel, crosses_nodes
+from tests.support import scene
+from trainer.distributed.rank_groups import (
+    ShardGroups,
+    base_shard_group,
+    check_expert_parallel,
+    crosses_nodes,
+    shard_groups,
+)
 from trainer.recipe import BaseModelConfig, ExpertsConfig
 
 ZERO3 = {"zero_optimization": {"stage": 3}}
@@ -71,6 +78,32 @@ def test_groups_that_do_not_divide_the_ranks_are_refused_with_both_numbers():
         grouped(4, [0, 1, 2, 3, 4, 5])
     with pytest.raises(UserError, match=r"the nodes have 2 and 3 ranks; give every node as many, or .* divides 5$"):
         grouped("node", [0, 1, 0, 1, 2])
+
+
+def adapter_grouped(group: str | int, parallel_size: int = 1, stage: int = 3) -> ShardGroups:
+    changes = {"adapter__shard_group": group, "experts__parallel_size": parallel_size}
+    recipe = scene.recipe(Path("base"), stage=stage, **changes)
+    return shard_groups(recipe, [0, 1, 2, 3] * 2, {"zero_optimization": {"stage": stage}})
+
+
+def test_the_adapter_is_divided_among_all_ranks_or_in_groups_of_its_own():
+    found = [adapter_grouped(group) for group in ("world", "node", 2, 1)]
+    assert found == [ShardGroups(base=8, adapter=size) for size in (8, 4, 2, 1)]
+    assert adapter_grouped(2, parallel_size=2).adapter == 2
+    assert adapter_grouped("world", stage=2) == ShardGroups(base=1, adapter=8)
+
+
+def test_owners_of_experts_are_of_one_group_of_the_adapter():
+    text = (
+        r"adapter\.shard_group=2: the 4 ranks of experts\.parallel_size do not divide a group of 2; choose a multiple"
+    )
+    with pytest.raises(UserError, match=text):
+        adapter_grouped(2, parallel_size=4)
+
+
+def test_groups_of_the_adapter_need_zero_3():
+    with pytest.raises(UserError, match=r"adapter\.shard_group=node: ds_configs/zero2\.json has ZeRO stage 2"):
+        adapter_grouped("node", stage=2)
 
 
 def test_a_group_crosses_nodes_where_its_ranks_are_not_neighbours_on_one():

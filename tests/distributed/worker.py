@@ -68,6 +68,7 @@ HELD: dict[str, dict[str, Any]] = {
     "replicated": {"experts__parallel_size": 2, "experts__replicate": True},
     "eight_bits": {"train__optimizer": "adamw_8bit"},
     "base_whole": {"base__shard_group": 1},
+    "adapter_whole": {"adapter__shard_group": 1, "base__dtype": "bf16"},
     "base_in_groups": {"base__shard_group": 2, "deepspeed__config": "ds_configs/zero3_offload.json"},
 }
 # changes of the recipe under which gradients of many micro-batches are added up

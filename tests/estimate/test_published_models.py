@@ -137,6 +137,23 @@ def test_a_group_of_ranks_keeps_and_gathers_a_base_of_its_own(recipe_of):
     assert (whole, nothing, same) == (WORLD * packed, 0, gradients)
 
 
+def test_copies_of_the_adapter_keep_gathers_and_most_of_a_reduction_within_a_group(recipe_of):
+    """Two groups of half the ranks; whole on each rank, all is left to the sum over copies."""
+    recipe = recipe_of("llama-3-8b", train__global_batch_size=WORLD)
+    found = {}
+    for group in (WORLD, WORLD // 2, 1):
+        adapter = recipe.adapter.model_copy(update={"shard_group": group})
+        estimate = Estimator(recipe).estimate(recipe.model_copy(update={"adapter": adapter}), WORLD)
+        resident = {use.name: use.device for use in estimate.resident}
+        found[group] = resident["adapter"], estimate.sent["gathers of the adapter"], estimate.sent["gradients"]
+    whole = found[1][0]
+    assert found[WORLD] == (whole // WORLD, 2 * whole * (WORLD - 1) // WORLD, whole * (WORLD - 1) // WORLD)
+    half = WORLD // 2
+    within = whole * (half - 1) // half
+    assert found[half] == (whole // half, 2 * within, 2 * within + whole // half)  # a sum of two sends each part once
+    assert found[1] == (whole, 0, 2 * whole * (WORLD - 1) // WORLD)
+
+
 def test_405b_on_64_ranks_is_estimated_in_seconds(recipe_of):
     recipe = recipe_of("llama-3.1-405b", train__global_batch_size=64, data__seq_len=4096)
     began = time.process_time()
