@@ -148,5 +148,5 @@ def test_a_run_with_linked_folders_keeps_the_metrics_of_its_steps(tmp_path, link
     moved.symlink_to(tmp_path / "elsewhere")
     found = find_resume_point(recipe)
     assert found.step == 2
-    MetricsWriter(run, tensorboard=False, step=2, keep=found.metrics_bytes(run)).close()
+    MetricsWriter(run, tensorboard=False, step=2, own=found.is_of(run)).close()
     assert [json.loads(line)["step"] for line in (run / METRICS).read_text().splitlines()] == [1, 2]

@@ -67,36 +67,55 @@ def test_a_later_part_begins_after_whole_lines(tmp_path):
     kept = writer.position()
     writer.write({"step": 4})
     writer.close()
-    MetricsWriter(tmp_path, tensorboard=False, step=3, keep=kept).close()
+    MetricsWriter(tmp_path, tensorboard=False, step=3, own=True).close()
     assert steps(tmp_path / METRICS) == [1, 2, 3]
-    later = MetricsWriter(tmp_path, tensorboard=False, step=2, keep=kept - 1)  # half of the third is there
+    with (tmp_path / METRICS).open("rb+") as file:
+        file.truncate(kept - 3)  # half of the third is there
+    later = MetricsWriter(tmp_path, tensorboard=False, step=2, own=True)
     assert later.position() == 2 * kept // 3
     later.write({"step": 3})
     later.close()
     assert steps(tmp_path / METRICS) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("lines", "kept"),
+    [
+        (['{"step": 1}', '{"step": 3}'], ['{"step": 1}']),
+        (['{"step": 1}', '{"step": 2', '{"step": 3}'], ['{"step": 1}']),
+        (['{"step": 1', '{"step": 2}', '{"step": 3}'], ['{"step": 1', '{"step": 2}']),
+        ([], []),
+    ],
+    ids=["one is missing", "the last is damaged", "another is damaged", "all are missing"],
+)
+def test_lines_that_were_changed_since_are_reported_and_training_goes_on(tmp_path, capsys, lines, kept):
+    (tmp_path / METRICS).write_text("".join(line + "\n" for line in lines))
+    MetricsWriter(tmp_path, tensorboard=False, step=2, own=True).close()
+    assert (tmp_path / METRICS).read_text().splitlines() == kept
+    told = f"metrics.jsonl was changed since the checkpoint at step 2: {len(kept)} of its lines are kept, and training"
+    assert (told in capsys.readouterr().err) == (len(kept) != 2)
+
+
 @pytest.mark.parametrize("from_step", [0, 2])
 @pytest.mark.parametrize("longer", [-30, 0, 30])
 def test_no_step_is_lost_where_a_checkpoint_that_was_passed_over_can_be_read_again(tmp_path, capsys, from_step, longer):
-    """Trained to step 6 with a checkpoint of step 5; then from an earlier one to step 3; then from step 5 to step 7."""
-    positions = [0]
+    """Trained to step 6, with a checkpoint of step 5; from an earlier one to step 3; then twice from step 5 to 7."""
     first = MetricsWriter(tmp_path, tensorboard=False)
     for step in range(1, 7):
         first.write({"step": step, "seconds": "x" * 40})
-        positions.append(first.position())
     first.close()
-    again = MetricsWriter(tmp_path, tensorboard=False, step=from_step, keep=positions[from_step], passed_over=True)
+    again = MetricsWriter(tmp_path, tensorboard=False, step=from_step, own=from_step > 0, passed_over=True)
     for step in range(from_step + 1, 4):
         again.write({"step": step, "seconds": "x" * (40 + longer)})
     again.close()
     assert steps(tmp_path / METRICS) == [1, 2, 3]
     capsys.readouterr()
-    last = MetricsWriter(tmp_path, tensorboard=False, step=5, keep=positions[5])
-    for step in (6, 7):
-        last.write({"step": step})
-    last.close()
-    assert steps(tmp_path / METRICS) == [1, 2, 3, 4, 5, 6, 7]
+    for _ in range(2):
+        last = MetricsWriter(tmp_path, tensorboard=False, step=5, own=True)
+        for step in (6, 7):
+            last.write({"step": step})
+        last.close()
+        assert steps(tmp_path / METRICS) == [1, 2, 3, 4, 5, 6, 7]
     assert capsys.readouterr().err == ""
     assert {path.name for path in tmp_path.iterdir()} <= {METRICS, EARLIER}
 

@@ -79,11 +79,20 @@ def _lines_by_step(content: bytes) -> dict[int, bytes]:
     return {record["step"]: line + b"\n" for line, record in _records_by_line(content)}
 
 
+def _end_of_steps(content: bytes, step: int) -> int:
+    """Where the last whole line of the steps up to `step` ends. Half a line is what a full disk may have left."""
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    steps = [next((record["step"] for _, record in _records_by_line(line)), None) for line in lines]
+    first_later = next((i for i, n in enumerate(steps) if n is not None and n > step), len(steps))
+    count = next((i + 1 for i in range(first_later - 1, -1, -1) if steps[i] is not None), 0)
+    return sum(map(len, lines[:count]))
+
+
 class MetricsWriter:
     """Writes each record at once, so that a run that dies leaves all its finished steps.
 
-    step: steps that are done, where the run resumes. keep: bytes of metrics.jsonl that belong to them; what lies beyond
-    is cut off, and purged from TensorBoard. Where nothing of it belongs to them, the file is renamed, not emptied.
+    step: steps that are done, where the run resumes; lines of later ones are cut off, and purged from TensorBoard. own:
+    whether metrics.jsonl is of these steps; a file of others is renamed, not emptied.
     passed_over: whether a checkpoint of a later step could not be read. The next start may be able to, and go on from
     there: lines of later steps are then kept in LATER, where it finds them. before_write: is called before each write.
     """
@@ -93,7 +102,7 @@ class MetricsWriter:
         directory: Path,
         tensorboard: bool,
         step: int = 0,
-        keep: int = 0,
+        own: bool = False,
         before_write: Callable[[], None] = lambda: None,
         passed_over: bool = False,
     ) -> None:
@@ -101,10 +110,10 @@ class MetricsWriter:
         before_write()
         path = directory / METRICS
         content = path.read_bytes() if path.is_file() else b""
-        if not keep:
+        if not own:
             _set_aside(path, content)
         path.touch()
-        _cut(path, content, keep, step, passed_over)
+        _cut(path, content, step if own else 0, passed_over)
         self._file = path.open("ab", buffering=0)
         self._waiting = bytearray()  # lines, or their rest, for which there was no room
         self._board = None
@@ -183,13 +192,12 @@ def _set_aside(path: Path, content: bytes) -> None:
         print(f"metrics         {path.name} of an earlier start ({steps} steps) is kept as {kept.name}", flush=True)
 
 
-def _cut(path: Path, content: bytes, keep: int, step: int, passed_over: bool) -> None:
-    """Cuts the file, which had this content, to whole lines within its first `keep` bytes: a full disk may have left
-    half a line. Lines that an earlier start has kept in LATER are put back.
+def _cut(path: Path, content: bytes, step: int, passed_over: bool) -> None:
+    """Cuts the file, which had this content, to the lines of the first `step` steps.
 
-    Warns where these are not the lines of `step` steps, as after an editor has changed the file's line ends.
+    Lines that an earlier start has kept in LATER are put back. Warns where these are not the lines of so many steps.
     """
-    whole = content.rfind(b"\n", 0, keep) + 1
+    whole = _end_of_steps(content, step)
     lines = content.count(b"\n", 0, whole)
     with path.open("rb+") as file:
         file.truncate(whole)
@@ -205,7 +213,7 @@ def _cut(path: Path, content: bytes, keep: int, step: int, passed_over: bool) ->
             write_atomically(beside, b"".join({**later, **_lines_by_step(content[whole:])}.values()))
         else:
             beside.unlink(missing_ok=True)
-    if keep and (lines + restored != step or (whole < keep and not restored)):
+    if lines + restored != step:
         print(
             f"warning: {path} was changed since the checkpoint at step {step}: {lines + restored} of its lines are "
             "kept, and training goes on",

@@ -14,9 +14,8 @@ from trainer.telemetry.step_report import StepReport
 class RunLog:
     """The log of one run on rank 0; on other ranks (`enabled=False`) every method does nothing.
 
-    done: steps of earlier starts of the run, after which it resumes. metrics_bytes: of metrics.jsonl that belong to
-    them; what lies beyond is cut off. before_write: is called before each write into the directory. passed_over: as for
-    MetricsWriter.
+    done: steps of earlier starts of the run, after which it resumes. before_write: is called before each write into the
+    directory. own, passed_over: as for MetricsWriter.
     """
 
     def __init__(
@@ -27,7 +26,7 @@ class RunLog:
         tensorboard: bool,
         enabled: bool,
         done: int = 0,
-        metrics_bytes: int = 0,
+        own: bool = False,
         before_write: Callable[[], None] = lambda: None,
         passed_over: bool = False,
     ) -> None:
@@ -35,7 +34,7 @@ class RunLog:
         self._progress = StepProgress(total_steps, enabled=enabled, done=done)
         self._writer = None
         if enabled:
-            self._writer = MetricsWriter(directory, tensorboard, done, metrics_bytes, before_write, passed_over)
+            self._writer = MetricsWriter(directory, tensorboard, done, own, before_write, passed_over)
         self._images = RouterImages(tasks) if enabled and tensorboard else None
         self._last_step = done
 

@@ -60,15 +60,15 @@ class ResumePoint:
         """Steps that are done."""
         return self.facts.get("step", 0)
 
-    def metrics_bytes(self, directory: Path) -> int:
-        """Bytes of the directory's metrics.jsonl that belong to those steps; 0 for another run's checkpoint.
+    def is_of(self, directory: Path) -> bool:
+        """Whether the checkpoint is one of the directory's own, whose metrics.jsonl has those steps.
 
         The directory, its checkpoints/ and every checkpoint may be links to folders elsewhere.
         """
         if self.checkpoint is None:
-            return 0
+            return False
         own = directory / FOLDER / storage.folder_name(self.step)
-        return self.facts["metrics_bytes"] if own.exists() and own.samefile(self.checkpoint) else 0
+        return own.exists() and own.samefile(self.checkpoint)
 
 
 def contents(directory: Path) -> dict[Path, int]:

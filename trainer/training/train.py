@@ -141,7 +141,7 @@ def _load_and_fit(
         recipe.report.tensorboard,
         enabled=first,
         done=resume_point.step,
-        metrics_bytes=resume_point.metrics_bytes(directory),
+        own=resume_point.is_of(directory),
         before_write=before_write,
         passed_over=any(step > resume_point.step for step in steps_in(directory / FOLDER)),
     )

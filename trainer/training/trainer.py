@@ -296,7 +296,7 @@ class Trainer:
 
     def _save(self, checkpoints: CheckpointManager, log: RunLog, identity: dict[str, Any]) -> None:
         step = self.state.step
-        facts = {**identity, **self.state_facts(), "metrics_bytes": log.position()}
+        facts = {**identity, **self.state_facts(), "metrics_bytes": log.position()}  # by which 0.1.0 resumes
         with translate_peer_errors(f"checkpoint of step {step}"):
             checkpoints.save(step, facts, self.state.best_step)
         self.state.saved_step = step
