@@ -12,7 +12,7 @@ from trainer.distributed.rank_groups import shard_groups
 from trainer.estimate.activations import Activations, estimate_activations
 from trainer.estimate.rank_model import RankModel, build_rank_model, groups_without_ranks
 from trainer.estimate.resident import DeviceKind, MemoryUse, estimate_resident
-from trainer.estimate.traffic import sent_bytes
+from trainer.estimate.traffic import bytes_between_nodes, flows, sent_bytes
 from trainer.estimate.transient import Transient, estimate_loading, estimate_transient
 from trainer.estimate.zero_settings import ZeroSettings, zero_settings
 from trainer.objective.batches import GPU_MULTIPLE, padded_length, plan_batches
@@ -24,7 +24,8 @@ class Estimate:
     """Bytes per rank. All ranks hold equally much, except that rank 0's checkpoint copy is the largest.
 
     trained: elements of the adapter. resident: held from the first step to the last. transient: on the device at the
-    peak of a step. loading: the peak before the first step. sent: in one optimizer step.
+    peak of a step. loading: the peak before the first step. sent, between_nodes: in a step, by each rank and out
+    of each node.
     """
 
     recipe: Recipe
@@ -35,6 +36,7 @@ class Estimate:
     transient: Transient
     loading: MemoryUse
     sent: dict[str, int]
+    between_nodes: dict[str, int]
 
     @property
     def rows(self) -> list[MemoryUse]:
@@ -90,6 +92,7 @@ class Estimator:
             *estimate_resident(model, zero, recipe.train.optimizer, world_size, kind),
             MemoryUse("offloaded activations", host=offloaded),
         )
+        sent = flows(model, zero, world_size, plan.gradient_accumulation_steps)
         return Estimate(
             recipe=recipe,
             world_size=world_size,
@@ -98,7 +101,8 @@ class Estimator:
             resident=resident,
             transient=estimate_transient(model, activations, zero, padded, plan),
             loading=estimate_loading(resident, model, recipe.experts),
-            sent=sent_bytes(model, zero, world_size, plan.gradient_accumulation_steps),
+            sent=sent_bytes(sent),
+            between_nodes=bytes_between_nodes(sent, per_node),
         )
 
     def _model(self, recipe: Recipe, world_size: int, adapter_group: int) -> RankModel:

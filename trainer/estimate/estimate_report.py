@@ -41,8 +41,14 @@ def _tables(estimate: Estimate, kind: DeviceKind) -> list[str]:
         (use.name, f"{use.device / GIB:.3f}", f"{use.host / GIB:.3f}")
         for use in (*estimate.rows, peak, estimate.loading)
     ]
-    sent = [(name, f"{size / GIB:.3f}") for name, size in estimate.sent.items()]
-    return [text_table((title, "device", "host"), uses), "", text_table(("sent per rank and step", "GiB"), sent)]
+    tables = [text_table((title, "device", "host"), uses), "", _traffic("sent per rank and step", estimate.sent)]
+    if any(estimate.between_nodes.values()):
+        tables += ["", _traffic("out of each node and step", estimate.between_nodes)]
+    return tables
+
+
+def _traffic(title: str, sizes: dict[str, int]) -> str:
+    return text_table((title, "GiB"), [(name, f"{size / GIB:.3f}") for name, size in sizes.items()])
 
 
 def _verdict(estimate: Estimate, device: int | None, host: int | None, suggestions: list[Suggestion]) -> list[str]:
@@ -98,6 +104,7 @@ def _as_object(
         "peak_on": {name: {"device": each.device, "host": each.host} for name, each in by_kind.items()},
         "loading": {"device": estimate.loading.device, "host": estimate.loading.host},
         "sent_a_step": estimate.sent,
+        "between_nodes_a_step": estimate.between_nodes,
         "limits": {"device": device, "host": host},
         "fits": estimate.fits(device, host),
         "would_fit": [

@@ -19,6 +19,11 @@ from trainer.estimate.rank_model import RankModel, module_bytes
 from trainer.estimate.zero_settings import ZeroSettings
 
 
+def is_gathered_once(rank_model: RankModel, zero: ZeroSettings) -> bool:
+    """Whether a micro-batch gathers each parameter once, and not again for backward."""
+    return bool(zero.prefetch_bucket) and sum(p.numel() for p in rank_model.model.parameters()) <= zero.max_live
+
+
 def gathered_bytes(rank_model: RankModel, zero: ZeroSettings, checkpointing: bool) -> int:
     """Bytes of whole parameters where forward turns into backward: an upper bound."""
     fetched = _fetched(rank_model, checkpointing)

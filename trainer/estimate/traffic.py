@@ -1,85 +1,143 @@
-"""Bytes that each rank sends in one optimizer step, by purpose: a model of what is moved, independent of the transport.
+"""Bytes that ranks send in one optimizer step, by purpose: a model of what is moved, independent of the transport.
 
 Gathering a parameter of b bytes from N ranks sends (N - 1) / N of b per rank on average: each rank's shard goes to
 every other rank. So does the reduce-scatter of a gradient. N is base.shard_group for the base, adapter.shard_group for
 what learns; where that makes copies, gradients are reduced over a group twice and over the copies once
 (trainer.distributed.accumulation). ZeRO-3 gathers each parameter in forward and in backward of every micro-batch (the
-frozen embedding in forward only).
-Activation checkpointing repeats a layer's forward within its backward, on parameters that are already there. Gradients
-are reduced once a step, in the compute dtype; those of placed experts go to the owners after every micro-batch.
+frozen embedding in forward only); a model of no more than stage3_max_live_parameters elements once, from the second
+step on (trainer.estimate.gathered). Activation checkpointing repeats a layer's forward within its backward, on
+parameters that are already there. Gradients are reduced once a step, in the compute dtype; those of placed experts go
+to the owners after every micro-batch.
 
-Gradients are exact. Gathers are an upper bound, by a layer or two: what precedes the first adapter has no backward, and
-what forward uses last is still there when backward begins. A model of fewer elements than stage3_max_live_parameters is
-gathered about once per micro-batch from the second step on (trainer.estimate.gathered).
+Gradients are exact, but for gloo, whose reduce-scatter sends as much as an all-reduce. Gathers are an upper bound, by a
+layer or two: what precedes the first adapter has no backward, and what forward uses last is still there when backward
+begins.
+
+Collectives are taken to be rings through ranks in their order: of a group that spans nodes one connection leads out of
+each. Gradients of experts go from every rank to every other.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 
 from torch import nn
 
 from trainer.distributed.adapter_groups import Division
 from trainer.distributed.expert_parallel import ExpertParallel
+from trainer.estimate.gathered import is_gathered_once
 from trainer.estimate.rank_model import RankModel
 from trainer.estimate.zero_settings import ZeroSettings
 
 
-def sent_bytes(rank_model: RankModel, zero: ZeroSettings, world_size: int, accumulation: int) -> dict[str, int]:
-    """{purpose: bytes}. The traffic of placed experts depends on the dispatch; this is that of dispatch `weights`."""
+@dataclass(frozen=True)
+class Flow:
+    """What each rank sends in a step for one purpose, in groups of `size` ranks that are `stride` apart.
+
+    sent: bytes per rank. ring: each rank sends to the next one only; else as much to each of the others.
+    """
+
+    purpose: str
+    sent: Fraction
+    size: int
+    stride: int = 1
+    ring: bool = True
+
+    def out_of_node(self, ranks_per_node: int) -> Fraction:
+        """Bytes that leave each node, for the ranks of all its groups."""
+        here = max(1, ranks_per_node // self.stride)  # ranks of one group
+        if here >= self.size:
+            return Fraction(0)
+        if self.ring:
+            return self.sent * min(self.stride, ranks_per_node)
+        return self.sent * ranks_per_node * Fraction(self.size - here, self.size - 1)
+
+
+def flows(rank_model: RankModel, zero: ZeroSettings, world_size: int, accumulation: int) -> list[Flow]:
+    """The traffic of placed experts depends on the dispatch; this is that of dispatch `weights`."""
     trained = rank_model.trained
     if zero.stage != 3:
         return _replicated(trained, zero, world_size)
-    frozen = [p for p in rank_model.model.parameters() if not p.requires_grad]
-    passes = 2 * accumulation
-    embedding = _embedding_gathers(rank_model, accumulation, zero)
     shared = [p for p in trained if p not in rank_model.by_expert]
-    sent = {
-        "gathers of the base": _share(
-            passes * _bytes(p for p in frozen if p.numel() > zero.persistence) + embedding, zero.shard_group
-        ),
-        "gathers of the adapter": passes * _share(_bytes(shared), rank_model.groups.shared.among.size()),
-        "gradients": _reduced(_bytes(shared), rank_model.groups.shared),
-    }
-    if rank_model.placement is not None:
-        sent |= _placed(rank_model.placement, accumulation)
-    return {name: int(size) for name, size in sent.items()}
+    once = rank_model.placement is None and is_gathered_once(rank_model, zero)
+    passes = (1 if once else 2) * accumulation
+    division, size = rank_model.groups.shared, _bytes(shared)
+    found = [
+        _ring("gathers of the base", _base_gathers(rank_model, zero, accumulation), zero.shard_group),
+        _ring("gathers of the adapter", passes * size, division.among.size()),
+        *_reduced("gradients", size, division, stride=1, apart=division.among.size()),
+    ]
+    return found if rank_model.placement is None else [*found, *_placed(rank_model.placement, accumulation)]
 
 
-def _embedding_gathers(rank_model: RankModel, accumulation: int, zero: ZeroSettings) -> int:
-    """Bytes by which the embedding differs from two gathers per micro-batch.
+def sent_bytes(flows: Iterable[Flow]) -> dict[str, int]:
+    """{purpose: bytes per rank}"""
+    return _by_purpose((flow.purpose, flow.sent) for flow in flows)
 
-    Its backward needs none; a tied embedding is gathered for the head as well.
+
+def bytes_between_nodes(flows: Iterable[Flow], ranks_per_node: int) -> dict[str, int]:
+    """{purpose: bytes that leave each node}"""
+    return _by_purpose((flow.purpose, flow.out_of_node(ranks_per_node)) for flow in flows)
+
+
+def _by_purpose(sizes: Iterable[tuple[str, Fraction]]) -> dict[str, int]:
+    found: dict[str, Fraction] = {}
+    for purpose, size in sizes:
+        found[purpose] = found.get(purpose, Fraction(0)) + size
+    return {purpose: int(size) for purpose, size in found.items()}
+
+
+def _base_gathers(rank_model: RankModel, zero: ZeroSettings, accumulation: int) -> int:
+    """Bytes of the base that are put together in a step.
+
+    The embedding needs no backward; a tied one is gathered for the head as well.
     """
+    frozen = [p for p in rank_model.model.parameters() if not p.requires_grad and p.numel() > zero.persistence]
+    if is_gathered_once(rank_model, zero):
+        return accumulation * _bytes(frozen)
     embedding = rank_model.embedding
-    if embedding.numel() <= zero.persistence:
-        return 0
-    return accumulation * _bytes([embedding]) * (1 if embedding is rank_model.head.weight else -1)
+    extra = 0 if embedding.numel() <= zero.persistence else 1 if embedding is rank_model.head.weight else -1
+    return accumulation * (2 * _bytes(frozen) + extra * _bytes([embedding]))
 
 
-def _replicated(trained: list[nn.Parameter], zero: ZeroSettings, world_size: int) -> dict[str, int]:
+def _replicated(trained: list[nn.Parameter], zero: ZeroSettings, world_size: int) -> list[Flow]:
     """Stage 0 all-reduces once per step; stages 1 and 2 reduce, then gather the updated parameters."""
-    part = _share(_bytes(trained), world_size)
-    reduced = part if zero.stage else 2 * part
-    return {"gradients": int(reduced), "gathers of the stepped adapter": int(part if zero.stage else 0)}
+    size = _bytes(trained)
+    return [
+        _ring("gradients", size if zero.stage else 2 * size, world_size),
+        _ring("gathers of the stepped adapter", size if zero.stage else 0, world_size),
+    ]
 
 
-def _placed(placement: ExpertParallel, accumulation: int) -> dict[str, Fraction]:
+def _placed(placement: ExpertParallel, accumulation: int) -> list[Flow]:
     """Every pass gathers all experts, and every backward sends their gradients to the owners."""
     groups, own = placement.groups, _bytes(placement.by_expert)
-    among_replicas, among_owners = _share(own, groups.experts.among.size()), (groups.size - 1) * own
-    return {
-        "gathers of placed experts": 2 * accumulation * (among_replicas + among_owners),
-        "gradients of placed experts": accumulation * among_owners + _reduced(own, groups.experts),
-    }
+    owners, among = groups.size, groups.experts.among.size()
+    apart = owners * among  # the same part in the next copy
+    gathers, gradients = "gathers of placed experts", "gradients of placed experts"
+    to_owners = Fraction((owners - 1) * own)
+    return [
+        _ring(gathers, 2 * accumulation * own, among, owners),
+        Flow(gathers, 2 * accumulation * to_owners, owners),
+        Flow(gradients, accumulation * to_owners, owners, ring=False),
+        *_reduced(gradients, own, groups.experts, owners, apart),
+    ]
 
 
-def _reduced(size: int, division: Division) -> Fraction:
-    """Bytes per rank that a step sends to reduce gradients of `size` bytes where there may be copies."""
+def _reduced(purpose: str, size: int, division: Division, stride: int, apart: int) -> list[Flow]:
+    """A step's reduction of gradients of `size` bytes. stride, apart: of ranks with parts of a copy, and of copies."""
     ranks = division.among.size()
-    within = _share(size, ranks)
+    within = _ring(purpose, size, ranks, stride)
     if division.copies is None:
-        return within
-    return 2 * within + 2 * _share(Fraction(size, ranks), division.copies.size())
+        return [within]
+    copies = division.copies.size()
+    to_owners = Flow(purpose, within.sent, ranks, stride, ring=False)
+    return [within, to_owners, Flow(purpose, 2 * _share(Fraction(size, ranks), copies), copies, apart)]
+
+
+def _ring(purpose: str, size: int, ranks: int, stride: int = 1) -> Flow:
+    """A gather or a reduce-scatter of so many bytes."""
+    return Flow(purpose, _share(size, ranks), ranks, stride)
 
 
 def _share(size: int | Fraction, ranks: int) -> Fraction:
