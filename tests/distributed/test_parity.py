@@ -14,8 +14,6 @@ from trainer.objective.batches import rows_of_step
 
 pytestmark = pytest.mark.slow
 
-BF16_ROUNDING = 2**-8  # the largest relative error of one
-
 
 @pytest.fixture(params=PARITY, ids=lambda case: case.name)
 def case(request, seen, base):
@@ -64,13 +62,11 @@ def test_accumulation_changes_neither_losses_nor_gradients(seen):
 
 @pytest.mark.ranks_run("summed")
 @pytest.mark.parametrize("name", SUMMED)
-def test_gradients_of_many_micro_batches_are_rounded_to_bf16_once_and_again_where_ranks_are_summed(seen, name):
+def test_the_sum_of_many_micro_batches_in_bf16_is_rounded_once(seen, name):
     _, folder = seen
-    exact, found = (load_file(folder / "summed" / name / f"{which}.safetensors") for which in ("exact", "found"))
-    assert found.keys() == exact.keys()
-    for parameter, gradient in exact.items():
-        assert gradient.norm() > 0, parameter
-        assert (found[parameter] - gradient).norm() <= BF16_ROUNDING * gradient.norm(), parameter
+    for of_rank in json.loads((folder / "summed" / f"{name}.json").read_text()):
+        assert {parameter: excess for parameter, excess in of_rank.items() if excess > 0} == {}
+        assert of_rank
 
 
 @pytest.mark.ranks_run("bf16_unplaced", "bf16_weights")
