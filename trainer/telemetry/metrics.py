@@ -1,6 +1,7 @@
 """The numbers of a run: metrics.jsonl, one line per optimizer step, and the same in TensorBoard."""
 
 import contextlib
+import io
 import json
 import resource
 import sys
@@ -81,11 +82,14 @@ def _lines_by_step(content: bytes) -> dict[int, bytes]:
 
 def _end_of_steps(content: bytes, step: int) -> int:
     """Where the last whole line of the steps up to `step` ends. Half a line is what a full disk may have left."""
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    steps = [next((record["step"] for _, record in _records_by_line(line)), None) for line in lines]
-    first_later = next((i for i, n in enumerate(steps) if n is not None and n > step), len(steps))
-    count = next((i + 1 for i in range(first_later - 1, -1, -1) if steps[i] is not None), 0)
-    return sum(map(len, lines[:count]))
+    end = position = 0
+    for line in io.BytesIO(content[: content.rfind(b"\n") + 1]):
+        position += len(line)
+        for _, record in _records_by_line(line):
+            if record["step"] > step:
+                return end
+            end = position
+    return end
 
 
 class MetricsWriter:
