@@ -70,7 +70,8 @@ def parallelize(
     groups = make_adapter_groups(recipe.experts, adapter_group)
     expert_parallel = ExpertParallel(model, groups, recipe.experts.dispatch) if groups.size > 1 else None
     by_expert = expert_parallel.by_expert if expert_parallel is not None else []
-    shared = [p for p in model.parameters() if p.requires_grad and p not in set(by_expert)]
+    placed = set(by_expert)
+    shared = [p for p in model.parameters() if p.requires_grad and p not in placed]
     # Before DeepSpeed sees the parameters: it partitions them over the group that a tag names.
     tag_for_zero3(groups, by_expert, shared)
     # Before DeepSpeed sees the modules; without re-entrance, since ZeRO-3's hooks must run in the recomputed forward.

@@ -1,6 +1,7 @@
 """The adapted model as each rank holds it, built by the training code with every parameter on the meta device."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -30,7 +31,7 @@ class RankModel:
     placement: ExpertParallel | None
     groups: AdapterGroups
 
-    @property
+    @cached_property
     def by_expert(self) -> set[nn.Parameter]:
         """Parameters of placed experts."""
         return set(self.placement.by_expert) if self.placement is not None else set()
