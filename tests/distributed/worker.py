@@ -24,6 +24,7 @@ from tests.distributed.parity_cases import by_name
 from tests.support import scene
 from tests.support.engine_bytes import copied_bytes, learning_bytes
 from tests.support.offload_on_cpu import copied_on_cpu
+from tests.support.summed_gradient import SummedGradient
 from tests.support.tiny_models import FAMILIES
 from tests.support.tiny_training import build
 from trainer.adapters.adapter_folder import save_adapter
@@ -31,7 +32,6 @@ from trainer.base.loader import load_opened
 from trainer.base.weight_map import open_base
 from trainer.console.library_logs import silence_libraries
 from trainer.distributed.deepspeed_config import read_deepspeed_config
-from trainer.distributed.deepspeed_internals import whole_shape
 from trainer.distributed.engine import gather_trainable
 from trainer.distributed.expert_shard import merge_shards
 from trainer.distributed.process_group import process_group
@@ -151,30 +151,6 @@ def summed(base: Path, folder: Path, device: torch.device) -> None:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, {n: each.excess() for n, each in sums.items()})
         keep(folder / "summed" / f"{name}.json", everyone)
-
-
-class SummedGradient:
-    """A parameter's gradients of one rank: each as autograd makes it, added up in fp64, and what is then reduced."""
-
-    def __init__(self, parameter: Any) -> None:
-        shape = whole_shape(parameter)
-        self.exact, self.sizes = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-        self.found = torch.zeros(shape)
-        parameter.register_hook(self._add)
-        parameter.register_post_accumulate_grad_hook(self._look)
-
-    def excess(self) -> float:
-        """Over all elements the largest error beyond one rounding to bf16 and those of 32 additions in fp32."""
-        allowed = 2**-8 * self.exact.abs() + 2**-19 * self.sizes
-        return float(((self.found - self.exact).abs() - allowed).max())
-
-    def _add(self, gradient: Tensor) -> None:
-        self.exact += gradient
-        self.sizes += gradient.abs()
-
-    def _look(self, parameter: Any) -> None:
-        if parameter.grad is not None:  # in the end
-            self.found = parameter.grad.float()
 
 
 def trained(model: Any) -> dict[str, Any]:

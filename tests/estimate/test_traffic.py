@@ -12,7 +12,7 @@ WORLD, PER_NODE = 8, 4
 
 
 def crossing(size: int, stride: int, ring: bool, per_node: int) -> Fraction:
-    """Share of a rank's bytes that leave the first node, summed over its ranks, message by message."""
+    """What leaves the first node, counted message by message; 1 is all that one rank sends."""
     total = Fraction(0)
     for rank in range(WORLD):
         block, place = divmod(rank, size * stride)
