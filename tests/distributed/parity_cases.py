@@ -106,6 +106,8 @@ PARITY = [
     ParityCase("tokens_moelora", 1, 2, placed(2, "tokens", adapter__method="moelora"), worlds=(2,)),
     ParityCase("weights_hydralora", 1, 2, placed(2, "weights", adapter__method="hydralora"), worlds=(2,)),
     ParityCase("tokens_hydralora", 1, 2, placed(2, "tokens", adapter__method="hydralora"), worlds=(2,)),
+    ParityCase("weights_loss_chunks", 3, 1, placed(2, "weights", train__loss_chunk=4, **SHORT), worlds=(2,)),
+    ParityCase("tokens_loss_chunks", 1, 2, placed(2, "tokens", train__loss_chunk=4, **SHORT), worlds=(2,)),
     # micro-batches on both sides of where `auto` switches
     ParityCase("auto", 1, 2, placed(2, "auto"), worlds=(2,)),
 ]

@@ -50,6 +50,11 @@ def test_losses_norms_and_router_means_equal_those_of_one_process(case):
     assert torch.allclose(last, torch.stack(list(reference.means.values())), rtol=0, atol=1e-5)
 
 
+def test_zero3_gathers_nothing_but_what_each_module_has_itself(case):
+    _, _, folder = case
+    assert json.loads((folder / "values.json").read_text())["looked_up"] == []
+
+
 @pytest.mark.ranks_run("plain", "accumulated")
 def test_accumulation_changes_neither_losses_nor_gradients(seen):
     _, folder = seen

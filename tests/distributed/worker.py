@@ -119,7 +119,9 @@ def parity(recipe: Recipe, folder: Path, device: torch.device) -> None:
         values["offloaded"].append(offloaded_inputs(training.trainer.saved_activations))
         keep(folder / f"before-{step}.safetensors", before)
         keep(folder / f"gradients-{step}.safetensors", gradients)
-    keep(folder / "values.json", values)
+    # What ZeRO-3 found that a forward looked up: it gathers that in every later forward.
+    looked_up = [name for name, module in model.named_modules() if getattr(module, "_external_params", None)]
+    keep(folder / "values.json", {**values, "looked_up": looked_up})
 
 
 def offloaded_inputs(saved_activations: Any) -> list[int]:

@@ -185,7 +185,7 @@ def place(dispatch: Any, method: str) -> None:
         if dispatch == "tokens":
             placed._choose = lambda tokens: TokenDispatcher(placed.groups.parallel, (tokens, tokens))
         train_micro_batch(model, stats)
-        check_on_gpu(*(shard.own.grad for layer in placed.layers for shard in layer.shards))
+        check_on_gpu(*(shard.learned.grad for layer in placed.layers for shard in layer.shards))
 
 
 CASES["place-weights"] = lambda: place("weights", "teamlora")

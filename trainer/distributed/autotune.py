@@ -28,7 +28,7 @@ def autotune(expert_parallel: ExpertParallel) -> None:
     moves weights three times (backward gathers again, and sums gradients) and tokens twice.
     """
     layer = expert_parallel.layers[-1]
-    device = layer.experts[0].own.device
+    device = layer.experts[0].learned.device
 
     def gather(travel: bool) -> float:
         wanted = [shard.by_expert and travel for shard in layer.shards]

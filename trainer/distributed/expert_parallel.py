@@ -53,7 +53,8 @@ class ExpertParallelLayer:
         """Replaces a parameter of `module` by a shard; returns its position here, None where there is no such one."""
         if getattr(module, name) is None:
             return None
-        shard = ExpertShard(getattr(module, name), self.expert_parallel.groups, by_expert)
+        groups = self.expert_parallel.groups
+        shard = ExpertShard(getattr(module, name), groups, by_expert and groups.size > 1)
         delattr(module, name)
         setattr(module, name, shard)
         self.shards.append(shard)
@@ -168,7 +169,7 @@ class ExpertParallel:
     @property
     def by_expert(self) -> list[nn.Parameter]:
         """The parameters that differ between the ranks of a group."""
-        return [shard.own for layer in self.layers for shard in layer.shards if shard.by_expert]
+        return [shard.learned for layer in self.layers for shard in layer.shards if shard.by_expert]
 
     def describe(self) -> str:
         """One line for users: where experts are and what travels."""
@@ -235,9 +236,9 @@ class ExpertParallel:
             shard.restore_shape()
         by_expert = [shard for shard in shards if shard.by_expert]
         shapes = [shard.own_shape for shard in by_expert]
-        edges = iter(_Edges.apply(shapes, tuple, *(shard.own for shard in by_expert)))
+        edges = iter(_Edges.apply(shapes, tuple, *(shard.learned for shard in by_expert)))
         for layer in self.layers:
-            layer.begin_forward([next(edges) if shard.by_expert else shard.own for shard in layer.shards])
+            layer.begin_forward([next(edges) if shard.by_expert else shard.learned for shard in layer.shards])
 
     def _choose(self, tokens: int) -> TokenDispatcher | None:
         """This forward's dispatcher of tokens; None where weights travel."""
@@ -252,7 +253,7 @@ class ExpertParallel:
 
     def _gather(self, index: int) -> LayerGather:
         layer = self.layers[index]
-        return LayerGather(layer.shards, layer.travel, layer.shards[0].own.device)
+        return LayerGather(layer.shards, layer.travel, layer.shards[0].learned.device)
 
     def _look_ahead(self, index: int) -> None:
         """Starts the gather of the layer after `index`; one that was guessed wrong is waited for and dropped.

@@ -22,8 +22,16 @@ class ExpertShard(nn.Module):
         super().__init__()
         self.shape, self.groups, self.by_expert = whole.shape, groups, by_expert
         runs = whole.detach().chunk(groups.size) if by_expert else [whole.detach()]
-        self.own = nn.Parameter(runs[groups.parallel.rank() if by_expert else 0].clone())
-        self.own_shape, self.own_numel = self.own.shape, self.own.numel()
+        own = nn.Parameter(runs[groups.parallel.rank() if by_expert else 0].clone())
+        self.register_parameter("own", own)
+        self._own = (own,)  # a tuple hides it from nn.Module
+        self.own_shape, self.own_numel = own.shape, own.numel()
+
+    @property
+    def learned(self) -> nn.Parameter:
+        """`own`, looked up past nn.Module: during a forward ZeRO-3 gathers each parameter that is asked for by name,
+        and again in every later forward."""
+        return self._own[0]
 
     @property
     def own_start(self) -> int:
@@ -32,12 +40,13 @@ class ExpertShard(nn.Module):
 
     def restore_shape(self) -> None:
         """Gives `own` its shape back, without memory, where ZeRO-3 has emptied it: autograd reads the shape."""
-        if self.own.shape != self.own_shape:
-            self.own.data = self.own.data.new_empty(1).expand(self.own_shape)
+        own = self.learned
+        if own.shape != self.own_shape:
+            own.data = own.data.new_empty(1).expand(self.own_shape)
 
     def stored(self, device: torch.device) -> Tensor:
         """What this rank stores of `own`, flat, in the compute dtype."""
-        return local_shard(self.own).to(device, non_blocking=True)
+        return local_shard(self.learned).to(device, non_blocking=True)
 
     def own_from(self, flat: Tensor) -> Tensor:
         """`own` from its partitions, one after the other; ZeRO-3 pads the last."""
