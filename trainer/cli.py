@@ -201,9 +201,12 @@ def _launch(options: argparse.Namespace) -> int:
 
 def _estimate(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    from trainer.estimate.estimate_report import report
+    from trainer.estimate.estimate_report import Machines, place_ranks, report
+    from trainer.estimate.step_time import hardware
 
-    report(recipe, options.world_size, options.nodes, options.gpu_memory, options.host_memory, options.json)
+    ranks = place_ranks(options.world_size, options.nodes, options.gpus_per_node)
+    speeds = hardware(options.gpu, options.tflops, options.link)
+    report(recipe, Machines(*ranks, options.gpu_memory, options.host_memory, speeds), options.json)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -11,19 +11,18 @@ this small one whole.
 """
 
 import argparse
-import contextlib
 import json
 import shutil
 import statistics
-import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.placement.rank import EXPERT_RANK, FOR_BYTES, NUM_EXPERTS
+from benchmarks.shared.two_nodes import ADDRESS, nodes, within
 from tests.support.ranks import run_ranks
 
 GRID = [8, 64, 512, 1024]
@@ -36,40 +35,14 @@ ELEMENTS = TOTAL_RANK * sum(WIDTHS)  # of all B
 STATE = ELEMENTS * (ELEMENT + 4 * 4)  # B in bf16; gradient, master copy and two moments in fp32
 
 
-@contextlib.contextmanager
-def nodes(count: int) -> Iterator[list[str]]:
-    """Names of `count` (1 or 2) network namespaces; two are joined by a link, as 10.77.0.1 and 10.77.0.2."""
-    names = [f"placement{i}" for i in range(count)]
-    try:
-        for name in names:
-            _ip("netns", "add", name)
-            _ip("-n", name, "link", "set", "lo", "up")
-        if count == 2:
-            _ip("-n", names[0], "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", names[1])
-            for i, name in enumerate(names):
-                _ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "link0")
-                _ip("-n", name, "link", "set", "link0", "mtu", "65000", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
 def count_bytes(world: int, sizes: list[int], output: Path) -> list[dict[str, Any]]:
     """What every rank saw: bytes sent by its node and interface, and expert state, of each variant."""
     given = json.dumps({"tokens": BYTES_TOKENS, "sizes": sizes})
     with nodes(max(1, world // 2)) as names:
-        within = [
-            ["ip", "netns", "exec", names[rank // 2], "env", f"GLOO_SOCKET_IFNAME={'link0' if world > 2 else 'lo'}"]
-            for rank in range(world)
-        ]
-        master = "10.77.0.1" if world > 2 else "127.0.0.1"
+        places = [within(names, rank, ranks_per_node=2) for rank in range(world)]
+        master = ADDRESS if world > 2 else "127.0.0.1"
         arguments = ["-m", "benchmarks.placement.rank", "bytes_and_state", given, str(output)]
-        run_ranks(world, arguments, within=within, master=master)
+        run_ranks(world, arguments, within=places, master=master)
     return json.loads(output.read_text())
 
 

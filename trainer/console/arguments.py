@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 LAST_PORT = 65535
@@ -12,6 +13,25 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+    return value
+
+
+def link_speed(text: str) -> float:
+    """Bytes per second, from bits: 400Gbit is 50 x 10^9."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT])bit(?:/s)?", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a rate such as 400Gbit or 3.2Tbit")
+    return float(found[1]) * {"m": 1e6, "g": 1e9, "t": 1e12}[found[2].lower()] / 8
 
 
 def port(text: str) -> int:

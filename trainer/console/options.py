@@ -2,7 +2,7 @@
 
 import argparse
 
-from trainer.console.arguments import indices, memory_size, names, path, port, positive_int
+from trainer.console.arguments import indices, link_speed, memory_size, names, path, port, positive_float, positive_int
 
 LAUNCH_NOTES = """\
 options of the launch, as key=value:
@@ -38,8 +38,14 @@ def launch(command: argparse.ArgumentParser) -> None:
 
 def estimate(command: argparse.ArgumentParser) -> None:
     recipe(command)
-    command.add_argument("--world-size", type=positive_int, default=1, metavar="N", help="ranks of the run; default: 1")
-    command.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="machines they are on; default: 1")
+    command.add_argument("--world-size", type=positive_int, metavar="N", help="ranks of the run; default: 1")
+    command.add_argument("--nodes", type=positive_int, metavar="N", help="machines they are on; default: 1")
+    command.add_argument("--gpus-per-node", type=positive_int, metavar="N", help="ranks on each machine")
+    command.add_argument("--gpu", metavar="NAME", help="expect times of a step on these, such as h100, a100 or 4090")
+    command.add_argument(
+        "--tflops", type=positive_float, metavar="X", help="what a GPU reaches; default: 40 %% of its peak"
+    )
+    command.add_argument("--link", type=link_speed, metavar="RATE", help="between machines, such as 400Gbit or 25Gbit")
     command.add_argument("--gpu-memory", type=memory_size, metavar="SIZE", help="per GPU, such as 24GiB or 80GB")
     command.add_argument("--host-memory", type=memory_size, metavar="SIZE", help="of the host, each rank's share of it")
     command.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")

@@ -10,7 +10,8 @@ said in trainer.distributed.adapter_groups. A token needs every expert, so one o
     tokens    gated activations go to the owners, which send back their share of the output
     auto      the cheaper of the two for the tokens of this forward; every rank of a group decides the same
 
-A layer's shared parameters are gathered together with its experts, not module by module as ZeRO-3's hooks would.
+A layer's shared parameters are gathered together with its experts, not module by module as ZeRO-3's hooks would. So is
+all of an adapter without placement, which is a group of one rank: few large messages instead of many small ones.
 Gathered values live only while one layer is at work. Autograd sees an edge in their place: a tensor of the right shape
 with one element behind it, whose gradient leads to the owners (`_Edges`).
 """
@@ -32,10 +33,20 @@ from trainer.adapters.layer import Experts
 from trainer.distributed.adapter_groups import AdapterGroups, sum_at_owner
 from trainer.distributed.expert_shard import ExpertShard, LayerGather
 from trainer.distributed.token_dispatcher import TokenDispatcher
+from trainer.recipe import Recipe
 
 Dispatch = Literal["auto", "weights", "tokens"]
 PARAMETERS = ("lora_a", "router", "interaction", "experts")  # of `Experts`, as `gated_experts` takes them
 SendToOwners = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+def gathers_by_layer(recipe: Recipe, stage: int | None, groups: AdapterGroups) -> bool:
+    """Whether adapters are gathered by decoder layer. ZeRO-3's hooks gather those of method lora, which are PEFT's.
+
+    stage: of ZeRO.
+    """
+    divided = groups.size > 1 or groups.shared.among.size() > 1
+    return stage == 3 and divided and recipe.adapter.method != "lora"
 
 
 class ExpertParallelLayer:
@@ -145,14 +156,15 @@ class ExpertParallelParameters:
 
 
 class ExpertParallel:
-    """All placed parameters of a model, and the gathers that are under way.
+    """All adapter parameters of a model, and the gathers that are under way.
 
     Made before the model is handed to ZeRO-3, whose shards it reads. Where token counts matter (dispatch tokens or
     auto), each forward of the decoder begins with a small collective of the group's hosts.
     """
 
     def __init__(self, model: PeftModel, groups: AdapterGroups, dispatch: Dispatch) -> None:
-        self.groups, self.dispatch = groups, dispatch
+        self.groups = groups
+        self.dispatch: Dispatch = dispatch if groups.size > 1 else "weights"
         self.dispatcher: TokenDispatcher | None = None  # of this forward; None where weights travel
         self.layers: list[ExpertParallelLayer] = []
         self._place(model)
@@ -172,7 +184,7 @@ class ExpertParallel:
         return [shard.learned for layer in self.layers for shard in layer.shards if shard.by_expert]
 
     def describe(self) -> str:
-        """One line for users: where experts are and what travels."""
+        """One line for users: where placed experts are and what travels."""
         k, owners = self.layers[0].experts[0].shape[0], self.groups.experts
         place = f"{k // self.groups.size} of {k} on each of {self.groups.size} ranks, {owners.ranks} "
         kept = "whole" if owners.copies is not None and owners.among.size() == 1 else "partitioned"

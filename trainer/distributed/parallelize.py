@@ -19,7 +19,7 @@ from trainer.distributed.adapter_groups import make_adapter_groups, tag_for_zero
 from trainer.distributed.autotune import autotune
 from trainer.distributed.deepspeed_internals import offload_checkpoints
 from trainer.distributed.engine import initialize
-from trainer.distributed.expert_parallel import ExpertParallel
+from trainer.distributed.expert_parallel import ExpertParallel, gathers_by_layer
 from trainer.distributed.zero3_sharding import Zero3Sharding
 from trainer.objective.loss import LabelledLoss, loss_chunk
 from trainer.recipe import Recipe
@@ -29,8 +29,8 @@ from trainer.recipe import Recipe
 class ParallelModel:
     """A model as it is trained: base and adapter, its routers, DeepSpeed's engine around a `LabelledLoss` of it.
 
-    expert_parallel: None where experts are not placed. saved_activations: surrounds the forward and backward of each
-    micro-batch.
+    expert_parallel: None where ZeRO-3's hooks gather the adapter, or nothing does. saved_activations: surrounds the
+    forward and backward of each micro-batch.
     """
 
     model: PeftModel
@@ -68,7 +68,8 @@ def parallelize(
     # Before placement, which takes away the whole parameters whose shapes are read here.
     router_stats = RouterStats(model, num_tasks)
     groups = make_adapter_groups(recipe.experts, adapter_group)
-    expert_parallel = ExpertParallel(model, groups, recipe.experts.dispatch) if groups.size > 1 else None
+    by_layer = gathers_by_layer(recipe, config["zero_optimization"].get("stage"), groups)
+    expert_parallel = ExpertParallel(model, groups, recipe.experts.dispatch) if by_layer else None
     by_expert = expert_parallel.by_expert if expert_parallel is not None else []
     placed = set(by_expert)
     shared = [p for p in model.parameters() if p.requires_grad and p not in placed]
@@ -84,7 +85,7 @@ def parallelize(
     offloads = recipe.train.activation_checkpointing == "offload"
     saved_activations = offload_checkpoints(engine.module) if offloads else nullcontext()
     # Last: it measures with the shards that ZeRO-3 has made.
-    if expert_parallel is not None and recipe.experts.dispatch == "auto":
+    if expert_parallel is not None and expert_parallel.dispatch == "auto":
         autotune(expert_parallel)
     divided = [(by_expert, groups.experts), (shared, groups.shared)]
     accumulation = GradientAccumulation(engine, config["gradient_accumulation_steps"], divided)

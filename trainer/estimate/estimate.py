@@ -8,11 +8,13 @@ from transformers import PretrainedConfig
 
 from trainer.base.model_config import parse_config_alone
 from trainer.distributed.deepspeed_config import check_sharded_base, read_deepspeed_config
+from trainer.distributed.expert_parallel import gathers_by_layer
 from trainer.distributed.rank_groups import shard_groups
 from trainer.estimate.activations import Activations, estimate_activations
 from trainer.estimate.rank_model import RankModel, build_rank_model, groups_without_ranks
 from trainer.estimate.resident import DeviceKind, MemoryUse, estimate_resident
-from trainer.estimate.traffic import bytes_between_nodes, flows, sent_bytes
+from trainer.estimate.step_time import Hardware, StepTime, step_flops, step_time
+from trainer.estimate.traffic import Flow, bytes_between_nodes, flows, sent_bytes
 from trainer.estimate.transient import Transient, estimate_loading, estimate_transient
 from trainer.estimate.zero_settings import ZeroSettings, zero_settings
 from trainer.objective.batches import GPU_MULTIPLE, padded_length, plan_batches
@@ -24,8 +26,8 @@ class Estimate:
     """Bytes per rank. All ranks hold equally much, except that rank 0's checkpoint copy is the largest.
 
     trained: elements of the adapter. resident: held from the first step to the last. transient: on the device at the
-    peak of a step. loading: the peak before the first step. sent, between_nodes: in a step, by each rank and out
-    of each node.
+    peak of a step. loading: the peak before the first step. flows: of bytes, in a step. flops: operations of one rank
+    in a step. tokens: of all ranks in a step.
     """
 
     recipe: Recipe
@@ -35,8 +37,23 @@ class Estimate:
     resident: tuple[MemoryUse, ...]
     transient: Transient
     loading: MemoryUse
-    sent: dict[str, int]
-    between_nodes: dict[str, int]
+    flows: tuple[Flow, ...]
+    flops: float
+    tokens: int
+    ranks_per_node: int
+
+    @property
+    def sent(self) -> dict[str, int]:
+        """{purpose: bytes} that each rank sends in a step."""
+        return sent_bytes(self.flows)
+
+    @property
+    def between_nodes(self) -> dict[str, int]:
+        """{purpose: bytes} that leave each node in a step."""
+        return bytes_between_nodes(self.flows, self.ranks_per_node)
+
+    def step_time(self, hardware: Hardware) -> StepTime:
+        return step_time(self.flops, self.flows, self.ranks_per_node, hardware)
 
     @property
     def rows(self) -> list[MemoryUse]:
@@ -83,7 +100,7 @@ class Estimator:
         local_ranks = [rank % per_node for rank in range(world_size)]
         groups = shard_groups(recipe, local_ranks, config)
         zero = zero_settings(config, groups.base)
-        model = self._model(recipe, world_size, groups.adapter)
+        model = self._model(recipe, zero.stage, world_size, groups.adapter)
         kind = kind or self.kind
         padded = _with_padded_rows(recipe, kind)
         activations = self._activations_of(padded)
@@ -92,7 +109,6 @@ class Estimator:
             *estimate_resident(model, zero, recipe.train.optimizer, world_size, kind),
             MemoryUse("offloaded activations", host=offloaded),
         )
-        sent = flows(model, zero, world_size, plan.gradient_accumulation_steps)
         return Estimate(
             recipe=recipe,
             world_size=world_size,
@@ -101,16 +117,19 @@ class Estimator:
             resident=resident,
             transient=estimate_transient(model, activations, zero, padded, plan),
             loading=estimate_loading(resident, model, recipe.experts),
-            sent=sent_bytes(sent),
-            between_nodes=bytes_between_nodes(sent, per_node),
+            flows=tuple(flows(model, zero, world_size, plan.gradient_accumulation_steps)),
+            flops=step_flops(model, recipe, plan),
+            tokens=recipe.train.global_batch_size * recipe.data.seq_len,
+            ranks_per_node=per_node,
         )
 
-    def _model(self, recipe: Recipe, world_size: int, adapter_group: int) -> RankModel:
+    def _model(self, recipe: Recipe, stage: int, world_size: int, adapter_group: int) -> RankModel:
         groups = groups_without_ranks(recipe.experts, world_size, adapter_group)
-        placed = recipe.experts.parallel_size > 1  # else the model is the same on any number of ranks
-        key = (recipe.experts.parallel_size, recipe.experts.replicate, world_size, adapter_group) if placed else ()
+        key: tuple = (gathers_by_layer(recipe, stage, groups),)
+        if recipe.experts.parallel_size > 1:  # else the model is the same on any number of ranks
+            key = (recipe.experts.parallel_size, recipe.experts.replicate, world_size, adapter_group)
         if key not in self._models:
-            self._models[key] = build_rank_model(self._config, recipe, groups)
+            self._models[key] = build_rank_model(self._config, recipe, stage, groups)
         return replace(self._models[key], groups=groups)
 
     def _activations_of(self, recipe: Recipe) -> Activations:

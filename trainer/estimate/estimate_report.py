@@ -1,34 +1,71 @@
 """What `teamlora estimate` prints: tables and a verdict, or one JSON object."""
 
 import json
+from dataclasses import dataclass
 
 from data_prep.tables import text_table
 from data_prep.user_error import UserError
 from trainer.estimate.estimate import Estimate, Estimator
 from trainer.estimate.resident import LIBRARIES, DeviceKind, MemoryUse
-from trainer.estimate.suggest import Suggestion, suggest
+from trainer.estimate.step_time import TERA, Hardware
+from trainer.estimate.suggest import Suggestion, suggest, suggest_faster
 from trainer.recipe import Recipe
 
 GIB = 2**30
 
 
-def report(recipe: Recipe, world_size: int, nodes: int, device: int | None, host: int | None, as_json: bool) -> None:
-    """Prints the estimate. nodes: with as many ranks each. device, host: memory per rank in bytes; None is no limit.
+@dataclass(frozen=True)
+class Machines:
+    """Where a run would be. nodes: with as many ranks each. device, host: memory per rank in bytes; None is no limit.
+    hardware: None where times are not asked for."""
 
-    The estimate is for a GPU if `device` is given or this machine has a GPU, else for a CPU. Raises UserError for what
-    a run would refuse and, after printing, if the run does not fit.
-    """
+    world_size: int
+    nodes: int
+    device: int | None = None
+    host: int | None = None
+    hardware: Hardware | None = None
+
+
+def place_ranks(world_size: int | None, nodes: int | None, per_node: int | None) -> tuple[int, int]:
+    """(ranks, nodes) from what was given of --world-size, --nodes and --gpus-per-node. Raises UserError."""
+    if per_node is not None and world_size is not None and nodes is None:
+        nodes = max(1, world_size // per_node)
+    nodes = nodes or 1
+    if world_size is None:
+        world_size = nodes * (per_node or 1)
     if world_size % nodes:
         raise UserError(f"--nodes {nodes} does not divide --world-size {world_size}; every node has as many ranks")
-    estimator = Estimator(recipe, "cuda" if device is not None else None, world_size // nodes)
-    estimate = estimator.estimate(recipe, world_size)
+    if per_node is not None and world_size != nodes * per_node:
+        raise UserError(
+            f"--gpus-per-node {per_node}: {nodes} nodes of as many are not --world-size {world_size}; leave one out"
+        )
+    return world_size, nodes
+
+
+def report(recipe: Recipe, machines: Machines, as_json: bool) -> None:
+    """Prints the estimate.
+
+    It is for a GPU if `device` or `hardware` is given or this machine has a GPU, else for a CPU. Raises UserError for
+    what a run would refuse and, after printing, if the run does not fit.
+    """
+    device, host, hardware = machines.device, machines.host, machines.hardware
+    kind: DeviceKind | None = "cuda" if device is not None or hardware is not None else None
+    estimator = Estimator(recipe, kind, machines.world_size // machines.nodes)
+    estimate = estimator.estimate(recipe, machines.world_size)
     fits = estimate.fits(device, host)
     suggestions = [] if fits else suggest(estimator, estimate, device, host)
+    faster = suggest_faster(estimator, estimate, hardware, device, host) if hardware is not None else []
     if as_json:
-        by_kind = {kind: estimator.estimate(recipe, world_size, kind) for kind in LIBRARIES}
-        print(json.dumps(_as_object(estimate, estimator.kind, by_kind, device, host, suggestions)))
+        by_kind = {kind: estimator.estimate(recipe, machines.world_size, kind) for kind in LIBRARIES}
+        found = _as_object(estimate, estimator.kind, by_kind, device, host, suggestions)
+        if hardware is not None:
+            found["time_of_a_step"] = _time_as_object(estimate, hardware, faster)
+        print(json.dumps(found))
     else:
-        print("\n".join([*_tables(estimate, estimator.kind), *_verdict(estimate, device, host, suggestions)]))
+        lines = [*_tables(estimate, estimator.kind), *_verdict(estimate, device, host, suggestions)]
+        if hardware is not None:
+            lines += ["", *_times(estimate, hardware, faster)]
+        print("\n".join(lines))
     if not fits:
         raise UserError(_shortage(estimate, device, host, suggestions))
 
@@ -45,6 +82,41 @@ def _tables(estimate: Estimate, kind: DeviceKind) -> list[str]:
     if any(estimate.between_nodes.values()):
         tables += ["", _traffic("out of each node and step", estimate.between_nodes)]
     return tables
+
+
+def _times(estimate: Estimate, hardware: Hardware, faster: list[Suggestion]) -> list[str]:
+    """A table of a step's time, and what would be faster."""
+    time = estimate.step_time(hardware)
+    rows = [
+        ("arithmetic", time.arithmetic),
+        ("links inside a node", time.inside),
+        ("link between nodes", time.between),
+        ("links, while nothing is computed", time.exposed),
+        ("step", time.step),
+    ]
+    table = text_table(("per step", "seconds"), [(name, f"{seconds:.3f}") for name, seconds in rows])
+    lines = [
+        table,
+        "",
+        f"speed           {estimate.tokens / time.step:,.0f} tokens/s, bound by {time.bound_by} (arithmetic at "
+        f"{hardware.flops / TERA:,.0f} TFLOPS per GPU)",
+    ]
+    for each in faster:
+        seconds = each.estimate.step_time(hardware).step
+        lines.append(f"faster          {each.settings}  ({seconds:.3f} s, {time.step / seconds:.2f}x)")
+    return lines
+
+
+def _time_as_object(estimate: Estimate, hardware: Hardware, faster: list[Suggestion]) -> dict[str, object]:
+    """Seconds; `faster` with those of each suggestion."""
+    time = estimate.step_time(hardware)
+    return {
+        **{name: getattr(time, name) for name in ("arithmetic", "inside", "between", "exposed", "step", "bound_by")},
+        "tokens_per_second": estimate.tokens / time.step,
+        "faster": [
+            {"settings": list(each.change.settings), "step": each.estimate.step_time(hardware).step} for each in faster
+        ],
+    }
 
 
 def _traffic(title: str, sizes: dict[str, int]) -> str:

@@ -43,22 +43,22 @@ def arriving_bytes(rank_model: RankModel, zero: ZeroSettings) -> int:
 
 
 def placed_bytes(rank_model: RankModel) -> int:
-    """With placed experts: all adapters of the decoder layer at work and of the next one."""
-    if rank_model.placement is None:
+    """Where they are gathered by decoder layer: all adapters of the layer at work and of the next one."""
+    if rank_model.expert_parallel is None:
         return 0
-    widest = max(sum(shard.shape.numel() for shard in layer.shards) for layer in rank_model.placement.layers)
+    widest = max(sum(shard.shape.numel() for shard in layer.shards) for layer in rank_model.expert_parallel.layers)
     return 2 * widest * rank_model.dtype.itemsize
 
 
 def _fetched(rank_model: RankModel, checkpointing: bool) -> list[nn.Parameter]:
-    """What ZeRO-3's own hooks gather and backward needs; the placement gathers placed adapters itself.
+    """What ZeRO-3's own hooks gather and backward needs; adapters may be gathered by decoder layer instead.
 
     The embedding counts only with checkpointing, for which transformers makes its output require a gradient.
     """
     embedding = rank_model.embedding
     without = embedding if embedding is not rank_model.head.weight and not checkpointing else None
-    placed = rank_model.placement is not None
-    return [p for p in rank_model.model.parameters() if p is not without and not (placed and p.requires_grad)]
+    by_layer = rank_model.expert_parallel is not None
+    return [p for p in rank_model.model.parameters() if p is not without and not (by_layer and p.requires_grad)]
 
 
 def _kept_by_autograd(rank_model: RankModel, zero: ZeroSettings) -> int:

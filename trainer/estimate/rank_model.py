@@ -14,27 +14,28 @@ from trainer.adapters.attach import attach_on_meta, check_adapter
 from trainer.base.loader import pack_linears, tie
 from trainer.base.weight_map import DTYPES, skeleton
 from trainer.distributed.adapter_groups import AdapterGroups, Division
-from trainer.distributed.expert_parallel import ExpertParallel
+from trainer.distributed.expert_parallel import ExpertParallel, gathers_by_layer
 from trainer.recipe import TAKE_LENGTHS, BaseModelConfig, ExpertsConfig, Recipe
 
 
 @dataclass(frozen=True)
 class RankModel:
-    """model: adapted, with parameters on meta; tied weights are one parameter. placement: None without placed experts.
+    """model: adapted, with parameters on meta; tied weights are one parameter. dtype: of computation.
 
-    dtype: of computation. groups: of sizes without process groups behind them.
+    expert_parallel: None where adapters are not gathered by decoder layer. groups: of sizes without process groups
+    behind them.
     """
 
     model: PeftModel
     config: PretrainedConfig
     dtype: torch.dtype
-    placement: ExpertParallel | None
+    expert_parallel: ExpertParallel | None
     groups: AdapterGroups
 
     @cached_property
     def by_expert(self) -> set[nn.Parameter]:
         """Parameters of placed experts."""
-        return set(self.placement.by_expert) if self.placement is not None else set()
+        return set(self.expert_parallel.by_expert) if self.expert_parallel is not None else set()
 
     def division(self, parameter: nn.Parameter) -> Division:
         """Where the parts of a trained parameter are."""
@@ -72,15 +73,14 @@ class _GroupOfSize:
         return 0
 
 
-def build_rank_model(config: PretrainedConfig, recipe: Recipe, groups: AdapterGroups) -> RankModel:
+def build_rank_model(config: PretrainedConfig, recipe: Recipe, stage: int, groups: AdapterGroups) -> RankModel:
     """Builds what each rank builds; all ranks hold equally much. Raises UserError as a run would."""
     model = build_base(config, recipe.base)
     check_adapter(model, recipe.adapter)
     adapted = attach_on_meta(model, recipe.adapter, DTYPES[recipe.base.dtype])
-    placement = None
-    if recipe.experts.parallel_size > 1:
-        placement = ExpertParallel(adapted, groups, recipe.experts.dispatch)
-    return RankModel(adapted, config, DTYPES[recipe.base.dtype], placement, groups)
+    by_layer = gathers_by_layer(recipe, stage, groups)
+    expert_parallel = ExpertParallel(adapted, groups, recipe.experts.dispatch) if by_layer else None
+    return RankModel(adapted, config, DTYPES[recipe.base.dtype], expert_parallel, groups)
 
 
 def build_base(config: PretrainedConfig, base: BaseModelConfig) -> PreTrainedModel:

@@ -34,7 +34,8 @@ from trainer.estimate.zero_settings import ZeroSettings
 class Flow:
     """What each rank sends in a step for one purpose, in groups of `size` ranks that are `stride` apart.
 
-    sent: bytes per rank. ring: each rank sends to the next one only; else as much to each of the others.
+    sent: bytes per rank. ring: each rank sends to the next one only; else as much to each of the others. overlaps: with
+    arithmetic.
     """
 
     purpose: str
@@ -42,32 +43,46 @@ class Flow:
     size: int
     stride: int = 1
     ring: bool = True
+    overlaps: bool = True
 
     def out_of_node(self, ranks_per_node: int) -> Fraction:
         """Bytes that leave each node, for the ranks of all its groups."""
-        here = max(1, ranks_per_node // self.stride)  # ranks of one group
+        here = self._here(ranks_per_node)
         if here >= self.size:
             return Fraction(0)
         if self.ring:
             return self.sent * min(self.stride, ranks_per_node)
         return self.sent * ranks_per_node * Fraction(self.size - here, self.size - 1)
 
+    def inside_node(self, ranks_per_node: int) -> Fraction:
+        """Bytes that a rank sends to others of its node: the most that one does."""
+        here = min(self._here(ranks_per_node), self.size)
+        if here == 1:
+            return Fraction(0)
+        return self.sent if self.ring else self.sent * Fraction(here - 1, self.size - 1)
+
+    def _here(self, ranks_per_node: int) -> int:
+        """Ranks of one group on a node."""
+        return max(1, ranks_per_node // self.stride)
+
 
 def flows(rank_model: RankModel, zero: ZeroSettings, world_size: int, accumulation: int) -> list[Flow]:
     """The traffic of placed experts depends on the dispatch; this is that of dispatch `weights`."""
     trained = rank_model.trained
     if zero.stage != 3:
-        return _replicated(trained, zero, world_size)
+        return _replicated(trained, zero, world_size, accumulation)
     shared = [p for p in trained if p not in rank_model.by_expert]
-    once = rank_model.placement is None and is_gathered_once(rank_model, zero)
+    once = rank_model.expert_parallel is None and is_gathered_once(rank_model, zero)
     passes = (1 if once else 2) * accumulation
     division, size = rank_model.groups.shared, _bytes(shared)
+    at_end = accumulation > 1 or division.copies is not None or not zero.overlap
     found = [
         _ring("gathers of the base", _base_gathers(rank_model, zero, accumulation), zero.shard_group),
         _ring("gathers of the adapter", passes * size, division.among.size()),
-        *_reduced("gradients", size, division, stride=1, apart=division.among.size()),
+        *_reduced("gradients", size, division, stride=1, apart=division.among.size(), overlaps=not at_end),
     ]
-    return found if rank_model.placement is None else [*found, *_placed(rank_model.placement, accumulation)]
+    by_layer = rank_model.expert_parallel
+    return found if by_layer is None else [*found, *_placed(by_layer, accumulation)]
 
 
 def sent_bytes(flows: Iterable[Flow]) -> dict[str, int]:
@@ -100,18 +115,20 @@ def _base_gathers(rank_model: RankModel, zero: ZeroSettings, accumulation: int) 
     return accumulation * (2 * _bytes(frozen) + extra * _bytes([embedding]))
 
 
-def _replicated(trained: list[nn.Parameter], zero: ZeroSettings, world_size: int) -> list[Flow]:
+def _replicated(trained: list[nn.Parameter], zero: ZeroSettings, world_size: int, accumulation: int) -> list[Flow]:
     """Stage 0 all-reduces once per step; stages 1 and 2 reduce, then gather the updated parameters."""
-    size = _bytes(trained)
+    size, during = _bytes(trained), zero.stage > 0 and zero.overlap and accumulation == 1
     return [
-        _ring("gradients", size if zero.stage else 2 * size, world_size),
-        _ring("gathers of the stepped adapter", size if zero.stage else 0, world_size),
+        _ring("gradients", size if zero.stage else 2 * size, world_size, overlaps=during),
+        _ring("gathers of the stepped adapter", size if zero.stage else 0, world_size, overlaps=False),
     ]
 
 
-def _placed(placement: ExpertParallel, accumulation: int) -> list[Flow]:
+def _placed(expert_parallel: ExpertParallel, accumulation: int) -> list[Flow]:
     """Every pass gathers all experts, and every backward sends their gradients to the owners."""
-    groups, own = placement.groups, _bytes(placement.by_expert)
+    groups, own = expert_parallel.groups, _bytes(expert_parallel.by_expert)
+    if not own:
+        return []
     owners, among = groups.size, groups.experts.among.size()
     apart = owners * among  # the same part in the next copy
     gathers, gradients = "gathers of placed experts", "gradients of placed experts"
@@ -119,25 +136,26 @@ def _placed(placement: ExpertParallel, accumulation: int) -> list[Flow]:
     return [
         _ring(gathers, 2 * accumulation * own, among, owners),
         Flow(gathers, 2 * accumulation * to_owners, owners),
-        Flow(gradients, accumulation * to_owners, owners, ring=False),
-        *_reduced(gradients, own, groups.experts, owners, apart),
+        Flow(gradients, accumulation * to_owners, owners, ring=False, overlaps=False),
+        *_reduced(gradients, own, groups.experts, owners, apart, overlaps=False),
     ]
 
 
-def _reduced(purpose: str, size: int, division: Division, stride: int, apart: int) -> list[Flow]:
+def _reduced(purpose: str, size: int, division: Division, stride: int, apart: int, overlaps: bool) -> list[Flow]:
     """A step's reduction of gradients of `size` bytes. stride, apart: of ranks with parts of a copy, and of copies."""
     ranks = division.among.size()
-    within = _ring(purpose, size, ranks, stride)
+    within = _ring(purpose, size, ranks, stride, overlaps)
     if division.copies is None:
         return [within]
     copies = division.copies.size()
-    to_owners = Flow(purpose, within.sent, ranks, stride, ring=False)
-    return [within, to_owners, Flow(purpose, 2 * _share(Fraction(size, ranks), copies), copies, apart)]
+    to_owners = Flow(purpose, within.sent, ranks, stride, ring=False, overlaps=overlaps)
+    over_copies = Flow(purpose, 2 * _share(Fraction(size, ranks), copies), copies, apart, overlaps=overlaps)
+    return [within, to_owners, over_copies]
 
 
-def _ring(purpose: str, size: int, ranks: int, stride: int = 1) -> Flow:
+def _ring(purpose: str, size: int, ranks: int, stride: int = 1, overlaps: bool = True) -> Flow:
     """A gather or a reduce-scatter of so many bytes."""
-    return Flow(purpose, _share(size, ranks), ranks, stride)
+    return Flow(purpose, _share(size, ranks), ranks, stride, overlaps=overlaps)
 
 
 def _share(size: int | Fraction, ranks: int) -> Fraction:

@@ -73,7 +73,7 @@ class Transient:
             "gradients of micro-batches": self.accumulated,
             "gathered parameters": self.gathered,
             "parameters on their way": self.arriving,
-            "gathered experts": self.placed,
+            "gathered adapters": self.placed,
             **moment,
         }
 
@@ -135,9 +135,9 @@ def estimate_loading(resident: Sequence[MemoryUse], rank_model: RankModel, exper
 
 def autotune_bytes(rank_model: RankModel, experts: ExpertsConfig) -> int:
     """Dispatch `auto` exchanges outputs of MANY tokens: one rank's, and all ranks' thrice (TokenDispatcher.add)."""
-    if rank_model.placement is None or experts.dispatch != "auto":
+    if rank_model.expert_parallel is None or rank_model.expert_parallel.dispatch != "auto":
         return 0
-    widest = max(shard.shape[-1] for layer in rank_model.placement.layers for shard in layer.experts)
+    widest = max(shard.shape[-1] for layer in rank_model.expert_parallel.layers for shard in layer.experts)
     return (1 + 3 * experts.parallel_size) * MANY * widest * rank_model.dtype.itemsize
 
 

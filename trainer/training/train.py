@@ -196,7 +196,7 @@ def _load(recipe: Recipe, plan: RunPlan, device: torch.device, timer: StartupTim
     finally:
         progress.close()
     timer.lap("adapter and engine")
-    if first and parallel.expert_parallel is not None:
+    if first and parallel.expert_parallel is not None and recipe.experts.parallel_size > 1:
         print(f"experts         {parallel.expert_parallel.describe()}", flush=True)
     return parallel
 

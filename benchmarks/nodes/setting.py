@@ -1,0 +1,69 @@
+"""What `python -m benchmarks.nodes` trains, and what a rank reports of a step."""
+
+from dataclasses import dataclass, field
+
+from benchmarks.step.setting import TARGETS
+from trainer.recipe import Recipe
+
+# changes of the recipe by the name of a setting
+SETTINGS: dict[str, dict[str, dict[str, str]]] = {
+    "zero3": {},
+    "base": {"base": {"shard_group": "node"}},
+    "base and adapter": {"base": {"shard_group": "node"}, "adapter": {"shard_group": "node"}},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """nodes, ranks_per_node: of the run. settings: names of SETTINGS. rates: of the link, None for unlimited. turns:
+    steps under each setting and rate."""
+
+    base: str
+    rows: str
+    nodes: int
+    settings: list[str]
+    rates: list[str | None]
+    turns: int
+    ranks_per_node: int = 2
+    accumulation: int = 4
+    seq_len: int = 128
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One step. tokens: of all ranks. sent: bytes that left the rank's node."""
+
+    setting: str
+    rate: str | None
+    tokens: int
+    seconds: float
+    sent: int
+    loss: float = field(default=float("nan"))
+
+
+def recipe_of(plan: Plan, setting: str) -> Recipe:
+    changes = SETTINGS[setting]
+    return Recipe.model_validate(
+        {
+            "run": {"name": "benchmark"},
+            "base": {"model": plan.base, "quantization": "nf4", "dtype": "bf16", **changes.get("base", {})},
+            "adapter": {"num_experts": 4, "expert_rank": 8, "target_modules": TARGETS, **changes.get("adapter", {})},
+            "data": {
+                "prepared_dir": "unused",
+                "seq_len": plan.seq_len,
+                "sources": [{"type": "files", "task": "text", "path": "unused"}],
+            },
+            "train": {
+                "steps": 1000,
+                "global_batch_size": plan.world * plan.accumulation,
+                "micro_batch_size": 1,
+                "learning_rate": 2e-4,
+                "lr_scheduler": "constant",
+            },
+            "deepspeed": {"config": "zero3"},
+        }
+    )
