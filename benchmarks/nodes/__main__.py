@@ -3,8 +3,8 @@
     python -m benchmarks.nodes [BASE] [--full]
 
 Nodes are network namespaces joined by a link whose speed tc limits (needs root and the Debian package iproute2). A step
-is four micro-batches of one row of 128 tokens on each rank, on the sample base in NF4. All settings run in the same
-processes and take turns at every speed. Bytes are those that the link's counters add to each node's outgoing traffic.
+is four micro-batches of one row of 64 tokens on each rank, on the sample base in NF4. All settings run in the same
+processes and take turns. Bytes are those that the link's counters add to each node's outgoing traffic.
 For weak scaling one node's two ranks train alone. Every rank is held to half a core, also where it is one of two, since
 all share this machine's. Losses of a step are compared too: the settings change none.
 """
@@ -39,6 +39,14 @@ def run(plan: Plan, output: Path) -> list[Measurement]:
         master = ADDRESS if plan.nodes > 1 else "127.0.0.1"
         run_ranks(plan.world, ["-m", "benchmarks.nodes.rank", given, str(output)], within=places, master=master)
     return [Measurement(**each) for of_rank in json.loads(output.read_text()) for each in of_rank]
+
+
+def schedule(fast: int, slow: int) -> list[tuple[str, str | None]]:
+    """Each setting once where only bytes matter, then so many steps of two settings on each of the slower links."""
+    turns = [
+        (name, rate) for rate, count in ((FAST, fast), (SLOW, slow)) for _ in range(count) for name in (PLAIN, OURS)
+    ]
+    return [*((name, None) for name in SETTINGS), *turns]
 
 
 def of(found: list[Measurement], setting: str, rate: str | None = None) -> list[Measurement]:
@@ -79,8 +87,9 @@ def causes(plan: Plan, found: list[Measurement]) -> dict[str, tuple[float, float
 def report(plan: Plan, two: list[Measurement], one: list[Measurement]) -> dict[str, float]:
     print("setting           link        MB out of a node   tokens/s  of each step")
     for name in SETTINGS:
-        for rate in plan.rates:
-            found = of(two, name, rate)
+        for rate in (None, FAST, SLOW):
+            if not (found := of(two, name, rate)):
+                continue
             speed = speeds(found)
             print(
                 f"{name:17} {rate or 'unlimited':11} {sent(found) / MEGABYTE:16.1f} {statistics.median(speed):10.1f}  "
@@ -95,7 +104,7 @@ def report(plan: Plan, two: list[Measurement], one: list[Measurement]) -> dict[s
     for cause, (counted, expected) in causes(plan, two).items():
         print(f"{cause:38} {counted / MEGABYTE:10.1f} {expected / MEGABYTE:13.1f}")
         ratios[cause] = counted / expected
-    median = {(name, rate): statistics.median(speeds(of(two, name, rate))) for name in SETTINGS for rate in plan.rates}
+    median = {(n, rate): statistics.median(speeds(of(two, n, rate))) for n in (OURS, PLAIN) for rate in (FAST, SLOW)}
     return {
         "cross_node_bytes_over_zero3": sent(of(two, OURS)) / sent(of(two, PLAIN)),
         "speed_over_zero3_slow_link": median[OURS, SLOW] / median[PLAIN, SLOW],
@@ -115,18 +124,17 @@ def largest_difference(found: list[Measurement]) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default=DEFAULT_BASE, help="folder of a causal LM; default: the sample base")
-    parser.add_argument("--full", action="store_true", help="5 steps of each instead of 2")
+    parser.add_argument("--full", action="store_true", help="5 steps of each on a slow link instead of 1 or 2")
     options = parser.parse_args(arguments)
     if (reason := why_not()) is not None:
         print(f"skipped: {reason}")
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
-        turns = 5 if options.full else 2
-        plan = Plan(options.base, str(rows), 2, list(SETTINGS), [None, FAST, SLOW], turns)
+        plan = Plan(options.base, str(rows), 2, schedule(*((5, 5) if options.full else (2, 1))))
         write_rows(options.base, 1.0, plan.seq_len, rows)
         two = run(plan, Path(folder) / "two.json")
-        alone = Plan(options.base, str(rows), 1, [OURS], [None], turns)
+        alone = Plan(options.base, str(rows), 1, [(OURS, None)] * (5 if options.full else 3))
         figures = report(plan, two, run(alone, Path(folder) / "one.json"))
     print()
     print(json.dumps({**{name: round(value, 4) for name, value in figures.items()}, "processor": processor()}))

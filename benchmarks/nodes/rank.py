@@ -27,13 +27,13 @@ def main(plan: Plan, output: Path) -> None:
         for training in trainings.values():
             for step in range(1, WARM_UP + 1):
                 training.step(step)
+        steps = dict.fromkeys(trainings, WARM_UP)
         found: list[Measurement] = []
-        for turn in range(plan.turns):
-            for rate in plan.rates:
-                if plan.nodes > 1 and dist.get_rank() % plan.ranks_per_node == 0:
-                    limit_link(rate)
-                for name, training in trainings.items():
-                    found.append(measure(plan, training, name, rate, WARM_UP + 1 + turn))
+        for name, rate in plan.schedule:
+            if plan.nodes > 1 and dist.get_rank() % plan.ranks_per_node == 0:
+                limit_link(rate)
+            steps[name] += 1
+            found.append(measure(plan, trainings[name], name, rate, steps[name]))
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         if dist.get_rank() == 0:

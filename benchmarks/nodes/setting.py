@@ -15,18 +15,21 @@ SETTINGS: dict[str, dict[str, dict[str, str]]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """nodes, ranks_per_node: of the run. settings: names of SETTINGS. rates: of the link, None for unlimited. turns:
-    steps under each setting and rate."""
+    """nodes, ranks_per_node: of the run. schedule: for each measured step the name in SETTINGS, and the rate of the
+    link, None for unlimited."""
 
     base: str
     rows: str
     nodes: int
-    settings: list[str]
-    rates: list[str | None]
-    turns: int
+    schedule: list[tuple[str, str | None]]
     ranks_per_node: int = 2
     accumulation: int = 4
-    seq_len: int = 128
+    seq_len: int = 64
+
+    @property
+    def settings(self) -> list[str]:
+        """All that are measured, each once."""
+        return list(dict.fromkeys(name for name, _ in self.schedule))
 
     @property
     def world(self) -> int:

@@ -21,7 +21,7 @@ def why_not() -> str | None:
 @contextlib.contextmanager
 def nodes(count: int) -> Iterator[list[str]]:
     """Names of `count` (1 or 2) network namespaces; two are joined by a link, as 10.77.0.1 and 10.77.0.2."""
-    names = [f"benchmark{i}" for i in range(count)]
+    names = [f"benchmark{os.getpid()}-{i}" for i in range(count)]
     try:
         for name in names:
             _ip("netns", "add", name)
