@@ -54,7 +54,7 @@ def measure(plan: Plan, training: Training, name: str, rate: str | None, step: i
     dist.barrier()
     seconds = time.perf_counter() - began
     sent = sent_over_link() - before if plan.nodes > 1 else 0
-    return Measurement(name, rate, report.tokens, seconds, sent, report.losses.mean())
+    return Measurement(dist.get_rank(), name, rate, report.tokens, seconds, sent, report.losses.mean())
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from benchmarks.step.setting import TARGETS
 from trainer.recipe import Recipe
 
 # changes of the recipe by the name of a setting
-SETTINGS: dict[str, dict[str, dict[str, str]]] = {
+SETTINGS: dict[str, dict[str, dict[str, str | int]]] = {
     "zero3": {},
-    "base": {"base": {"shard_group": "node"}},
-    "base and adapter": {"base": {"shard_group": "node"}, "adapter": {"shard_group": "node"}},
+    "base": {"base": {"shard_group": 1}},
+    "base and adapter": {"base": {"shard_group": 1}, "adapter": {"shard_group": "node"}},
 }
 
 
@@ -38,8 +38,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One step. tokens: of all ranks. sent: bytes that left the rank's node."""
+    """One step of one rank. tokens: of all ranks. sent: bytes that left the rank's node."""
 
+    rank: int
     setting: str
     rate: str | None
     tokens: int

@@ -1,8 +1,8 @@
 """Control groups that hold processes to a share of a core. Need root."""
 
 import contextlib
-import os
 import subprocess
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def cpu_groups(count: int, cores: float) -> Iterator[list[list[str]]]:
     """
     old = (GROUPS / "cpu").is_dir()
     parent = GROUPS / "cpu" if old else GROUPS
-    folders = [parent / f"benchmark-{os.getpid()}-{i}" for i in range(count)]
+    folders = [parent / f"benchmark-{uuid.uuid4().hex[:8]}" for _ in range(count)]
     quota = round(cores * PERIOD)
     try:
         for folder in folders:

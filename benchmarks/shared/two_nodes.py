@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def why_not() -> str | None:
 @contextlib.contextmanager
 def nodes(count: int) -> Iterator[list[str]]:
     """Names of `count` (1 or 2) network namespaces; two are joined by a link, as 10.77.0.1 and 10.77.0.2."""
-    names = [f"benchmark{os.getpid()}-{i}" for i in range(count)]
+    names = [f"benchmark-{uuid.uuid4().hex[:8]}" for _ in range(count)]
     try:
         for name in names:
             _ip("netns", "add", name)
