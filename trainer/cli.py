@@ -206,7 +206,8 @@ def _estimate(options: argparse.Namespace) -> None:
 
     ranks = place_ranks(options.world_size, options.nodes, options.gpus_per_node)
     speeds = hardware(options.gpu, options.tflops, options.link)
-    report(recipe, Machines(*ranks, options.gpu_memory, options.host_memory, speeds), options.json)
+    device = options.gpu_memory or (speeds.memory if speeds is not None else None)
+    report(recipe, Machines(*ranks, device, options.host_memory, speeds), options.json)
 
 
 def _check(options: argparse.Namespace) -> None:

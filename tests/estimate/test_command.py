@@ -142,3 +142,31 @@ def test_a_limit_without_a_unit_is_refused(path, capsys, size):
         main(["estimate", str(path), "--gpu-memory", size])
     assert ended.value.code == 2
     assert "expected an amount of memory such as 24GiB" in capsys.readouterr().err
+
+
+def test_times_of_a_step_and_faster_settings_are_printed_for_a_gpu_and_a_link(path, capsys):
+    words = ["estimate", str(path), "--nodes", "2", "--gpus-per-node", "4", "--gpu", "h100", "--link", "1Gbit"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "of 79.00 GiB" in out  # what such a GPU has
+    for word in (
+        "arithmetic",
+        "link between nodes",
+        "step",
+        "tokens/s, bound by the link between nodes (",
+        "396 TFLOPS",
+    ):
+        assert word in out
+    assert "faster          base.shard_group=node" in out
+
+
+def test_a_faster_setting_takes_as_long_when_it_is_estimated_itself(path, capsys):
+    where = ["--nodes", "2", "--gpus-per-node", "4", "--tflops", "66", "--link", "1Gbit"]
+    found = estimate_json(capsys, path, *where)["time_of_a_step"]
+    assert found["step"] == pytest.approx(
+        max(found["arithmetic"], found["between"] - found["exposed"]) + found["exposed"]
+    )
+    best = found["faster"][0]
+    again = estimate_json(capsys, path, *best["settings"], *where)["time_of_a_step"]
+    assert again["step"] == best["step"] < found["step"]
+    assert "time_of_a_step" not in estimate_json(capsys, path, "--world-size", "2")

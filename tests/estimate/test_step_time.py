@@ -120,8 +120,8 @@ def test_ranks_that_do_not_come_out_are_refused(given, words):
 
 def test_speeds_come_from_a_name_or_from_what_was_measured():
     assert hardware(None, None, None) is None
-    assert hardware("H100", None, 50e9) == Hardware(0.4 * 989e12, 450e9, 50e9)
-    assert hardware("h100", 500.0, None) == Hardware(500e12, 450e9, None)
+    assert hardware("H100", None, 50e9) == Hardware(0.4 * 989e12, 450e9, 50e9, 79 * 2**30)
+    assert hardware("h100", 500.0, None) == Hardware(500e12, 450e9, None, 79 * 2**30)
     assert hardware(None, 100.0, 1e9) == Hardware(100e12, None, 1e9)
     with pytest.raises(UserError, match="--gpu k80: not known here; use one of b200, "):
         hardware("k80", None, None)

@@ -41,7 +41,7 @@ def estimate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--world-size", type=positive_int, metavar="N", help="ranks of the run; default: 1")
     command.add_argument("--nodes", type=positive_int, metavar="N", help="machines they are on; default: 1")
     command.add_argument("--gpus-per-node", type=positive_int, metavar="N", help="ranks on each machine")
-    command.add_argument("--gpu", metavar="NAME", help="expect times of a step on these, such as h100, a100 or 4090")
+    command.add_argument("--gpu", metavar="NAME", help="expect times and memory of these, such as h100, a100 or 4090")
     command.add_argument(
         "--tflops", type=positive_float, metavar="X", help="what a GPU reaches; default: 40 %% of its peak"
     )

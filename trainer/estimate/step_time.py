@@ -23,42 +23,46 @@ from trainer.objective.batches import BatchPlan
 from trainer.recipe import Recipe
 
 TERA = 1e12
+GIB = 2**30
 UTILIZATION = 0.4
 """Part of a GPU's peak that arithmetic is taken to reach. An assumption: `--tflops` takes what was measured instead."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """From its data sheet. tflops: peak in bf16, dense. link: bytes per second to the GPUs of its node, one way."""
+    """From its data sheet. tflops: peak in bf16, dense. link: bytes per second to the GPUs of its node, one way.
+    memory: bytes that torch sees, rounded down to GiB."""
 
     tflops: float
     link: float
+    memory: int
 
 
 NVLINK_5, NVLINK_4, NVLINK_3 = 900e9, 450e9, 300e9
 PCIE_5, PCIE_4 = 63e9, 31.5e9  # 16 lanes
 GPUS = {
-    "b200": Gpu(2250, NVLINK_5),
-    "h200": Gpu(989, NVLINK_4),
-    "h100": Gpu(989, NVLINK_4),
-    "a100": Gpu(312, NVLINK_3),
-    "l40s": Gpu(362, PCIE_4),
-    "l4": Gpu(121, PCIE_4),
-    "a10": Gpu(125, PCIE_4),
-    "5090": Gpu(209, PCIE_5),
-    "4090": Gpu(165, PCIE_4),
-    "3090": Gpu(71, PCIE_4),
+    "b200": Gpu(2250, NVLINK_5, 179 * GIB),
+    "h200": Gpu(989, NVLINK_4, 140 * GIB),
+    "h100": Gpu(989, NVLINK_4, 79 * GIB),
+    "a100": Gpu(312, NVLINK_3, 79 * GIB),
+    "l40s": Gpu(362, PCIE_4, 44 * GIB),
+    "l4": Gpu(121, PCIE_4, 22 * GIB),
+    "a10": Gpu(125, PCIE_4, 22 * GIB),
+    "5090": Gpu(209, PCIE_5, 31 * GIB),
+    "4090": Gpu(165, PCIE_4, 23 * GIB),
+    "3090": Gpu(71, PCIE_4, 23 * GIB),
 }
 
 
 @dataclass(frozen=True)
 class Hardware:
     """flops: operations per second that a rank reaches. inside: bytes per second from a rank to those of its node.
-    between: from a node to the others. None: no limit is known."""
+    between: from a node to the others. memory: bytes of a GPU. None: no limit is known."""
 
     flops: float
     inside: float | None = None
     between: float | None = None
+    memory: int | None = None
 
 
 def hardware(gpu: str | None, tflops: float | None, link: float | None) -> Hardware | None:
@@ -67,7 +71,7 @@ def hardware(gpu: str | None, tflops: float | None, link: float | None) -> Hardw
     if gpu is not None and known is None:
         raise UserError(f"--gpu {gpu}: not known here; use one of {', '.join(GPUS)}, or --tflops")
     if known is not None:
-        return Hardware(TERA * (tflops or UTILIZATION * known.tflops), known.link, link)
+        return Hardware(TERA * (tflops or UTILIZATION * known.tflops), known.link, link, known.memory)
     if tflops is not None:
         return Hardware(TERA * tflops, between=link)
     if link is not None:
