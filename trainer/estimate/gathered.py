@@ -31,7 +31,8 @@ def gathered_bytes(rank_model: RankModel, zero: ZeroSettings, checkpointing: boo
     if zero.prefetch_bucket and elements <= zero.max_live:
         return size
     ahead = size * zero.max_live // elements if zero.prefetch_bucket else 0
-    largest = max(_copied_bytes(layer.parameters(), zero) for layer in rank_model.decoder_layers)
+    hooked = set(fetched)
+    largest = max(_copied_bytes(hooked & set(layer.parameters()), zero) for layer in rank_model.decoder_layers)
     kept = 0 if checkpointing else _kept_by_autograd(rank_model, zero)
     return max(largest, ahead) + _copied_bytes(rank_model.head.parameters(), zero) + kept
 
