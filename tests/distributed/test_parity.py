@@ -17,19 +17,25 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(params=PARITY, ids=lambda case: case.name)
 def case(request, seen, base):
-    """(reference, the rows of each step, folder of what the ranks saw)."""
+    """(recipe, folder of what the ranks saw)."""
     world, folder = seen
     if world not in request.param.worlds:
         pytest.skip(f"not a case of {world} ranks")
-    recipe = request.param.recipe(base, world)
+    return request.param.recipe(base, world), folder / request.param.name
+
+
+@pytest.fixture
+def compared(case):
+    """(reference, the rows of each step, folder of what the ranks saw)."""
+    recipe, folder = case
     batch = recipe.train.global_batch_size
     rows = scene.training_rows(recipe)
     steps = [[rows[i] for i in rows_of_step(recipe.run.seed, n, len(rows), batch)] for n in range(recipe.train.steps)]
-    return Reference(recipe), steps, folder / request.param.name
+    return Reference(recipe), steps, folder
 
 
-def test_gradients_from_equal_parameters_equal_those_of_one_process(case):
-    reference, steps, folder = case
+def test_gradients_from_equal_parameters_equal_those_of_one_process(compared):
+    reference, steps, folder = compared
     for step, rows in enumerate(steps, start=1):
         reference.load(load_file(folder / f"before-{step}.safetensors"))
         _, expected = reference.gradients(rows)
@@ -40,8 +46,8 @@ def test_gradients_from_equal_parameters_equal_those_of_one_process(case):
             assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), (step, name)
 
 
-def test_losses_norms_and_router_means_equal_those_of_one_process(case):
-    reference, steps, folder = case
+def test_losses_norms_and_router_means_equal_those_of_one_process(compared):
+    reference, steps, folder = compared
     values = json.loads((folder / "values.json").read_text())
     losses, norms = reference.train(steps)
     assert values["losses"] == pytest.approx(losses, rel=1e-5)
@@ -51,7 +57,7 @@ def test_losses_norms_and_router_means_equal_those_of_one_process(case):
 
 
 def test_zero3_gathers_nothing_but_what_each_module_has_itself(case):
-    _, _, folder = case
+    _, folder = case
     assert json.loads((folder / "values.json").read_text())["looked_up"] == []
 
 

@@ -12,7 +12,7 @@ from trainer.estimate.estimate import Estimator
 from trainer.estimate.estimate_report import place_ranks
 from trainer.estimate.rank_model import build_rank_model, groups_without_ranks
 from trainer.estimate.step_time import Hardware, hardware, step_flops, step_time
-from trainer.estimate.suggest import suggest_faster
+from trainer.estimate.suggest import Change, suggest_faster
 from trainer.estimate.traffic import Flow
 from trainer.objective.batches import BatchPlan
 
@@ -21,7 +21,7 @@ def small_model(recipe):
     config = parse_config_alone(recipe.base)
     config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size = 4, 1024, 2048, 1000
     config.num_attention_heads = config.num_key_value_heads = 8
-    rank_model = build_rank_model(config, recipe, 0, groups_without_ranks(recipe.experts, 1, 1))
+    rank_model = build_rank_model(config, recipe, groups_without_ranks(recipe.experts, 1, 1), by_layer=False)
     rank_model.model.to_empty(device="cpu")
     return rank_model
 
@@ -127,3 +127,9 @@ def test_speeds_come_from_a_name_or_from_what_was_measured():
         hardware("k80", None, None)
     with pytest.raises(UserError, match="--link: times need"):
         hardware(None, None, 1e9)
+
+
+def test_a_setting_that_is_changed_twice_is_named_once(recipe_of):
+    start = Change(recipe_of("llama-3-8b"), 8, ())
+    twice = start.set("base", "shard_group", "node").set("train", "micro_batch_size", 2).set("base", "shard_group", 1)
+    assert twice.settings == ("train.micro_batch_size=2", "base.shard_group=1")

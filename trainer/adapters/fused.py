@@ -71,7 +71,7 @@ class Dispatcher(Protocol):
 
 
 class RemoteParameters(Protocol):
-    """The source of parameters whose experts live on several ranks (trainer.distributed.expert_parallel).
+    """The source of parameters that are gathered from several ranks (trainer.distributed.expert_parallel).
 
     Autograd sees edges of its graph in their place, which hold no values.
     """

@@ -22,9 +22,9 @@ class Experts(nn.Module):
     experts      [k, r_B, d_out]   the matrices B_i
 
     A module with its own forward, because ZeRO-3's hooks gather parameters for a module's forward. `observer`, where a
-    training loop has set one, receives the router's weights (see `RouterStats`). `remote` is set where the experts (and
-    MoELoRA's A_i, `a_by_expert`) live on several ranks (see `ExpertParallel`). `frozen`, once `freeze` was called,
-    computes forwards of few tokens.
+    training loop has set one, receives the router's weights (see `RouterStats`). `remote` is set where `ExpertParallel`
+    gathers the parameters; it may place the experts, and MoELoRA's A_i (`a_by_expert`), on several ranks. `frozen`,
+    once `freeze` was called, computes forwards of few tokens.
     """
 
     def __init__(self, in_features: int, out_features: int, config: ExpertLoraConfig) -> None:

@@ -47,7 +47,7 @@ def apply_gradients(engine: Any) -> float:
 
 
 def gather_trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole trainable parameters by their names without placement, on the CPU, on every rank.
+    """Whole trainable parameters by their names in adapters, on the CPU, on every rank.
 
     Collective under ZeRO-3: every rank must call it, or the others wait forever. PEFT's own save_pretrained would
     write shape (0,) there, since it sees only the emptied local tensors.

@@ -125,14 +125,14 @@ class _AsyncGather:
 
 
 def expert_shards(model: nn.Module) -> dict[str, tuple[str, ExpertShard]]:
-    """By the name of each shard's `own`: the name that the parameter has without placement, and the shard."""
+    """By the name of each shard's `own`: the name that the parameter has in adapters, and the shard."""
     return {f"{name}.own": (name, m) for name, m in model.named_modules() if isinstance(m, ExpertShard)}
 
 
 def merge_shards(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name with every rank's own experts merged, all under their names without placement.
+    """Tensors by parameter name with every rank's own experts merged, all under the names that they have in adapters.
 
-    Collective: every rank must call it. Without placement it returns what it was given.
+    Collective: every rank must call it.
     """
     placed = expert_shards(model)
     merged = {}

@@ -107,7 +107,7 @@ def _saved_bytes(config: PretrainedConfig, recipe: Recipe) -> _SavedBytes:
     shared: dict[int, Any] = {}
     rows, length = recipe.train.micro_batch_size, recipe.data.seq_len
     with _flash_attention():
-        model = build_rank_model(config, unplaced, 3, groups_without_ranks(experts, 1, 1)).model
+        model = build_rank_model(config, unplaced, groups_without_ranks(experts, 1, 1), by_layer=False).model
         model.train()
         with FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(model)

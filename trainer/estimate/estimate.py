@@ -112,7 +112,7 @@ class Estimator:
         return Estimate(
             recipe=recipe,
             world_size=world_size,
-            trained=_trained(model, recipe.experts.parallel_size),
+            trained=model.trained_elements,
             zero=zero,
             resident=resident,
             transient=estimate_transient(model, activations, zero, padded, plan),
@@ -125,11 +125,12 @@ class Estimator:
 
     def _model(self, recipe: Recipe, stage: int, world_size: int, adapter_group: int) -> RankModel:
         groups = groups_without_ranks(recipe.experts, world_size, adapter_group)
-        key: tuple = (gathers_by_layer(recipe, stage, groups),)
+        by_layer = gathers_by_layer(recipe, stage, groups)
+        key: tuple = (by_layer,)
         if recipe.experts.parallel_size > 1:  # else the model is the same on any number of ranks
             key = (recipe.experts.parallel_size, recipe.experts.replicate, world_size, adapter_group)
         if key not in self._models:
-            self._models[key] = build_rank_model(self._config, recipe, stage, groups)
+            self._models[key] = build_rank_model(self._config, recipe, groups, by_layer)
         return replace(self._models[key], groups=groups)
 
     def _activations_of(self, recipe: Recipe) -> Activations:
@@ -143,9 +144,3 @@ def _with_padded_rows(recipe: Recipe, kind: DeviceKind) -> Recipe:
     """The recipe with rows of the length that training pads them to."""
     length = padded_length(recipe.data.seq_len, GPU_MULTIPLE if kind == "cuda" else 1)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": length})})
-
-
-def _trained(model: RankModel, parallel_size: int) -> int:
-    """Elements of the whole adapter; of placed experts each rank builds its share only."""
-    own = model.by_expert
-    return sum(p.numel() * (parallel_size if p in own else 1) for p in model.trained)

@@ -7,11 +7,9 @@ from data_prep.tables import text_table
 from data_prep.user_error import UserError
 from trainer.estimate.estimate import Estimate, Estimator
 from trainer.estimate.resident import LIBRARIES, DeviceKind, MemoryUse
-from trainer.estimate.step_time import TERA, Hardware
+from trainer.estimate.step_time import GIB, TERA, Hardware
 from trainer.estimate.suggest import Suggestion, suggest, suggest_faster
 from trainer.recipe import Recipe
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from trainer.adapters.attach import attach_on_meta, check_adapter
 from trainer.base.loader import pack_linears, tie
 from trainer.base.weight_map import DTYPES, skeleton
 from trainer.distributed.adapter_groups import AdapterGroups, Division
-from trainer.distributed.expert_parallel import ExpertParallel, gathers_by_layer
+from trainer.distributed.expert_parallel import ExpertParallel
 from trainer.recipe import TAKE_LENGTHS, BaseModelConfig, ExpertsConfig, Recipe
 
 
@@ -45,6 +45,11 @@ class RankModel:
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    @cached_property
+    def trained_elements(self) -> int:
+        """Elements of the whole adapter; of placed experts each rank builds its share only."""
+        return sum(p.numel() * (self.groups.size if p in self.by_expert else 1) for p in self.trained)
+
     @property
     def embedding(self) -> nn.Parameter:
         """The input embedding's weight, [vocabulary, hidden]."""
@@ -73,12 +78,14 @@ class _GroupOfSize:
         return 0
 
 
-def build_rank_model(config: PretrainedConfig, recipe: Recipe, stage: int, groups: AdapterGroups) -> RankModel:
-    """Builds what each rank builds; all ranks hold equally much. Raises UserError as a run would."""
+def build_rank_model(config: PretrainedConfig, recipe: Recipe, groups: AdapterGroups, by_layer: bool) -> RankModel:
+    """Builds what each rank builds; all ranks hold equally much. Raises UserError as a run would.
+
+    by_layer: as `gathers_by_layer` has it.
+    """
     model = build_base(config, recipe.base)
     check_adapter(model, recipe.adapter)
     adapted = attach_on_meta(model, recipe.adapter, DTYPES[recipe.base.dtype])
-    by_layer = gathers_by_layer(recipe, stage, groups)
     expert_parallel = ExpertParallel(adapted, groups, recipe.experts.dispatch) if by_layer else None
     return RankModel(adapted, config, DTYPES[recipe.base.dtype], expert_parallel, groups)
 

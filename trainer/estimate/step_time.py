@@ -127,7 +127,7 @@ def step_flops(rank_model: RankModel, recipe: Recipe, plan: BatchPlan) -> float:
         m for layer in rank_model.decoder_layers for m in layer.modules() if isinstance(m, NF4Linear | nn.Linear)
     ]
     frozen = sum(m.in_features * m.out_features for m in linears if not any(p.requires_grad for p in m.parameters()))
-    trained = sum(p.numel() * (rank_model.groups.size if p in rank_model.by_expert else 1) for p in rank_model.trained)
+    trained = rank_model.trained_elements
     text = rank_model.config.get_text_config()
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     attention = text.num_hidden_layers * width * recipe.data.seq_len  # two products per token, over half of the row

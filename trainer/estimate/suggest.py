@@ -26,7 +26,8 @@ class Change:
         old = getattr(self.recipe, section)
         recipe = self.recipe.model_copy(update={section: old.model_copy(update={key: value})})
         text = str(value).lower() if isinstance(value, bool) else value
-        return Change(recipe, self.world_size, (*self.settings, f"{section}.{key}={text}"))
+        others = (setting for setting in self.settings if not setting.startswith(f"{section}.{key}="))
+        return Change(recipe, self.world_size, (*others, f"{section}.{key}={text}"))
 
     def on(self, world_size: int) -> "Change":
         return Change(self.recipe, world_size, (*self.settings, f"--world-size {world_size}"))

@@ -5,9 +5,9 @@ every other rank. So does the reduce-scatter of a gradient. N is base.shard_grou
 what learns; where that makes copies, gradients are reduced over a group twice and over the copies once
 (trainer.distributed.accumulation). ZeRO-3 gathers each parameter in forward and in backward of every micro-batch (the
 frozen embedding in forward only); a model of no more than stage3_max_live_parameters elements once, from the second
-step on (trainer.estimate.gathered). Activation checkpointing repeats a layer's forward within its backward, on
-parameters that are already there. Gradients are reduced once a step, in the compute dtype; those of placed experts go
-to the owners after every micro-batch.
+step on (trainer.estimate.gathered), but adapters in every pass where they are gathered by decoder layer. Activation
+checkpointing repeats a layer's forward within its backward, on parameters that are already there. Gradients are reduced
+once a step, in the compute dtype; those of placed experts go to the owners after every micro-batch.
 
 Gradients are exact, but for gloo, whose reduce-scatter sends as much as an all-reduce. Gathers are an upper bound, by a
 layer or two: what precedes the first adapter has no backward, and what forward uses last is still there when backward
